@@ -1,0 +1,14 @@
+from . import circuits as circuits
+from . import detect as detect
+from . import paths as paths
+from .conversion.convert import convert as convert
+from .conversion.convert import load as load
+from .conversion.fidelity import Fidelity as Fidelity
+from .conversion.fidelity import verify as verify
+from .errors import MechInterpError as MechInterpError
+from .heads import Head as Head
+from .model import AttentionOnlyModel as AttentionOnlyModel
+from .sources.checkpoint import Checkpoint as Checkpoint
+from .sources.zoo import card as card
+from .sources.zoo import models as models
+from .sources.zoo import source_model as source_model

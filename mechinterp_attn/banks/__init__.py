@@ -1,0 +1,1 @@
+"""The two kinds of bank and what they are made of."""

@@ -1,0 +1,195 @@
+"""Does the converted model compute what its source computes? Measured, not assumed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechinterp_attn.errors import ConversionError, MechInterpError
+from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.sources.bridge import run_bridge
+from mechinterp_attn.sources.checkpoint import Checkpoint
+from mechinterp_attn.sources.reference import run_checkpoint
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+# Largest logit error, as a share of the largest logit, that rounding explains in each dtype: two
+# different orders of summation over a few thousand terms and a few dozen sublayers.
+TOLERANCE = {
+    torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How closely a converted model follows its source on some tokens.
+
+    Attributes:
+        max_logit_error, mean_logit_error: absolute differences of the logits.
+        logit_scale: the largest absolute logit of the source.
+        kl: mean KL divergence from the source's next-token distribution to the model's (nats).
+        loss_source, loss_model: mean next-token loss (nats); NaN for a single token.
+        top1_agreement: share of positions where both predict the same token.
+        worst_position: (sequence, position) of the largest logit error.
+        per_layer: residual stream after every sublayer: ``sublayer, max_error, scale, relative``.
+        tolerance: largest ``max_logit_error / logit_scale`` that passes, by dtype.
+        dtype: the dtype that the comparison ran in.
+        n_tokens: how many positions were compared.
+    """
+
+    max_logit_error: float
+    mean_logit_error: float
+    logit_scale: float
+    kl: float
+    loss_source: float
+    loss_model: float
+    top1_agreement: float
+    worst_position: tuple[int, int]
+    per_layer: pd.DataFrame = field(repr=False, compare=False)
+    tolerance: float
+    dtype: str
+    n_tokens: int
+
+    @property
+    def relative_error(self) -> float:
+        """``max_logit_error / logit_scale``."""
+        return self.max_logit_error / self.logit_scale
+
+    @property
+    def ok(self) -> bool:
+        """Whether the logits agree within the tolerance."""
+        return self.relative_error <= self.tolerance  # False for NaN
+
+    @property
+    def first_difference(self) -> str | None:
+        """The first sublayer after which the residual streams differ beyond the tolerance."""
+        off = self.per_layer[~(self.per_layer["relative"] <= self.tolerance)]
+        return None if off.empty else str(off.iloc[0]["sublayer"])
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of the card, as JSON can hold them."""
+        names = ("max_logit_error", "mean_logit_error", "logit_scale", "kl", "loss_source")
+        names += ("loss_model", "top1_agreement", "tolerance", "dtype", "n_tokens", "ok")
+        return {name: getattr(self, name) for name in names}
+
+    def _repr_html_(self) -> str:
+        verdict = "equal within tolerance" if self.ok else "<b>NOT equal</b>"
+        rows = pd.DataFrame(self.summary().items(), columns=["", "value"])
+        return f"<p>Fidelity: {verdict}</p>{rows.to_html(index=False)}{self.per_layer.to_html(index=False)}"
+
+    def __str__(self) -> str:
+        verdict = "equal" if self.ok else "NOT EQUAL"
+        return (
+            f"{verdict}: max logit error {self.max_logit_error:.2e} = {self.relative_error:.1e} of the "
+            f"logit scale (tolerance {self.tolerance:.0e}, {self.dtype}), KL {self.kl:.1e}, loss "
+            f"{self.loss_source:.4f} -> {self.loss_model:.4f}, same top token at "
+            f"{self.top1_agreement:.1%} of {self.n_tokens} positions"
+        )
+
+
+@torch.no_grad()
+def verify(
+    model: AttentionOnlyModel,
+    source: TransformerBridge | Checkpoint,
+    tokens: Int[Tensor, "batch pos"] | str,
+) -> Fidelity:
+    """Compare a converted model with its source on tokens or a text; neither is changed.
+
+    Args:
+        model: the converted model.
+        source: what it was converted from: a bridge, run as it is, or a checkpoint, run by a plain
+            dense implementation that shares no code with the banks.
+        tokens: token ids ``[pos]`` or ``[batch, pos]``, or a text.
+
+    Raises:
+        MechInterpError: the tokens are not usable, or the source gives logits of another shape.
+    """
+    ids = model.as_tokens(tokens)
+    run = run_checkpoint if isinstance(source, Checkpoint) else run_bridge
+    expected, streams = run(source, ids)  # type: ignore[arg-type]
+    own: dict[str, Tensor] = {}
+    logits, own = model.run_with_cache(  # type: ignore[assignment]
+        ids, names_filter=lambda name: name in streams, return_cache_object=False
+    )
+    if logits.shape != expected.shape:
+        raise MechInterpError(
+            f"the source's logits have shape {tuple(expected.shape)}, the model's "
+            f"{tuple(logits.shape)}: this is not the model's source"
+        )
+    return _compare(model, logits, expected, own, streams, ids)
+
+
+def check_conversion(
+    model: AttentionOnlyModel, source: TransformerBridge | Checkpoint
+) -> Fidelity:
+    """The check inside ``convert``: random tokens, and an error where source and model part.
+
+    Raises:
+        ConversionError: names the first sublayer after which the residual streams differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, min(model.spec.n_ctx, 64))
+    tokens = torch.randint(model.spec.d_vocab, shape, generator=generator)
+    fidelity = verify(model, source, tokens)
+    if not fidelity.ok:
+        raise ConversionError(
+            f"the converted {model.cfg.model_name} does not compute what its source computes "
+            f"({fidelity}); the residual streams first part after "
+            f"{fidelity.first_difference or 'the last sublayer, in the final norm or unembedding'}. "
+            "If the source was edited by hooks, remove them; otherwise please report the model's config"
+        )
+    return fidelity
+
+
+def _compare(
+    model: AttentionOnlyModel,
+    logits: Float[Tensor, "batch pos d_vocab"],
+    expected: Float[Tensor, "batch pos d_vocab"],
+    own: dict[str, Tensor],
+    streams: dict[str, Tensor],
+    tokens: Int[Tensor, "batch pos"],
+) -> Fidelity:
+    error = (logits.double() - expected.double()).abs()
+    worst = error.amax(-1).argmax()
+    p, q = (F.log_softmax(x.double(), -1) for x in (expected, logits))
+    dtype = model.W_E.dtype
+    return Fidelity(
+        max_logit_error=float(error.max()),
+        mean_logit_error=float(error.mean()),
+        logit_scale=float(expected.abs().max()),
+        kl=float((p.exp() * (p - q)).sum(-1).mean()),
+        loss_source=_loss(expected, tokens),
+        loss_model=_loss(logits, tokens),
+        top1_agreement=float((logits.argmax(-1) == expected.argmax(-1)).double().mean()),
+        worst_position=(int(worst) // tokens.shape[1], int(worst) % tokens.shape[1]),
+        per_layer=_residual_errors(own, streams),
+        # A source that takes its norms in float32 is no float64 model, whatever its weights are.
+        tolerance=TOLERANCE[torch.float32 if model.spec.norm_in_float32 else dtype],
+        dtype=str(dtype).removeprefix("torch."),
+        n_tokens=tokens.numel(),
+    )
+
+
+def _residual_errors(own: dict[str, Tensor], streams: dict[str, Tensor]) -> pd.DataFrame:
+    rows = []
+    for name, stream in streams.items():
+        error = float((own[name].double() - stream.double()).abs().max())
+        scale = float(stream.double().abs().max())
+        sublayer = name.replace("hook_resid_mid", "attn")
+        sublayer = sublayer.replace("hook_resid_post", "neurons" if f"{name[:-4]}mid" in own else "attn")
+        rows.append({"sublayer": sublayer, "max_error": error, "scale": scale, "relative": error / scale})
+    return pd.DataFrame(rows)
+
+
+def _loss(logits: Tensor, tokens: Tensor) -> float:
+    """Mean next-token loss; NaN where there is none to speak of."""
+    if tokens.shape[1] < 2 or int(tokens.max()) >= logits.shape[-1]:
+        return float("nan")
+    return float(F.cross_entropy(logits[:, :-1].double().flatten(0, 1), tokens[:, 1:].flatten()))

@@ -1,0 +1,289 @@
+"""The one noun of the package: a bank of heads.
+
+A ``HeadBank`` holds all heads of one sublayer that share a rule for their attention pattern. A
+``Head`` is one of them. Attention heads (``L0H3``) and heads derived from MLP neurons (``L0N152``)
+have the same attributes, so everything downstream treats them alike (Huben & Morris 2023).
+
+Row vectors multiply from the left: a head reads ``x @ W_V`` and writes ``z @ W_O``.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mechinterp_attn.errors import MechInterpError
+
+if TYPE_CHECKING:
+    from mechinterp_attn.banks.norm import FrozenNorm
+
+Kind = Literal["attention", "mlp"]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A matrix kept as the product ``A @ B``; never multiplied out unless ``dense()`` is asked for.
+
+    Attributes:
+        A: left factor ``[rows, rank]``.
+        B: right factor ``[rank, columns]``.
+    """
+
+    A: Float[Tensor, "rows rank"]
+    B: Float[Tensor, "rank columns"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.A.shape[0], self.B.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """The bound on the rank that the factors give: their inner dimension."""
+        return self.A.shape[1]
+
+    @property
+    def T(self) -> LowRank:
+        return LowRank(self.B.T, self.A.T)
+
+    def dense(self) -> Float[Tensor, "rows columns"]:
+        return self.A @ self.B
+
+    def norm(self) -> float:
+        """Frobenius norm, from the two rank x rank Gram matrices (float64)."""
+        A, B = self.A.double(), self.B.double()
+        return float(((A.T @ A) * (B @ B.T)).sum().clamp_min(0).sqrt())
+
+    def eigenvalues(self) -> Tensor:
+        """The ``rank`` eigenvalues that can differ from zero: eig(AB) = eig(BA) (complex128)."""
+        return torch.linalg.eigvals(self.B.double() @ self.A.double())
+
+    def __repr__(self) -> str:
+        return f"LowRank({self.shape[0]} x {self.shape[1]}, rank <= {self.rank})"
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """One head of a bank: an attention head, or an MLP neuron seen as a head of dimension 1.
+
+    The weights have the norm in front folded in (its gain and, for LayerNorm, its centring), so
+    they act on the normalised residual stream. For a neuron the key is the constant 1 on every
+    real token and 0 on the bias token: ``W_K`` is zero and ``b_K`` is one.
+
+    Attributes:
+        W_Q, W_K, W_V: ``[d_model, d_head]``;  b_Q, b_K, b_V: ``[d_head]``.
+        W_O: ``[d_head, d_model]``.
+    """
+
+    label: str
+    kind: Kind
+    layer: int
+    index: int
+    W_Q: Float[Tensor, "d_model d_head"] = field(repr=False)
+    W_K: Float[Tensor, "d_model d_head"] = field(repr=False)
+    W_V: Float[Tensor, "d_model d_head"] = field(repr=False)
+    W_O: Float[Tensor, "d_head d_model"] = field(repr=False)
+    b_Q: Float[Tensor, " d_head"] = field(repr=False)
+    b_K: Float[Tensor, " d_head"] = field(repr=False)
+    b_V: Float[Tensor, " d_head"] = field(repr=False)
+    bank: HeadBank = field(repr=False)
+
+    @property
+    def OV(self) -> LowRank:
+        """``W_V @ W_O``: what moves from a source token to the residual stream it is read into."""
+        return LowRank(self.W_V, self.W_O)
+
+    @property
+    def QK(self) -> LowRank:
+        """``W_Q @ W_K.T`` (unscaled): which token attends to which, read on the residual stream."""
+        return LowRank(self.W_Q, self.W_K.T)
+
+    def pattern(
+        self, cache: Mapping[str, Tensor], batch: int = 0
+    ) -> Float[Tensor, "query key_plus_bias"]:
+        """The dense attention picture of this head on a cached run.
+
+        Args:
+            cache: what ``model.run_with_cache`` returned, with or without a batch dimension.
+            batch: which sequence of the batch.
+
+        Returns:
+            ``[query, key + 1]``: one column per real token, then the bias token's column. An
+            attention head puts nothing on the bias token; a neuron puts ``gate`` on itself and
+            ``1 - gate`` there (Huben & Morris 2023).
+        """
+        return self.bank.dense_pattern(self.bank.cached_pattern(cache, batch), self.index)
+
+
+class HeadBank(nn.Module, ABC):
+    """All heads of one sublayer that share a rule for their pattern.
+
+    Subclasses hold the weights. Whatever differs between attention and neurons is a method here;
+    nothing downstream asks what kind of bank it has.
+
+    Attributes every bank has (``head`` is the number of heads, ``d_head`` their inner dimension):
+        W_Q, W_K, W_V ``[head, d_model, d_head]``, W_O ``[head, d_head, d_model]``,
+        b_Q, b_K, b_V ``[head, d_head]`` and b_O ``[d_model]``, the bias of the whole sublayer.
+    """
+
+    kind: ClassVar[Kind]
+    letter: ClassVar[str]
+    part: ClassVar[str]  # name of the bank inside its block: blocks.{layer}.{part}
+
+    layer: int
+    n_heads: int
+    d_head: int
+    d_model: int
+
+    @property
+    def path(self) -> str:
+        """Where the bank stands in the model and in its caches: ``blocks.0.attn``."""
+        return f"blocks.{self.layer}.{self.part}"
+
+    def label(self, index: int) -> str:
+        return f"L{self.layer}{self.letter}{index}"
+
+    def labels(self) -> list[str]:
+        return [self.label(i) for i in range(self.n_heads)]
+
+    def head(self, index: int) -> Head:
+        """One head, its weights detached views of the bank's (no copy)."""
+        weights = self.weights(index)
+        return Head(
+            label=self.label(index),
+            kind=self.kind,
+            layer=self.layer,
+            index=index,
+            bank=self,
+            **{name: w.detach() for name, w in weights.items()},
+        )
+
+    @abstractmethod
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """``W_Q W_K W_V W_O b_Q b_K b_V`` of one head, as views."""
+
+    @abstractmethod
+    def cached_pattern(self, cache: Mapping[str, Tensor], batch: int) -> Tensor:
+        """The bank's compact pattern for one sequence, out of a cache."""
+
+    @abstractmethod
+    def dense_pattern(self, pattern: Tensor, index: int) -> Float[Tensor, "query key_plus_bias"]:
+        """One head's [query, key + bias column] picture from the compact pattern."""
+
+    @abstractmethod
+    def attention_on(
+        self, pattern: Tensor, pairs: Float[Tensor, "pos pos"]
+    ) -> Float[Tensor, " head"]:
+        """Sum over (query, key) of pattern times ``pairs``, for every head (batch is averaged)."""
+
+    @abstractmethod
+    def key_read(
+        self, index: int, x: Float[Tensor, "token d_model"]
+    ) -> Float[Tensor, "token d_head"]:
+        """The key side of a head's QK circuit for residual vectors ``x``, without key biases."""
+
+    @abstractmethod
+    def query_read(
+        self, index: int, x: Float[Tensor, "token d_model"]
+    ) -> Float[Tensor, "token d_head"]:
+        """The query side of a head's QK circuit for residual vectors ``x``."""
+
+    @abstractmethod
+    def freeze(self, pattern: Tensor, norm: FrozenNorm) -> FrozenBank:
+        """The bank as a linear map of residual streams, its pattern and the norm in front fixed."""
+
+
+class FrozenBank(ABC):
+    """A bank on one prompt with its pattern and norm frozen: linear in the residual stream.
+
+    ``bank(x) = apply(x) + constant + b_O``, where ``constant`` is what the heads' own biases write
+    (it passes through the heads) and ``b_O`` is added beside them.
+    """
+
+    bank: HeadBank
+    constant: Float[Tensor, "pos d_model"]
+
+    @abstractmethod
+    def apply(self, x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
+        """Sum of the heads' outputs for residual streams ``x``, without biases."""
+
+    @abstractmethod
+    def adjoint(
+        self, y: Float[Tensor, "*batch pos d_model"]
+    ) -> Float[Tensor, "*batch pos d_model"]:
+        """The transpose of ``apply``: carries a direction on the output back to the input."""
+
+    @abstractmethod
+    def head_outputs_along(
+        self, x: Float[Tensor, "pos d_model"], position: int, direction: Float[Tensor, " d_model"]
+    ) -> Float[Tensor, " head"]:
+        """How much each head writes along ``direction`` at ``position``, its own bias included."""
+
+
+_LABEL = re.compile(r"L(\d+)([A-Z])(\d+)")
+
+
+@dataclass(frozen=True, eq=False)
+class HeadIndex(Sequence[str]):
+    """The heads of a model in order: labels, a table, and lookup by label."""
+
+    banks: tuple[HeadBank, ...]
+
+    def __len__(self) -> int:
+        return sum(bank.n_heads for bank in self.banks)
+
+    def __iter__(self) -> Iterator[str]:
+        return (label for bank in self.banks for label in bank.labels())
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[index]
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row per head: ``head, layer, kind, index``."""
+        parts = [
+            pd.DataFrame(
+                {
+                    "head": bank.labels(),
+                    "layer": bank.layer,
+                    "kind": bank.kind,
+                    "index": range(bank.n_heads),
+                }
+            )
+            for bank in self.banks
+        ]
+        return pd.concat(parts, ignore_index=True)
+
+    def find(self, label: str) -> tuple[HeadBank, int]:
+        """The bank and index behind a label such as ``L0H3`` or ``L1N152``.
+
+        Raises:
+            MechInterpError: the label is malformed or names no head; the message says which exist.
+        """
+        match = _LABEL.fullmatch(label) if isinstance(label, str) else None
+        if match is None:
+            raise MechInterpError(
+                f"{label!r} is not a head label; write L<layer>H<head> for an attention head or "
+                f"L<layer>N<neuron> for an MLP-derived head, such as {self[0]!r}"
+            )
+        layer, letter, index = int(match[1]), match[2], int(match[3])
+        for bank in self.banks:
+            if bank.layer == layer and bank.letter == letter and index < bank.n_heads:
+                return bank, index
+        raise MechInterpError(f"no head {label}; this model has {self._ranges()}")
+
+    def _ranges(self) -> str:
+        return ", ".join(f"{b.label(0)}..{b.label(b.n_heads - 1)}" for b in self.banks)
+
+    def _repr_html_(self) -> str:
+        return self.frame.to_html(max_rows=12, index=False)
+
+    def __repr__(self) -> str:
+        return f"{len(self)} heads: {self._ranges()}"

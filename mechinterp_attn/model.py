@@ -1,0 +1,337 @@
+"""The attention-only model: an embedding, banks of heads in order, an unembedding.
+
+It is a TransformerLens model: hook names, ``run_with_cache`` (an ActivationCache), ``run_with_hooks``
+and the runtime protocols ``TransformerLensModel`` and ``TransformerLensModelWithWeights``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import ActivationCache, HookedRootModule, TransformerBridgeConfig
+from transformer_lens.hook_points import HookPoint
+
+from mechinterp_attn.banks.attention import AttentionBank
+from mechinterp_attn.banks.gates import GATES
+from mechinterp_attn.banks.neurons import NeuronBank
+from mechinterp_attn.banks.norm import Norm
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.heads import Head, HeadBank, HeadIndex
+from mechinterp_attn.spec import Spec
+from mechinterp_attn.tokens import TokenDoor
+
+ReturnType = Literal["logits", "loss", "both"] | None
+
+
+class Embed(nn.Module):
+    """Token embedding ``W_E [d_vocab, d_model]``."""
+
+    def __init__(self, W_E: Tensor):
+        super().__init__()
+        self.W_E = nn.Parameter(W_E)
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        return self.W_E[tokens]
+
+
+class PosEmbed(nn.Module):
+    """Learned positions ``W_pos [n_ctx, d_model]``, added to the embedding."""
+
+    def __init__(self, W_pos: Tensor):
+        super().__init__()
+        self.W_pos = nn.Parameter(W_pos)
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        return self.W_pos[: tokens.shape[1]].expand(tokens.shape[0], -1, -1)
+
+
+class Unembed(nn.Module):
+    """``W_U [d_model, d_vocab_out]`` and ``b_U``, the final norm folded in."""
+
+    def __init__(self, W_U: Tensor, b_U: Tensor):
+        super().__init__()
+        self.W_U = nn.Parameter(W_U)
+        self.b_U = nn.Parameter(b_U)
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        return x @ self.W_U + self.b_U
+
+
+class MLPNames(nn.Module):
+    """A neuron bank under TransformerLens's names: ``blocks.{l}.mlp.hook_pre``, ``W_in``, ..."""
+
+    def __init__(self, bank: NeuronBank):
+        super().__init__()
+        self.hook_pre = HookPoint()  # [batch, pos, neuron]
+        self.hook_post = HookPoint()  # [batch, pos, neuron]
+        self._bank = (bank,)  # in a tuple: the block registers the bank, once
+
+    W_in = property(lambda self: self._bank[0].W_in)
+    b_in = property(lambda self: self._bank[0].b_in)
+    W_out = property(lambda self: self._bank[0].W_out)
+    b_out = property(lambda self: self._bank[0].b_out)
+
+
+class Block(nn.Module):
+    """One block of the source model: a sublayer of attention heads, then one of neuron heads."""
+
+    def __init__(self, spec: Spec, layer: int, weights: Mapping[str, Mapping[str, Tensor]]):
+        super().__init__()
+        self.hook_resid_pre = HookPoint()
+        self.ln1 = Norm(spec.norm, spec.eps)
+        self.attn = AttentionBank(spec, layer, weights["attn"])
+        self.hook_attn_out = HookPoint()
+        if not spec.attn_only:
+            self.hook_resid_mid = HookPoint()
+            self.ln2 = Norm(spec.norm, spec.eps)
+            self.neurons = NeuronBank(spec, layer, GATES[cast(str, spec.act_fn)], weights["neurons"])
+            self.mlp = MLPNames(self.neurons)
+            self.hook_mlp_out = HookPoint()
+        self.attn_only = spec.attn_only
+        self.hook_resid_post = HookPoint()
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        x = self.hook_resid_pre(x)
+        x = x + self.hook_attn_out(self.attn(self.ln1(x)))
+        if not self.attn_only:
+            x = self.hook_resid_mid(x)
+            neurons = self.neurons(self.ln2(x), self.mlp.hook_pre, self.mlp.hook_post)
+            x = x + self.hook_mlp_out(neurons)
+        return self.hook_resid_post(x)
+
+    def sublayers(self) -> Iterator[tuple[HeadBank, str]]:
+        """The banks in order, each with the name of the norm in front of it."""
+        yield self.attn, "ln1"
+        if not self.attn_only:
+            yield self.neurons, "ln2"
+
+
+class AttentionOnlyModel(TokenDoor, HookedRootModule):
+    """A transformer in which every MLP neuron is an attention head.
+
+    Made by ``mia.load`` or ``mia.convert``. Tokens ``[batch, pos]`` (or text, where there is a
+    tokenizer) go in, logits ``[batch, pos, d_vocab_out]`` come out, equal to the source model's.
+
+    Attributes:
+        banks: the banks of heads, in the order in which they write to the residual stream.
+        heads: labels and a table of all heads.
+        spec: shapes and rules, as plain data.
+        provenance: where the model came from: source, mode, versions, fidelity of the conversion.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        weights: Mapping[str, Tensor],
+        *,
+        tokenizer: Any = None,
+        provenance: Mapping[str, Any] | None = None,
+    ):
+        """Takes the tensors over as they are (no copy); names as ``state_dict()`` gives them."""
+        super().__init__()
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.provenance = dict(provenance or {})
+        self.embed = Embed(weights["embed.W_E"])
+        self.hook_embed = HookPoint()  # [batch, pos, d_model]
+        if spec.positions == "standard":
+            self.pos_embed = PosEmbed(weights["pos_embed.W_pos"])
+            self.hook_pos_embed = HookPoint()  # [batch, pos, d_model]
+        self.blocks = nn.ModuleList(
+            Block(spec, layer, _nested(weights, f"blocks.{layer}.")) for layer in range(spec.n_layers)
+        )
+        self.ln_final = Norm(spec.final_norm, spec.eps)
+        self.unembed = Unembed(weights["unembed.W_U"], weights["unembed.b_U"])
+        self._cfg = _transformer_lens_config(spec, self.provenance, tokenizer)
+        self.eval()
+        self.setup()
+
+    def forward(
+        self,
+        input: str | list[str] | Tensor,
+        return_type: ReturnType = "logits",
+        *,
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+    ) -> Any:
+        """Logits, the mean next-token loss (nats), both, or nothing (to fill a cache).
+
+        Args:
+            input: tokens ``[pos]`` or ``[batch, pos]``, or text.
+            loss_per_token: give the losses ``[batch, pos - 1]`` instead of their mean.
+            prepend_bos: for text only; by default a BOS is put in front where the tokenizer has one.
+
+        Raises:
+            MechInterpError: tokens that are empty, too long, out of range or not integers.
+        """
+        if return_type not in ("logits", "loss", "both", None):
+            raise MechInterpError(
+                f"return_type={return_type!r}; expected 'logits', 'loss', 'both' or None"
+            )
+        tokens = self.as_tokens(input, prepend_bos=prepend_bos)
+        x = self.hook_embed(self.embed(tokens))
+        if self.spec.positions == "standard":
+            x = x + self.hook_pos_embed(self.pos_embed(tokens))
+        for block in self.blocks:
+            x = block(x)
+        x = self.ln_final(x)
+        if return_type is None:
+            return None
+        logits = self.unembed(x)
+        if return_type == "logits":
+            return logits
+        loss = self.loss_fn(logits, tokens, per_token=loss_per_token)
+        return loss if return_type == "loss" else (logits, loss)
+
+    def loss_fn(
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        tokens: Int[Tensor, "batch pos"],
+        per_token: bool = False,
+    ) -> Tensor:
+        """Cross-entropy (nats) of every next token: its mean, or ``[batch, pos - 1]``."""
+        if tokens.shape[1] < 2:
+            raise MechInterpError("a loss needs at least 2 tokens, got 1: there is no next token")
+        loss = F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+        return loss if per_token else loss.mean()
+
+    def run_with_cache(  # type: ignore[override]
+        self, *args: Any, return_cache_object: bool = True, remove_batch_dim: bool = False, **kwargs: Any
+    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
+        """The output and a TransformerLens ActivationCache (or the plain dict).
+
+        Arguments are those of ``HookedRootModule.run_with_cache`` (names_filter, device, ...).
+        """
+        out, cache = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **kwargs)
+        if not return_cache_object:
+            return out, cache
+        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+
+    @property
+    def cfg(self) -> TransformerBridgeConfig:
+        """The config as TransformerLens's tools read it, with the present dtype and device."""
+        self._cfg.dtype = self.W_E.dtype
+        self._cfg.device = str(self.W_E.device)
+        return self._cfg
+
+    @property
+    def banks(self) -> tuple[HeadBank, ...]:
+        return tuple(bank for block in self.blocks for bank, _ in cast(Block, block).sublayers())
+
+    def norm_of(self, bank: HeadBank) -> tuple[Norm, str]:
+        """The norm in front of a bank, and its path in caches."""
+        block = cast(Block, self.blocks[bank.layer])
+        name = next(name for own, name in block.sublayers() if own is bank)
+        return getattr(block, name), f"blocks.{bank.layer}.{name}"
+
+    @property
+    def heads(self) -> HeadIndex:
+        return HeadIndex(self.banks)
+
+    @property
+    def n_heads(self) -> int:
+        """Heads of every kind, MLP-derived ones included."""
+        return len(self.heads)
+
+    def __getitem__(self, label: str) -> Head:
+        bank, index = self.heads.find(label)
+        return bank.head(index)
+
+    @property
+    def mode(self) -> str:
+        """How MLP neurons were made heads: the ``mlp`` argument of the conversion."""
+        return str(self.provenance.get("mlp", "exact"))
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        return self.embed.W_E
+
+    @property
+    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
+        if self.spec.positions != "standard":
+            raise AttributeError(f"W_pos: this model has {self.spec.positions or 'no'} positions")
+        return self.pos_embed.W_pos
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.unembed.W_U
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        return self.unembed.b_U
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """Sum of the sublayers' own biases before a layer, as ActivationCache asks for it."""
+        total = torch.zeros_like(self.W_U[:, 0])
+        for bank in self.banks:
+            before = bank.layer < layer or (bank.layer == layer and mlp_input and bank.part == "attn")
+            if before and (include_mlp_biases or bank.part == "attn"):
+                total = total + bank.b_O
+        return total
+
+    def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
+        """Columns of W_U for tokens: a string, an id, or a tensor of ids ``[...]``."""
+        ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
+        return self.W_U.T[ids]
+
+    def save(self, folder: Any) -> None:
+        """Write the model to a folder (safetensors + JSON); ``mia.load(folder)`` reads it back."""
+        from mechinterp_attn.sources.saved import save
+
+        save(self, folder)
+
+    def __repr__(self) -> str:
+        s = self.spec
+        n_attention = sum(b.n_heads for b in self.banks if b.kind == "attention")
+        return (
+            f"AttentionOnlyModel({self.provenance.get('name', 'unnamed')}: {self.n_heads} heads = "
+            f"{n_attention} attention + {self.n_heads - n_attention} MLP-derived, {s.n_layers} layers, "
+            f"d_model {s.d_model}, vocabulary {s.d_vocab}, context {s.n_ctx}, mode {self.mode})"
+        )
+
+
+def _nested(weights: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
+    """``{"attn": {"W_Q": ...}, "neurons": {...}}`` of one block."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in weights.items():
+        if key.startswith(prefix):
+            part, name = key.removeprefix(prefix).split(".")
+            parts.setdefault(part, {})[name] = tensor
+    return parts
+
+
+def _transformer_lens_config(
+    spec: Spec, provenance: Mapping[str, Any], tokenizer: Any
+) -> TransformerBridgeConfig:
+    """The folded norms are TransformerLens's LNPre and RMSPre."""
+    cfg = TransformerBridgeConfig(
+        d_model=spec.d_model,
+        d_head=spec.d_head,
+        n_heads=spec.n_heads,
+        n_layers=spec.n_layers,
+        n_ctx=spec.n_ctx,
+        d_vocab=spec.d_vocab,
+        d_vocab_out=spec.d_vocab_out,
+        d_mlp=spec.d_mlp or None,
+        act_fn=spec.act_fn or "relu",
+        attn_only=spec.attn_only,
+        eps=spec.eps,
+        normalization_type=None if spec.norm is None else f"{spec.norm}Pre",
+        final_rms=spec.final_norm == "RMS",
+        positional_embedding_type=spec.positions or "none",
+        attention_dir="causal" if spec.causal else "bidirectional",
+        n_key_value_heads=spec.n_kv_heads if spec.n_kv_heads != spec.n_heads else None,
+        architecture="AttentionOnlyModel",
+        model_name=str(provenance.get("name", "unnamed")),
+        tokenizer_prepends_bos=False,
+        init_weights=False,
+    )
+    cfg.default_prepend_bos = getattr(tokenizer, "bos_token_id", None) is not None
+    return cfg

@@ -1,0 +1,86 @@
+"""Reading folders that come from outside: JSON and safetensors, nothing that can run code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mechinterp_attn.errors import CheckpointError
+from mechinterp_attn.sources.checkpoint import Checkpoint
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a folder.
+
+    Raises:
+        CheckpointError: there is none, or it is not a JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(str(folder), ["it has no config.json"])
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(folder), [f"config.json cannot be read ({error})"]) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(str(folder), ["config.json is not a JSON object"])
+    return config
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """``model.safetensors`` of a folder; never a pickle.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise CheckpointError(str(folder), ["it has no model.safetensors (pickles are not read)"])
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            str(folder), [f"model.safetensors is damaged or not safetensors ({error})"]
+        ) from error
+
+
+def read_tokenizer(file: Path, bos_token: str | None = None) -> Any:
+    """A Hugging Face tokenizer from a ``tokenizer.json``, or None where there is no such file.
+
+    Args:
+        bos_token: the text of the BOS token, where the folder's config names one.
+    """
+    if not file.is_file():
+        return None
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(file), bos_token=bos_token, eos_token=bos_token, pad_token=bos_token
+    )
+
+
+def read_checkpoint(folder: Path, dtype: torch.dtype | None = None) -> Checkpoint:
+    """A TL-convention checkpoint folder: config.json, model.safetensors, maybe tokenizer.json.
+
+    Args:
+        dtype: of the weights; by default as stored, half precisions widened to float32.
+    """
+    config = read_config(folder)
+    tensors = read_tensors(folder)
+    return Checkpoint(
+        cfg=config,
+        state_dict={name: t.to(dtype or wide_dtype(t.dtype)) for name, t in tensors.items()},
+        tokenizer=read_tokenizer(folder / "tokenizer.json", config.get("bos_token")),
+        name=folder.name,
+    )
+
+
+def wide_dtype(stored: torch.dtype) -> torch.dtype:
+    """float32 for weights that were only stored in half precision."""
+    return torch.float32 if stored in (torch.float16, torch.bfloat16) else stored

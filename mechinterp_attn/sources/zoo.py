@@ -1,0 +1,81 @@
+"""The bundled models: small transformers trained for this package, found offline by name."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.sources.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+def models() -> pd.DataFrame:
+    """One row per bundled model: its shape, training, loss (nats) and induction score.
+
+    ``mia.load(name)`` gives a model in attention-only form; ``mia.source_model(name)`` gives the
+    source itself, a native TransformerBridge with its MLPs. The full card, with data and licence,
+    is ``mia.card(name)``.
+    """
+    columns = ("description", "n_parameters", "tokens", "loss", "induction_score", "licence")
+    rows = [{"name": name} | {c: card(name).get(c) for c in columns} for name in bundled_names()]
+    return pd.DataFrame(rows)
+
+
+def card(name: str) -> dict[str, object]:
+    """The card of a bundled model: data, licence, recipe, loss, induction score.
+
+    Raises:
+        MechInterpError: no bundled model has this name; the message lists them.
+    """
+    return dict(json.loads((_known_folder(name) / "card.json").read_text(encoding="utf-8")))
+
+
+def source_model(name: str, *, dtype: torch.dtype | None = None) -> TransformerBridge:
+    """A bundled model as it was trained: a native TransformerBridge, MLPs and all.
+
+    Raises:
+        MechInterpError: no bundled model has this name; the message lists them.
+    """
+    from mechinterp_attn.sources.bridge import to_bridge
+
+    return to_bridge(read_bundled(name, dtype))
+
+
+def read_bundled(name: str, dtype: torch.dtype | None = None) -> Checkpoint:
+    """A bundled model as a Checkpoint, with the tokenizer that the bundled models share."""
+    from mechinterp_attn.sources.folder import read_checkpoint, read_tokenizer
+
+    folder = _known_folder(name)
+    checkpoint = read_checkpoint(folder, dtype)
+    tokenizer = read_tokenizer(folder.parent / "tokenizer.json", bos_token="<|endoftext|>")
+    return Checkpoint(checkpoint.cfg, checkpoint.state_dict, tokenizer, name)
+
+
+def bundled_names() -> list[str]:
+    """Names of the bundled models."""
+    return sorted(path.parent.name for path in _home().glob("*/card.json"))
+
+
+def bundled_folder(name: str) -> Path | None:
+    """Where a bundled model lies, or None where no bundled model has this name."""
+    return _home() / name if name in bundled_names() else None
+
+
+def _known_folder(name: str) -> Path:
+    folder = bundled_folder(name)
+    if folder is None:
+        raise MechInterpError(f"no bundled model {name!r}; there are {', '.join(bundled_names())}")
+    return folder
+
+
+def _home() -> Path:
+    with as_file(files("mechinterp_attn") / "sources" / "weights") as home:
+        return home
