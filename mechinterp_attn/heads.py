@@ -105,9 +105,7 @@ class Head:
         """``W_Q @ W_K.T`` (unscaled): which token attends to which, read on the residual stream."""
         return LowRank(self.W_Q, self.W_K.T)
 
-    def pattern(
-        self, cache: Mapping[str, Tensor], batch: int = 0
-    ) -> Float[Tensor, "query key_plus_bias"]:
+    def pattern(self, cache: Mapping[str, Tensor], batch: int = 0) -> Float[Tensor, "query key_plus_bias"]:
         """The dense attention picture of this head on a cached run.
 
         Args:
@@ -128,19 +126,21 @@ class HeadBank(nn.Module, ABC):
     Subclasses hold the weights. Whatever differs between attention and neurons is a method here;
     nothing downstream asks what kind of bank it has.
 
-    Attributes every bank has (``head`` is the number of heads, ``d_head`` their inner dimension):
-        W_Q, W_K, W_V ``[head, d_model, d_head]``, W_O ``[head, d_head, d_model]``,
-        b_Q, b_K, b_V ``[head, d_head]`` and b_O ``[d_model]``, the bias of the whole sublayer.
+    Attributes:
+        kind: "attention" or "mlp";  letter: "H" or "N", as in labels.
+        part: the bank's name inside its block, ``blocks.{layer}.{part}``.
+        b_O: the bias of the whole sublayer, added beside the heads, ``[d_model]``.
     """
 
     kind: ClassVar[Kind]
     letter: ClassVar[str]
-    part: ClassVar[str]  # name of the bank inside its block: blocks.{layer}.{part}
+    part: ClassVar[str]
 
     layer: int
     n_heads: int
     d_head: int
     d_model: int
+    b_O: Any
 
     @property
     def path(self) -> str:
@@ -178,21 +178,15 @@ class HeadBank(nn.Module, ABC):
         """One head's [query, key + bias column] picture from the compact pattern."""
 
     @abstractmethod
-    def attention_on(
-        self, pattern: Tensor, pairs: Float[Tensor, "pos pos"]
-    ) -> Float[Tensor, " head"]:
+    def attention_on(self, pattern: Tensor, pairs: Float[Tensor, "pos pos"]) -> Float[Tensor, " head"]:
         """Sum over (query, key) of pattern times ``pairs``, for every head (batch is averaged)."""
 
     @abstractmethod
-    def key_read(
-        self, index: int, x: Float[Tensor, "token d_model"]
-    ) -> Float[Tensor, "token d_head"]:
+    def key_read(self, index: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
         """The key side of a head's QK circuit for residual vectors ``x``, without key biases."""
 
     @abstractmethod
-    def query_read(
-        self, index: int, x: Float[Tensor, "token d_model"]
-    ) -> Float[Tensor, "token d_head"]:
+    def query_read(self, index: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
         """The query side of a head's QK circuit for residual vectors ``x``."""
 
     @abstractmethod
@@ -215,9 +209,7 @@ class FrozenBank(ABC):
         """Sum of the heads' outputs for residual streams ``x``, without biases."""
 
     @abstractmethod
-    def adjoint(
-        self, y: Float[Tensor, "*batch pos d_model"]
-    ) -> Float[Tensor, "*batch pos d_model"]:
+    def adjoint(self, y: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
         """The transpose of ``apply``: carries a direction on the output back to the input."""
 
     @abstractmethod
@@ -243,7 +235,7 @@ class HeadIndex(Sequence[str]):
         return (label for bank in self.banks for label in bank.labels())
 
     def __getitem__(self, index: Any) -> Any:
-        return list(self)[index]
+        return list(iter(self))[index]
 
     @property
     def frame(self) -> pd.DataFrame:

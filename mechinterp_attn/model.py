@@ -170,9 +170,7 @@ class AttentionOnlyModel(TokenDoor, HookedRootModule):
             MechInterpError: tokens that are empty, too long, out of range or not integers.
         """
         if return_type not in ("logits", "loss", "both", None):
-            raise MechInterpError(
-                f"return_type={return_type!r}; expected 'logits', 'loss', 'both' or None"
-            )
+            raise MechInterpError(f"return_type={return_type!r}; expected 'logits', 'loss', 'both' or None")
         tokens = self.as_tokens(input, prepend_bos=prepend_bos)
         x = self.hook_embed(self.embed(tokens))
         if self.spec.positions == "standard":
@@ -200,8 +198,12 @@ class AttentionOnlyModel(TokenDoor, HookedRootModule):
         loss = F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
         return loss if per_token else loss.mean()
 
-    def run_with_cache(  # type: ignore[override]
-        self, *args: Any, return_cache_object: bool = True, remove_batch_dim: bool = False, **kwargs: Any
+    def run_with_cache(
+        self,
+        *args: Any,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        **kwargs: Any,
     ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
         """The output and a TransformerLens ActivationCache (or the plain dict).
 

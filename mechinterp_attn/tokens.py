@@ -101,8 +101,8 @@ class TokenDoor:
             )
         if tokens.shape[1] > self.spec.n_ctx:
             raise MechInterpError(
-                f"{tokens.shape[1]} tokens are more than this model's context of {self.spec.n_ctx}; "
-                f"shorten the prompt by {tokens.shape[1] - self.spec.n_ctx}"
+                f"{tokens.shape[1]} tokens are more than this model's context of "
+                f"{self.spec.n_ctx}; shorten the prompt by {tokens.shape[1] - self.spec.n_ctx}"
             )
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.spec.d_vocab:
@@ -114,7 +114,7 @@ class TokenDoor:
     def _needed_tokenizer(self, what: str) -> Any:
         if self.tokenizer is None:
             raise MechInterpError(
-                f"{what} needs a tokenizer and this model has none; pass token ids [batch, pos], or "
-                "set model.tokenizer to a Hugging Face tokenizer"
+                f"{what} needs a tokenizer and this model has none; pass token ids [batch, pos], "
+                "or set model.tokenizer to a Hugging Face tokenizer"
             )
         return self.tokenizer

@@ -31,6 +31,15 @@ class AttentionBank(HeadBank):
     letter: ClassVar[str] = "H"
     part: ClassVar[str] = "attn"
 
+    W_Q: Tensor
+    W_K: Tensor
+    W_V: Tensor
+    W_O: Tensor
+    b_Q: Tensor
+    b_K: Tensor
+    b_V: Tensor
+    b_O: Tensor
+
     def __init__(self, spec: Spec, layer: int, weights: Mapping[str, Tensor]):
         super().__init__()
         self.layer = layer
@@ -97,9 +106,7 @@ class AttentionBank(HeadBank):
             "b_V": self.b_V[kv],
         }
 
-    def cached_pattern(
-        self, cache: Mapping[str, Tensor], batch: int
-    ) -> Float[Tensor, "head query key"]:
+    def cached_pattern(self, cache: Mapping[str, Tensor], batch: int) -> Float[Tensor, "head query key"]:
         pattern = cache[f"{self.path}.hook_pattern"]
         return pattern[batch] if pattern.ndim == 4 else pattern
 
@@ -124,9 +131,9 @@ class AttentionBank(HeadBank):
 class FrozenAttention(FrozenBank):
     """``x -> sum_h pattern_h @ norm(x) @ W_V_h @ W_O_h`` with the pattern of one run."""
 
-    def __init__(
-        self, bank: AttentionBank, pattern: Float[Tensor, "head query key"], norm: FrozenNorm
-    ):
+    bank: AttentionBank
+
+    def __init__(self, bank: AttentionBank, pattern: Float[Tensor, "head query key"], norm: FrozenNorm):
         self.bank = bank
         self.pattern = pattern
         self._norm = norm

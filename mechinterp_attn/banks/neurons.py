@@ -35,6 +35,11 @@ class NeuronBank(HeadBank):
     letter: ClassVar[str] = "N"
     part: ClassVar[str] = "neurons"
 
+    W_in: Tensor
+    b_in: Tensor
+    W_out: Tensor
+    b_out: Tensor
+
     def __init__(self, spec: Spec, layer: int, gate: Gate, weights: Mapping[str, Tensor]):
         super().__init__()
         self.layer = layer
@@ -61,10 +66,6 @@ class NeuronBank(HeadBank):
             z = self.gate.act(pre)
         z = hook_post(self.hook_z(z))
         return torch.addmm(self.b_out, z.flatten(0, 1), self.W_out).unflatten(0, x.shape[:2])
-
-    @property
-    def W_O(self) -> Float[Tensor, "neuron 1 d_model"]:
-        return self.W_out[:, None, :]
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:
@@ -108,6 +109,8 @@ class NeuronBank(HeadBank):
 
 class FrozenNeurons(FrozenBank):
     """``x -> (pattern * (norm(x) @ W_in)) @ W_out`` with the pattern of one run."""
+
+    bank: NeuronBank
 
     def __init__(self, bank: NeuronBank, pattern: Float[Tensor, "pos neuron"], norm: FrozenNorm):
         self.bank = bank

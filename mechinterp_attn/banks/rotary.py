@@ -28,9 +28,7 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def forward(
-        self, x: Float[Tensor, "batch pos head d_head"]
-    ) -> Float[Tensor, "batch pos head d_head"]:
+    def forward(self, x: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos head d_head"]:
         turned, rest = x[..., : self.dim], x[..., self.dim :]
         cos = self.cos[: x.shape[1], None].to(x.dtype)
         sin = self.sin[: x.shape[1], None].to(x.dtype)

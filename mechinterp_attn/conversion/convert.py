@@ -103,9 +103,7 @@ def _build(checkpoint: Checkpoint, mlp: Mode, *, own: bool) -> AttentionOnlyMode
             package: version(package) for package in ("mechinterp_attn", "transformer_lens", "torch")
         },
     }
-    return AttentionOnlyModel(
-        spec, weights, tokenizer=checkpoint.tokenizer, provenance=provenance
-    )
+    return AttentionOnlyModel(spec, weights, tokenizer=checkpoint.tokenizer, provenance=provenance)
 
 
 def _read(source: Any) -> Checkpoint:

@@ -75,21 +75,22 @@ class Fidelity:
 
     def summary(self) -> dict[str, Any]:
         """The numbers of the card, as JSON can hold them."""
-        names = ("max_logit_error", "mean_logit_error", "logit_scale", "kl", "loss_source")
-        names += ("loss_model", "top1_agreement", "tolerance", "dtype", "n_tokens", "ok")
-        return {name: getattr(self, name) for name in names}
+        left_out = ("per_layer", "worst_position")
+        numbers = {name: value for name, value in vars(self).items() if name not in left_out}
+        return numbers | {"ok": self.ok}
 
     def _repr_html_(self) -> str:
         verdict = "equal within tolerance" if self.ok else "<b>NOT equal</b>"
         rows = pd.DataFrame(self.summary().items(), columns=["", "value"])
-        return f"<p>Fidelity: {verdict}</p>{rows.to_html(index=False)}{self.per_layer.to_html(index=False)}"
+        layers = self.per_layer.to_html(index=False)
+        return f"<p>Fidelity: {verdict}</p>{rows.to_html(index=False)}{layers}"
 
     def __str__(self) -> str:
         verdict = "equal" if self.ok else "NOT EQUAL"
         return (
-            f"{verdict}: max logit error {self.max_logit_error:.2e} = {self.relative_error:.1e} of the "
-            f"logit scale (tolerance {self.tolerance:.0e}, {self.dtype}), KL {self.kl:.1e}, loss "
-            f"{self.loss_source:.4f} -> {self.loss_model:.4f}, same top token at "
+            f"{verdict}: max logit error {self.max_logit_error:.2e} = {self.relative_error:.1e} of "
+            f"the logit scale (tolerance {self.tolerance:.0e}, {self.dtype}), KL {self.kl:.1e}, "
+            f"loss {self.loss_source:.4f} -> {self.loss_model:.4f}, same top token at "
             f"{self.top1_agreement:.1%} of {self.n_tokens} positions"
         )
 
@@ -112,12 +113,12 @@ def verify(
         MechInterpError: the tokens are not usable, or the source gives logits of another shape.
     """
     ids = model.as_tokens(tokens)
-    run = run_checkpoint if isinstance(source, Checkpoint) else run_bridge
-    expected, streams = run(source, ids)  # type: ignore[arg-type]
-    own: dict[str, Tensor] = {}
-    logits, own = model.run_with_cache(  # type: ignore[assignment]
-        ids, names_filter=lambda name: name in streams, return_cache_object=False
-    )
+    if isinstance(source, Checkpoint):
+        expected, streams = run_checkpoint(source, ids)
+    else:
+        expected, streams = run_bridge(source, ids)
+    logits, cache = model.run_with_cache(ids, names_filter=lambda name: name in streams)
+    own = {name: cache[name] for name in streams}
     if logits.shape != expected.shape:
         raise MechInterpError(
             f"the source's logits have shape {tuple(expected.shape)}, the model's "
@@ -126,9 +127,7 @@ def verify(
     return _compare(model, logits, expected, own, streams, ids)
 
 
-def check_conversion(
-    model: AttentionOnlyModel, source: TransformerBridge | Checkpoint
-) -> Fidelity:
+def check_conversion(model: AttentionOnlyModel, source: TransformerBridge | Checkpoint) -> Fidelity:
     """The check inside ``convert``: random tokens, and an error where source and model part.
 
     Raises:
@@ -142,8 +141,8 @@ def check_conversion(
         raise ConversionError(
             f"the converted {model.cfg.model_name} does not compute what its source computes "
             f"({fidelity}); the residual streams first part after "
-            f"{fidelity.first_difference or 'the last sublayer, in the final norm or unembedding'}. "
-            "If the source was edited by hooks, remove them; otherwise please report the model's config"
+            f"{fidelity.first_difference or 'the last sublayer, in the final norm or unembedding'}."
+            " If the source was edited by hooks, remove them; otherwise please report its config"
         )
     return fidelity
 
@@ -182,10 +181,12 @@ def _residual_errors(own: dict[str, Tensor], streams: dict[str, Tensor]) -> pd.D
     for name, stream in streams.items():
         error = float((own[name].double() - stream.double()).abs().max())
         scale = float(stream.double().abs().max())
-        sublayer = name.replace("hook_resid_mid", "attn")
-        sublayer = sublayer.replace("hook_resid_post", "neurons" if f"{name[:-4]}mid" in own else "attn")
-        rows.append({"sublayer": sublayer, "max_error": error, "scale": scale, "relative": error / scale})
-    return pd.DataFrame(rows)
+        block, _, hook = name.rpartition(".")
+        has_neurons = f"{block}.hook_resid_mid" in streams
+        part = "neurons" if hook == "hook_resid_post" and has_neurons else "attn"
+        relative = error / scale if scale else error
+        rows.append((f"{block}.{part}", error, scale, relative))
+    return pd.DataFrame(rows, columns=["sublayer", "max_error", "scale", "relative"])
 
 
 def _loss(logits: Tensor, tokens: Tensor) -> float:

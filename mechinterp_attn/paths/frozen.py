@@ -45,9 +45,7 @@ class Frozen:
     logits: Float[Tensor, "pos d_vocab"]
     receipt: Receipt
 
-    def read_out(
-        self, x: Float[Tensor, "*batch pos d_model"]
-    ) -> Float[Tensor, "*batch pos d_vocab"]:
+    def read_out(self, x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_vocab"]:
         """What a part of the residual stream adds to the logits (without b_U)."""
         return self.final_norm.apply(x) @ self.model.W_U.detach()
 

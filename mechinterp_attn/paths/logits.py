@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.paths.frozen import Frozen, sum_tolerance
@@ -74,7 +72,9 @@ def logit_attribution(
     offset = b_U[goal] if other is None else b_U[goal] - b_U[other]
     total = float(logits[goal] if other is None else logits[goal] - logits[other])
     direction = frozen.final_norm.at(pos).apply(unembed)  # the frozen norm is its own transpose
-    rows = [("embed", None, "embed", None, float(frozen.start[pos] @ direction))]
+    rows: list[tuple[str, int | None, str, None, float]] = [
+        ("embed", None, "embed", None, float(frozen.start[pos] @ direction))
+    ]
     parts = []
     for bank, x in zip(frozen.banks, frozen.residuals, strict=False):
         values = bank.head_outputs_along(x, pos, direction)

@@ -8,6 +8,7 @@ through that head, so it counts one order.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -83,7 +84,7 @@ def orders(frozen: Frozen, *, max_order: int | None = None) -> Orders:
         {
             "order": names,
             "loss": losses,
-            "change": [float("nan")] + [b - a for a, b in zip(losses, losses[1:], strict=False)],
+            "change": [float("nan")] + [b - a for a, b in itertools.pairwise(losses)],
             "logit_norm": logits.pow(2).mean((1, 2)).sqrt().tolist(),
         }
     )

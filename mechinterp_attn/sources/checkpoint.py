@@ -83,7 +83,9 @@ class Checkpoint:
             d_mlp=0 if cfg.get("attn_only") else cfg["d_mlp"],
             n_ctx=cfg["n_ctx"],
             d_vocab=cfg["d_vocab"],
-            d_vocab_out=cfg["d_vocab_out"] if (cfg.get("d_vocab_out") or -1) > 0 else cfg["d_vocab"],
+            d_vocab_out=cfg["d_vocab_out"]
+            if (cfg.get("d_vocab_out") or -1) > 0
+            else cfg["d_vocab"],
             act_fn=None if cfg.get("attn_only") else cfg["act_fn"],
             norm=norm,
             final_norm=("RMS" if cfg.get("final_rms") else norm) if has_final_norm else None,
@@ -116,9 +118,7 @@ class Checkpoint:
     def _refuse_unsupported(self) -> None:
         cfg, reasons = self.cfg, []
         if not cfg.get("attn_only") and cfg["act_fn"] not in _ACTIVATIONS:
-            reasons.append(
-                f"activation {cfg['act_fn']!r} (supported: {', '.join(_ACTIVATIONS)})"
-            )
+            reasons.append(f"activation {cfg['act_fn']!r} (supported: {', '.join(_ACTIVATIONS)})")
         if cfg.get("normalization_type") not in _NORMS:
             reasons.append(
                 f"normalization {cfg['normalization_type']!r} (supported: LN, RMS, none)"
@@ -156,11 +156,14 @@ class Checkpoint:
             raise CheckpointError(self.name, problems)
 
 
-def expected_shapes(spec: Spec) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+Shapes = dict[str, tuple[int, ...]]
+
+
+def expected_shapes(spec: Spec) -> tuple[Shapes, Shapes]:
     """Names and shapes of the tensors a checkpoint must have, and of those it may have."""
     H, K, d, k, m = spec.n_heads, spec.n_kv_heads, spec.d_model, spec.d_head, spec.d_mlp
-    required = {"embed.W_E": (spec.d_vocab, d), "unembed.W_U": (d, spec.d_vocab_out)}
-    optional = {"unembed.b_U": (spec.d_vocab_out,)}
+    required: Shapes = {"embed.W_E": (spec.d_vocab, d), "unembed.W_U": (d, spec.d_vocab_out)}
+    optional: Shapes = {"unembed.b_U": (spec.d_vocab_out,)}
     if spec.positions == "standard":
         required["pos_embed.W_pos"] = (spec.n_ctx, d)
     norms = ["ln_final"] if spec.final_norm else []

@@ -38,7 +38,9 @@ def run_checkpoint(
     streams = {}
     for layer in range(spec.n_layers):
         at = f"blocks.{layer}"
-        x = x + _attention(checkpoint, spec, at, _norm(checkpoint, f"{at}.ln1", x, spec.norm, spec.eps))
+        x = x + _attention(
+            checkpoint, spec, at, _norm(checkpoint, f"{at}.ln1", x, spec.norm, spec.eps)
+        )
         if not spec.attn_only:
             streams[f"{at}.hook_resid_mid"] = x
             y = _norm(checkpoint, f"{at}.ln2", x, spec.norm, spec.eps)
@@ -55,7 +57,9 @@ def _norm(checkpoint: Checkpoint, name: str, x: Tensor, kind: NormKind, eps: flo
     if kind == "LN":
         x = x - x.mean(-1, keepdim=True)
     x = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
-    return x * checkpoint.state_dict.get(f"{name}.w", 1.0) + checkpoint.state_dict.get(f"{name}.b", 0.0)
+    return x * checkpoint.state_dict.get(f"{name}.w", 1.0) + checkpoint.state_dict.get(
+        f"{name}.b", 0.0
+    )
 
 
 def _attention(checkpoint: Checkpoint, spec: Spec, at: str, x: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(temporary)
         temporary.chmod(0o644)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise MechInterpError(f"cannot write {path}: {error.strerror}") from error
     finally:

@@ -1,0 +1,101 @@
+"""Random tokens repeated, and which (query, key) pairs each kind of head attends to on them.
+
+Random tokens carry no statistics of text, so a head that attends to the token after an earlier
+occurrence of its own can only have found it by matching (Olsson et al. 2022, "prefix matching").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.model import AttentionOnlyModel
+
+PERIOD, REPEATS = 25, 4  # Olsson et al. 2022: 25 random tokens, 4 times
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Random tokens repeated: ``[BOS] t1 .. tp t1 .. tp ...``, the t all different.
+
+    Attributes:
+        tokens: ``[draw, pos]``.
+        period: how many tokens until they repeat;  repeats: how often they stand there.
+        bos: whether a BOS stands in front.
+        seed: of the draws.
+    """
+
+    tokens: Int[Tensor, "draw pos"]
+    period: int
+    repeats: int
+    bos: bool
+    seed: int
+
+
+def random_repeats(model: AttentionOnlyModel, *, draws: int, seed: int) -> Probe:
+    """Draw repeated random tokens from the model's own vocabulary.
+
+    25 tokens 4 times after a BOS, as in Olsson et al. 2022; fewer where the context or the
+    vocabulary is small, at least 2 tokens twice.
+
+    Raises:
+        MechInterpError: the context or vocabulary is too small; says the least that would do.
+    """
+    bos = model.bos_token_id
+    start = 0 if bos is None else 1
+    room, choices = model.spec.n_ctx - start, model.spec.d_vocab - start
+    period = min(PERIOD, room // 2, choices)
+    if period < 2:
+        raise MechInterpError(
+            f"induction needs 2 different tokens said twice: a context of at least {4 + start} and "
+            f"{2 + start} tokens in the vocabulary; this model has {model.spec.n_ctx} and "
+            f"{model.spec.d_vocab}"
+        )
+    repeats = min(REPEATS, room // period)
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(draws):
+        chosen = torch.randperm(choices, generator=generator)[:period]
+        if bos is not None:
+            chosen = chosen + (chosen >= bos).long()  # every token but BOS
+        row = chosen.repeat(repeats)
+        rows.append(row if bos is None else torch.cat([torch.tensor([bos]), row]))
+    tokens = torch.stack(rows).to(model.W_E.device)
+    return Probe(tokens, period, repeats, bos is not None, seed)
+
+
+def weights_of(pairs: Bool[Tensor, "query key"]) -> Float[Tensor, "query key"]:
+    """Weights that make ``sum(pattern * weights)`` the mean, over the queries that have a pair, of
+    the attention on their pairs."""
+    queries = pairs.any(-1).sum()
+    return pairs.double() / queries
+
+
+def pairs_by_name(probe: Probe) -> dict[str, Bool[Tensor, "query key"]]:
+    """For each kind of head, which keys it attends to from which queries.
+
+    - previous_token: the token just before.
+    - current_token: the token itself.
+    - first_token: the first token of the sequence.
+    - duplicate_token: earlier occurrences of the same token.
+    - induction: the tokens after earlier occurrences of the same token (row sums: all of them).
+    """
+    n = probe.tokens.shape[1]
+    query = torch.arange(n)[:, None]
+    key = torch.arange(n)[None, :]
+    # Repeated tokens stand a multiple of the period apart; BOS stands for itself.
+    real = (query >= probe.bos) & (key >= probe.bos)
+    same = real & ((query - key) % probe.period == 0) & (key < query)
+    after_same = torch.zeros_like(same)
+    after_same[:, 1:] = same[:, :-1]
+    return {
+        "previous_token": key == query - 1,
+        "current_token": (key == query) & (query > 0),
+        "first_token": (key == 0) & (query > 0),
+        "duplicate_token": same,
+        "induction": after_same,
+    }
