@@ -49,7 +49,7 @@ class Receipt:
         return "; ".join([str(check) for check in self.checks] + notes)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Result:
     """Base of all results.
 

@@ -119,10 +119,10 @@ class AttentionBank(HeadBank):
         return torch.einsum("bhqk,qk->h", pattern, pairs.to(pattern.dtype)) / pattern.shape[0]
 
     def query_read(self, index: int, x: Tensor) -> Tensor:
-        return x @ self.W_Q[index]
+        return x @ self.W_Q[index].detach().to(x.dtype)
 
     def key_read(self, index: int, x: Tensor) -> Tensor:
-        return x @ self.W_K[index // self.group]
+        return x @ self.W_K[index // self.group].detach().to(x.dtype)
 
     def freeze(self, pattern: Tensor, norm: FrozenNorm) -> FrozenAttention:
         return FrozenAttention(self, pattern, norm)

@@ -98,7 +98,8 @@ class NeuronBank(HeadBank):
         return torch.einsum("bpn,p->n", pattern, own) / pattern.shape[0]
 
     def query_read(self, index: int, x: Tensor) -> Tensor:
-        return x @ self.W_in[:, index, None] + self.b_in[index]
+        v1, b1 = (t.detach().to(x.dtype) for t in (self.W_in[:, index, None], self.b_in[index]))
+        return x @ v1 + b1
 
     def key_read(self, index: int, x: Tensor) -> Tensor:
         return torch.ones_like(x[:, :1])

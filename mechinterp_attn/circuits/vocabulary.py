@@ -25,7 +25,7 @@ from mechinterp_attn.results import Check, Receipt, Result
 Over = Literal["all", "rows", "columns"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class TokenPairs(Result):
     """The largest entries of a circuit over the vocabulary.
 

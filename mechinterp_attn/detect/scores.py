@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class HeadScores(Result):
     """Mean attention of every head on the pairs that define each kind of head.
 
@@ -33,7 +33,7 @@ class HeadScores(Result):
 
     def plot(self, score: str = "induction") -> Figure:
         """A heatmap of one score over attention heads by layer."""
-        from mechinterp_attn.view.figures import score_heatmap
+        from mechinterp_attn.view.figures.detect import score_heatmap
 
         return score_heatmap(self, score)
 

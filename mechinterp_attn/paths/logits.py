@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Target = str | int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LogitAttribution(Result):
     """A logit (or a logit difference) as a sum over everything that writes to it.
 
@@ -40,7 +40,7 @@ class LogitAttribution(Result):
 
     def plot(self, k: int = 20) -> Figure:
         """The ``k`` largest terms as signed bars."""
-        from mechinterp_attn.view.figures import attribution_bars
+        from mechinterp_attn.view.figures.paths import attribution_bars
 
         return attribution_bars(self, k)
 

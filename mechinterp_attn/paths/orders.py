@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Orders(Result):
     """Logits split by path order.
 
@@ -41,7 +41,7 @@ class Orders(Result):
 
     def plot(self) -> Figure:
         """Loss with the paths up to each order."""
-        from mechinterp_attn.view.figures import loss_by_order
+        from mechinterp_attn.view.figures.paths import loss_by_order
 
         return loss_by_order(self)
 

@@ -1,0 +1,1 @@
+"""What a person sees: figures, notebook views, the HTML report. No computation of its own."""

@@ -1,0 +1,1 @@
+"""Plotly figures of results, one file per room; all share ``style``."""
