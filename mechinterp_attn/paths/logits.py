@@ -27,6 +27,7 @@ class LogitAttribution(Result):
     Attributes:
         total: the logit itself, as the model computed it.
         target, against, position: what was attributed: token ids and the position.
+        about: the same in words.
         frame: one row per term: ``head`` (label, or "embed", "bias b_O", "b_U"), ``layer, kind,
             index, value`` (logits) and ``share`` of the total.
     """
@@ -37,6 +38,7 @@ class LogitAttribution(Result):
     target: int
     against: int | None
     position: int
+    about: str
 
     def plot(self, k: int = 20) -> Figure:
         """The ``k`` largest terms as signed bars."""
@@ -106,7 +108,14 @@ def logit_attribution(
         target=goal,
         against=other,
         position=pos,
+        about=f"{logit_name(frozen.model, goal, other)} after {frozen.str_tokens[pos]!r} (position {pos})",
     )
+
+
+def logit_name(model: AttentionOnlyModel, target: int, against: int | None = None) -> str:
+    """``logit ' dog'`` or ``logit ' dog' - ' cat'``."""
+    names = model.to_str_tokens([target] if against is None else [target, against])
+    return "logit " + " - ".join(repr(name) for name in names)
 
 
 def resolve_position(frozen: Frozen, position: int) -> int:
