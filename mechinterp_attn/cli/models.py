@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mechinterp_attn.cli.common import AsJson, CsvFile, Model, emit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mechinterp_attn.model import AttentionOnlyModel
 
 
 def register(app: typer.Typer) -> None:
@@ -38,8 +43,70 @@ def convert(
 
 def verify(
     model: Model,
-    text: Annotated[Path | None, typer.Option(help="Text file to compare on.")] = None,
+    text: Annotated[
+        Path, typer.Option(help="Text to compare on; token ids, one sequence a line, without a tokenizer.")
+    ],
+    max_tokens: Annotated[int, typer.Option(help="How many tokens of the text to use at most.")] = 4096,
     as_json: AsJson = False,
 ) -> None:
     """Compare a model in attention-only form with its source; exit code 1 where they differ."""
-    raise NotImplementedError
+    import json
+
+    import mechinterp_attn as mia
+    from mechinterp_attn.sources.doors import open_source
+
+    source = open_source(model)
+    converted = mia.convert(source, check=False)
+    tokens = windows(converted, read_text(text), max_tokens)
+    fidelity = mia.verify(converted, source, tokens)
+    if as_json:
+        layers = fidelity.per_layer.to_dict(orient="records")
+        typer.echo(json.dumps(fidelity.summary() | {"model": model, "per_layer": layers}, indent=1))
+    else:
+        typer.echo(f"{model}: {fidelity}")
+        emit(fidelity.per_layer)
+    raise typer.Exit(0 if fidelity.ok else 1)
+
+
+def read_text(file: Path) -> str:
+    """A UTF-8 file.
+
+    Raises:
+        MechInterpError: it cannot be read, or it holds nothing.
+    """
+    from mechinterp_attn.errors import MechInterpError
+
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MechInterpError(f"cannot read the text {file}: {error}") from error
+    if not text.strip():
+        raise MechInterpError(f"the text {file} is empty; give at least two tokens")
+    return text
+
+
+def windows(model: AttentionOnlyModel, text: str, max_tokens: int) -> Tensor:
+    """The text as equal windows of tokens ``[batch, pos]`` that fit the model's context.
+
+    Raises:
+        MechInterpError: fewer than two tokens, or ids that are no integers.
+    """
+    import torch
+
+    from mechinterp_attn.errors import MechInterpError
+
+    if model.tokenizer is None:
+        try:
+            ids = [[int(i) for i in line.split()] for line in text.splitlines() if line.strip()]
+        except ValueError as error:
+            raise MechInterpError(
+                f"this model has no tokenizer, so the text must be token ids, one sequence a line; {error}"
+            ) from error
+        if len({len(row) for row in ids}) > 1:
+            raise MechInterpError("the sequences of token ids must be equally long, one a line")
+        return torch.tensor(ids)
+    flat = model.to_tokens(text)[0, :max_tokens]
+    width = min(model.spec.n_ctx, 256, len(flat))
+    if width < 2:
+        raise MechInterpError(f"the text is {len(flat)} token; give at least two")
+    return flat[: len(flat) // width * width].view(-1, width)

@@ -15,9 +15,8 @@ from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.model import AttentionOnlyModel
 from mechinterp_attn.sources.bridge import read_bridge
 from mechinterp_attn.sources.checkpoint import Checkpoint
-from mechinterp_attn.sources.folder import read_checkpoint, read_config
-from mechinterp_attn.sources.saved import FORMAT, load_saved
-from mechinterp_attn.sources.zoo import bundled_folder, bundled_names, read_bundled
+from mechinterp_attn.sources.doors import is_saved, open_source
+from mechinterp_attn.sources.saved import load_saved
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -72,19 +71,13 @@ def load(
         UnsupportedModelError, CheckpointError, ConversionError: see ``convert``.
     """
     _check_mode(mlp)
-    name = os.fspath(source)
-    folder = bundled_folder(name) or Path(name)
-    if not folder.is_dir():
-        raise MechInterpError(
-            f"{name!r} is neither a bundled model ({', '.join(bundled_names())}) nor a folder"
-        )
-    if read_config(folder).get("format") == FORMAT:
-        model = load_saved(folder, dtype)
+    if is_saved(source):
+        model = load_saved(Path(source), dtype)
     else:
-        bundled = bundled_folder(name) is not None
-        checkpoint = read_bundled(name, dtype) if bundled else read_checkpoint(folder, dtype)
+        opened = open_source(source, dtype)
+        checkpoint = opened if isinstance(opened, Checkpoint) else _read(opened)
         model = _build(checkpoint, mlp, own=False)
-        model.provenance["fidelity"] = check_conversion(model, checkpoint).summary()
+        model.provenance["fidelity"] = check_conversion(model, opened).summary()
     return model if device is None else cast(AttentionOnlyModel, model.to(device))
 
 

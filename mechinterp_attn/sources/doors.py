@@ -1,0 +1,52 @@
+"""The doors by name: a bundled model or a folder becomes the source that a conversion reads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.sources.checkpoint import Checkpoint
+from mechinterp_attn.sources.folder import read_checkpoint, read_config
+from mechinterp_attn.sources.saved import FORMAT
+from mechinterp_attn.sources.zoo import bundled_folder, bundled_names, read_bundled
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+def open_source(
+    source: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> TransformerBridge | Checkpoint:
+    """The source model behind a name, with its MLPs, not yet converted.
+
+    Args:
+        source: a bundled model's name, or a folder with a TL-convention checkpoint.
+        dtype: of the weights; as stored by default, half precisions widened to float32.
+
+    Raises:
+        MechInterpError: no such model, or a model saved in attention-only form, which holds no source.
+    """
+    name = os.fspath(source)
+    if bundled_folder(name) is not None:
+        return read_bundled(name, dtype)
+    folder = Path(name)
+    if not folder.is_dir():
+        raise MechInterpError(
+            f"{name!r} is neither a bundled model ({', '.join(bundled_names())}) nor a folder"
+        )
+    if is_saved(folder):
+        raise MechInterpError(
+            f"{folder} holds a model saved in attention-only form, without its source; give what it "
+            "was converted from: a bundled model's name or the source's own folder"
+        )
+    return read_checkpoint(folder, dtype)
+
+
+def is_saved(source: str | os.PathLike[str]) -> bool:
+    """Whether this is a folder made by ``model.save``."""
+    folder = Path(source)
+    return folder.is_dir() and read_config(folder).get("format") == FORMAT
