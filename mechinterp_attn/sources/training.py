@@ -19,9 +19,11 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -47,7 +49,7 @@ ARCHITECTURES = {  # name: (layers, activation of the MLPs or None where there a
     "silu-2l": (2, "silu"),
     "gelu-2l": (2, "gelu"),
 }
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 METHOD = {
     "optimizer": "AdamW",
     "schedule": "linear warm-up, then a cosine to zero",
@@ -247,8 +249,9 @@ def train(
     weights = initial_weights(cfg, recipe.seed)
     matrices = [value for name, value in weights.items() if ".W_" in name]
     others = [value for name, value in weights.items() if ".W_" not in name]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
+        groups,
         betas=recipe.betas,
         weight_decay=recipe.weight_decay,
         fused=True,
