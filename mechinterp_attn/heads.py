@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from mechinterp_attn.banks.norm import FrozenNorm
 
 Kind = Literal["attention", "mlp"]
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """Activations by hook name: a TransformerLens ActivationCache or a dict."""
+
+    def __getitem__(self, name: str, /) -> Any: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +112,7 @@ class Head:
         """``W_Q @ W_K.T`` (unscaled): which token attends to which, read on the residual stream."""
         return LowRank(self.W_Q, self.W_K.T)
 
-    def pattern(self, cache: Mapping[str, Tensor], batch: int = 0) -> Float[Tensor, "query key_plus_bias"]:
+    def pattern(self, cache: Cache, batch: int = 0) -> Float[Tensor, "query key_plus_bias"]:
         """The dense attention picture of this head on a cached run.
 
         Args:
@@ -170,7 +177,7 @@ class HeadBank(nn.Module, ABC):
         """``W_Q W_K W_V W_O b_Q b_K b_V`` of one head, as views."""
 
     @abstractmethod
-    def cached_pattern(self, cache: Mapping[str, Tensor], batch: int) -> Tensor:
+    def cached_pattern(self, cache: Cache, batch: int) -> Tensor:
         """The bank's compact pattern for one sequence, out of a cache."""
 
     @abstractmethod

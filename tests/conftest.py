@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 
@@ -16,6 +17,14 @@ def data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no test data at {DATA}; set MECHINTERP_ATTN_DATA to run this test")
     return DATA
+
+
+@pytest.fixture
+def as_users_run_it():
+    """Without the runtime type checks of the test suite, which would speak before our own errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def tiny_bridge(dtype: torch.dtype = torch.float64, *, seed: int = 0, noise: float = 0.3, **config):

@@ -14,7 +14,7 @@ from transformer_lens.hook_points import HookPoint
 
 from mechinterp_attn.banks.norm import FrozenNorm
 from mechinterp_attn.banks.rotary import Rotary
-from mechinterp_attn.heads import FrozenBank, HeadBank, Kind
+from mechinterp_attn.heads import Cache, FrozenBank, HeadBank, Kind
 from mechinterp_attn.spec import Spec
 
 
@@ -106,7 +106,7 @@ class AttentionBank(HeadBank):
             "b_V": self.b_V[kv],
         }
 
-    def cached_pattern(self, cache: Mapping[str, Tensor], batch: int) -> Float[Tensor, "head query key"]:
+    def cached_pattern(self, cache: Cache, batch: int) -> Float[Tensor, "head query key"]:
         pattern = cache[f"{self.path}.hook_pattern"]
         return pattern[batch] if pattern.ndim == 4 else pattern
 

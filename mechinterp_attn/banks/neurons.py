@@ -18,7 +18,7 @@ from transformer_lens.hook_points import HookPoint
 
 from mechinterp_attn.banks.gates import Gate
 from mechinterp_attn.banks.norm import FrozenNorm
-from mechinterp_attn.heads import FrozenBank, HeadBank, Kind
+from mechinterp_attn.heads import Cache, FrozenBank, HeadBank, Kind
 from mechinterp_attn.spec import Spec
 
 
@@ -83,7 +83,7 @@ class NeuronBank(HeadBank):
             "b_V": b1,
         }
 
-    def cached_pattern(self, cache: Mapping[str, Tensor], batch: int) -> Float[Tensor, "pos neuron"]:
+    def cached_pattern(self, cache: Cache, batch: int) -> Float[Tensor, "pos neuron"]:
         pattern = cache[f"{self.path}.hook_pattern"]
         return pattern[batch] if pattern.ndim == 3 else pattern
 

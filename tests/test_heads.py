@@ -1,0 +1,114 @@
+"""Heads, labels and the low-rank factors they are made of."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mechinterp_attn as mia
+from mechinterp_attn.heads import LowRank
+from tests.conftest import random_tokens, tiny_bridge
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mia.convert(tiny_bridge(act_fn="silu"))
+
+
+def test_every_head_has_a_label_and_a_row(model):
+    frame = model.heads.frame
+    assert list(frame.columns) == ["head", "layer", "kind", "index"]
+    assert model.n_heads == len(frame) == 2 * (4 + 24)
+    assert list(frame["head"]) == list(model.heads)
+    for row in frame.itertuples():
+        head = model[row.head]
+        assert (head.layer, head.kind, head.index) == (row.layer, row.kind, row.index)
+        assert row.head == f"L{row.layer}{'H' if row.kind == 'attention' else 'N'}{row.index}"
+
+
+@pytest.mark.parametrize("label", ["L0H4", "L2H0", "L0N24", "L0X1"])
+def test_an_unknown_head_is_told_which_exist(model, label):
+    with pytest.raises(mia.MechInterpError, match=rf"no head {label}; .*L0H0\.\.L0H3, L0N0\.\.L0N23"):
+        model[label]
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("label", ["", "H3", "l0h3", "L0H3 ", 3])
+def test_a_malformed_label_is_told_the_form(model, label):
+    with pytest.raises(mia.MechInterpError, match="not a head label; write L<layer>H<head>"):
+        model[label]
+
+
+def test_head_weights_are_those_of_a_folded_bridge():
+    """TransformerLens's own folding of the same model, centring included, gives the same weights."""
+    rounding = dict(rtol=0, atol=1e-5)  # TransformerLens folds in float32, whatever the dtype
+    bridge, folded = tiny_bridge(), tiny_bridge()
+    folded.enable_compatibility_mode(fold_ln=True, center_writing_weights=False, center_unembed=False, fold_value_biases=False)  # fmt: skip
+    model = mia.convert(bridge)
+    for label, layer, index in [("L0H3", 0, 3), ("L1H0", 1, 0)]:
+        head, attn = model[label], folded.blocks[layer].attn
+        for name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V"):
+            torch.testing.assert_close(getattr(head, name), getattr(attn, name)[index], **rounding)
+    for label, layer, index in [("L0N0", 0, 0), ("L1N23", 1, 23)]:
+        head, mlp = model[label], folded.blocks[layer].mlp
+        torch.testing.assert_close(head.W_Q[:, 0], mlp.W_in[:, index], **rounding)
+        torch.testing.assert_close(head.W_V, head.W_Q)
+        torch.testing.assert_close(head.b_Q[0], mlp.b_in[index], **rounding)
+        torch.testing.assert_close(head.W_O[0], mlp.W_out[index], **rounding)
+        assert head.QK.rank == head.OV.rank == 1
+
+
+def test_ov_and_qk_are_products_of_the_weights(model):
+    for label in ("L0H2", "L1N5"):
+        head = model[label]
+        torch.testing.assert_close(head.OV.dense(), head.W_V @ head.W_O)
+        torch.testing.assert_close(head.QK.A @ head.QK.B, head.W_Q @ head.W_K.T)
+        assert head.OV.shape == head.QK.shape == (16, 16)
+
+
+def test_a_silu_neuron_is_a_softmax_over_itself_and_the_bias_token(model):
+    """Huben & Morris: scores (z, 0), softmax, value z; built here token by token."""
+    tokens = random_tokens(model, batch=1, pos=6)
+    _, cache = model.run_with_cache(tokens)
+    head = model["L0N7"]
+    x = cache["blocks.0.ln2.hook_normalized"][0]
+    z = (x @ head.W_Q + head.b_Q)[:, 0]
+    expected = torch.zeros(6, 7, dtype=torch.float64)
+    for i in range(6):
+        scores = torch.full((7,), -math.inf, dtype=torch.float64)
+        scores[i], scores[6] = z[i], 0.0
+        expected[i] = scores.softmax(0)
+    pattern = head.pattern(cache)
+    torch.testing.assert_close(pattern, expected, rtol=0, atol=1e-14)
+    values = torch.cat([(x @ head.W_V + head.b_V)[:, 0], torch.zeros(1, dtype=torch.float64)])
+    torch.testing.assert_close(pattern @ values, cache["blocks.0.mlp.hook_post"][0, :, 7])
+
+
+def test_patterns_come_with_a_bias_column_for_every_kind(model):
+    tokens = random_tokens(model, batch=3, pos=5)
+    _, cache = model.run_with_cache(tokens)
+    own = cache["blocks.1.attn.hook_pattern"][2, 1]
+    pattern = model["L1H1"].pattern(cache, batch=2)
+    assert pattern.shape == (5, 6)
+    assert torch.equal(pattern[:, :5], own)
+    assert not pattern[:, 5].any()
+    _, flat = model.run_with_cache(tokens[2:], remove_batch_dim=True)
+    torch.testing.assert_close(model["L1H1"].pattern(flat), pattern)
+    torch.testing.assert_close(model["L1N3"].pattern(flat), model["L1N3"].pattern(cache, batch=2))
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 9), rank=st.integers(1, 4), seed=st.integers(0, 10_000))
+def test_low_rank_agrees_with_the_dense_matrix(rows, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(rows, rank, generator=generator, dtype=torch.float64)
+    B = torch.randn(rank, rows, generator=generator, dtype=torch.float64)
+    low, dense = LowRank(A, B), A @ B
+    # float64, sizes below 10: a few units in the last place of sums of at most 36 terms
+    assert low.norm() == pytest.approx(float(torch.linalg.matrix_norm(dense)), rel=1e-10, abs=1e-10)
+    torch.testing.assert_close(low.T.dense(), dense.T)
+    assert low.eigenvalues().sum().real == pytest.approx(float(dense.trace()), abs=1e-9)
+    powers = torch.linalg.eigvals(dense).pow(2).sum().real
+    assert low.eigenvalues().pow(2).sum().real == pytest.approx(float(powers), abs=1e-7)
