@@ -45,7 +45,9 @@ def test_head_weights_are_those_of_a_folded_bridge():
     """TransformerLens's own folding of the same model, centring included, gives the same weights."""
     rounding = dict(rtol=0, atol=1e-5)  # TransformerLens folds in float32, whatever the dtype
     bridge, folded = tiny_bridge(), tiny_bridge()
-    folded.enable_compatibility_mode(fold_ln=True, center_writing_weights=False, center_unembed=False, fold_value_biases=False)  # fmt: skip
+    folded.enable_compatibility_mode(
+        fold_ln=True, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+    )
     model = mia.convert(bridge)
     for label, layer, index in [("L0H3", 0, 3), ("L1H0", 1, 0)]:
         head, attn = model[label], folded.blocks[layer].attn

@@ -38,9 +38,9 @@ def test_the_cache_is_an_activation_cache_equal_to_the_bridges(model, bridge):
         shared += [
             f"blocks.{layer}.{name}"
             for name in (
-                "hook_resid_pre", "ln1.hook_scale", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_pattern",
-                "attn.hook_z", "hook_attn_out", "hook_resid_mid", "ln2.hook_scale", "mlp.hook_pre", "mlp.hook_post",
-                "hook_mlp_out", "hook_resid_post",
+                "hook_resid_pre", "ln1.hook_scale", "attn.hook_q", "attn.hook_k", "attn.hook_v",
+                "attn.hook_pattern", "attn.hook_z", "hook_attn_out", "hook_resid_mid",
+                "ln2.hook_scale", "mlp.hook_pre", "mlp.hook_post", "hook_mlp_out", "hook_resid_post",
             )
         ]  # fmt: skip
     for name in shared:
