@@ -1,0 +1,61 @@
+# Every target works in a fresh clone: it makes .venv and installs what it needs, once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# One thread per test process: the models are tiny, and threads of several processes fight.
+WORKERS ?= 2
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+PROMPT ?= Mr. Utterson the lawyer was a man of a rugged countenance. Mr. Utter
+REPORT ?= demo-report.html
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench docs notebooks clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+demo: $(VENV)/.installed  ## write the circuit report of a bundled model to demo-report.html
+	@$(BIN)/mechinterp-attn report gelu-2l --prompt "$(PROMPT)" --out "$(REPORT)" > /dev/null
+	@echo "The circuit report of gelu-2l is in $(CURDIR)/$(REPORT): open it in a browser."
+
+test: lint  ## lint, then run all tests
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+lint: $(VENV)/.installed-test  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test  ## let ruff format and fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-test  ## run every script in benchmarks/
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+docs: $(VENV)/.installed-docs  ## build docs/_build/html; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	@echo "Open $(CURDIR)/docs/_build/html/index.html"
+
+notebooks: $(VENV)/.installed-test  ## run the notebooks and keep their outputs
+	$(ONE_THREAD) $(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False notebooks/*.ipynb
+
+clean:  ## remove what was built, .venv too
+	rm -rf $(VENV) docs/_build build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(REPORT)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[test,lint]"
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[docs]"
+	@touch $@ $(VENV)/.installed
