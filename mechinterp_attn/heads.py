@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mechinterp_attn.errors import MechInterpError
@@ -204,26 +204,117 @@ class HeadBank(nn.Module, ABC):
 class FrozenBank(ABC):
     """A bank on one prompt with its pattern and norm frozen: linear in the residual stream.
 
-    ``bank(x) = apply(x) + constant + b_O``, where ``constant`` is what the heads' own biases write
-    (it passes through the heads) and ``b_O`` is added beside them.
+    ``bank(x) = apply(x) + constant + bias``: ``constant`` is what the heads' own biases write (it
+    passes through the heads), ``bias`` is added beside them. A frozen head is a Kronecker product
+    ``S (x) OV``: ``S[query, key]`` holds the pattern and the frozen norm scales, OV is the same
+    everywhere. So it reads any output direction ``v`` at a query position as a rank-one field over
+    the input stream: weights over positions (``spread``) times one vector (``pull``).
+
+    Attributes:
+        z_bias: what the heads' value biases add to ``read``, ``[pos, head, d_head]``.
     """
 
     bank: HeadBank
-    constant: Float[Tensor, "pos d_model"]
+    z_bias: Float[Tensor, "pos head d_head"]
 
     @abstractmethod
+    def read(self, x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos head d_head"]:
+        """What every head holds at every query position (``z``), without its bias."""
+
+    @abstractmethod
+    def unread(self, z: Float[Tensor, "*batch pos head d_head"]) -> Float[Tensor, "*batch pos d_model"]:
+        """The transpose of ``read``."""
+
+    @abstractmethod
+    def write(self, z: Float[Tensor, "*batch pos head d_head"]) -> Float[Tensor, "*batch pos d_model"]:
+        """The sum of what the heads write when they hold ``z``."""
+
+    @abstractmethod
+    def unwrite(self, y: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos head d_head"]:
+        """The transpose of ``write``."""
+
+    @abstractmethod
+    def write_at(
+        self, z: Float[Tensor, "n d_head"], index: Int[Tensor, " n"], position: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n d_model"]:
+        """What single heads write at single positions when they hold ``z``."""
+
+    @abstractmethod
+    def pull(self, v: Float[Tensor, "n d_model"], index: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
+        """The vectors along which single heads read their input, for output directions ``v``."""
+
+    @abstractmethod
+    def spread(self, w: Float[Tensor, "n pos"], index: Int[Tensor, " n"]) -> Float[Tensor, "n pos"]:
+        """``w @ S``: weights over query positions become weights over key positions."""
+
+    @abstractmethod
+    def reach(self, m: Float[Tensor, " pos"], *, summed: bool) -> Float[Tensor, "pos head"]:
+        """The sum or the maximum over key positions of ``|S[query, key]| m[key]``."""
+
+    @abstractmethod
+    def gains(self, v: Float[Tensor, " d_model"]) -> Float[Tensor, " head"]:
+        """Norm of ``pull`` of one direction by every head."""
+
+    @abstractmethod
+    def norms(self) -> Float[Tensor, " head"]:
+        """Spectral norm of every head's OV (its norm scales left out: they are in S)."""
+
+    @abstractmethod
+    def score_sides(self, index: int, x: Float[Tensor, "pos d_model"]) -> ScoreSides:
+        """The two linear sides of a head's scores, scales and rotations frozen at the stream ``x``."""
+
+    @property
+    def bias(self) -> Float[Tensor, "pos d_model"]:
+        """What the sublayer adds beside its heads."""
+        return self.bank.b_O.detach().expand(len(self.z_bias), -1)
+
+    @property
+    def constant(self) -> Float[Tensor, "pos d_model"]:
+        """What the heads write because of their own value biases."""
+        return self.write(self.z_bias)
+
     def apply(self, x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
         """Sum of the heads' outputs for residual streams ``x``, without biases."""
+        return self.write(self.read(x))
 
-    @abstractmethod
     def adjoint(self, y: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
         """The transpose of ``apply``: carries a direction on the output back to the input."""
+        return self.unread(self.unwrite(y))
 
-    @abstractmethod
+    def along(
+        self, x: Float[Tensor, "pos d_model"], y: Float[Tensor, "pos d_model"]
+    ) -> Float[Tensor, "pos head"]:
+        """How much each head writes along ``y`` at each position, its own bias included."""
+        return ((self.read(x) + self.z_bias) * self.unwrite(y)).sum(-1)
+
     def head_outputs_along(
         self, x: Float[Tensor, "pos d_model"], position: int, direction: Float[Tensor, " d_model"]
     ) -> Float[Tensor, " head"]:
         """How much each head writes along ``direction`` at ``position``, its own bias included."""
+        y = torch.zeros_like(x)
+        y[position] = direction
+        return self.along(x, y)[position]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreSides:
+    """A head's score on one prompt as ``query side . key side``, each side linear in its input.
+
+    ``score[q, k] = (query(x) + query_bias)[q] . (key(x) + key_bias)[k]``. The softmax scale is in the
+    query side; rotations and query/key norm scales are frozen in both. For a neuron the score is
+    its pre-activation: the key side is the constant 1.
+
+    Attributes:
+        query, key: linear maps ``[*n, pos, d_model] -> [*n, pos, rank]``.
+        query_bias, key_bias: ``[pos, rank]``.
+        allowed: which pairs the mask lets see each other, ``[query, key]``.
+    """
+
+    query: Callable[[Tensor], Tensor]
+    key: Callable[[Tensor], Tensor]
+    query_bias: Float[Tensor, "pos rank"]
+    key_bias: Float[Tensor, "pos rank"]
+    allowed: Bool[Tensor, "query key"]
 
 
 _LABEL = re.compile(r"L(\d+)([A-Z])(\d+)")

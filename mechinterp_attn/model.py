@@ -231,6 +231,10 @@ class AttentionOnlyModel(TokenDoor, HookedRootModule):
         name = next(name for own, name in block.sublayers() if own is bank)
         return getattr(block, name), f"blocks.{bank.layer}.{name}"
 
+    def stream_of(self, bank: HeadBank) -> str:
+        """The hook of the residual stream that a bank reads; banks that share it run side by side."""
+        return f"blocks.{bank.layer}.{'hook_resid_pre' if bank.part == 'attn' else 'hook_resid_mid'}"
+
     @property
     def heads(self) -> HeadIndex:
         return HeadIndex(self.banks)

@@ -138,32 +138,85 @@ class FrozenAttention(FrozenBank):
         self.pattern = pattern
         self._norm = norm
         value = bank.b_V.detach().repeat_interleave(bank.group, 0)  # [head, d_head]
-        z = pattern.sum(-1)[..., None] * value[:, None]  # [head, query, d_head]
-        self.constant = self._write(z)
+        self.z_bias = pattern.sum(-1).T[..., None] * value
 
-    def apply(self, x: Tensor) -> Tensor:
-        return self._write(self.pattern @ self._values(self._norm.apply(x)))
+    def read(self, x: Tensor) -> Tensor:
+        values = torch.einsum("...pd,hdk->...hpk", self._norm.apply(x), self.bank.W_V.detach())
+        if self.bank.group > 1:
+            values = values.repeat_interleave(self.bank.group, -3)
+        return (self.pattern @ values).transpose(-3, -2)
 
-    def adjoint(self, y: Tensor) -> Tensor:
+    def unread(self, z: Tensor) -> Tensor:
+        values = self.pattern.transpose(-1, -2) @ z.transpose(-3, -2)
+        if self.bank.group > 1:
+            values = values.unflatten(-3, (-1, self.bank.group)).sum(-3)
+        return self._norm.apply(torch.einsum("...hpk,hdk->...pd", values, self.bank.W_V.detach()))
+
+    def write(self, z: Tensor) -> Tensor:
+        return z.flatten(-2) @ self.bank.W_O.detach().flatten(0, 1)
+
+    def unwrite(self, y: Tensor) -> Tensor:
+        z = y @ self.bank.W_O.detach().flatten(0, 1).T
+        return z.unflatten(-1, (self.bank.n_heads, self.bank.d_head))
+
+    def write_at(self, z: Tensor, index: Tensor, position: Tensor) -> Tensor:
+        out = z.new_empty(len(z), self.bank.d_model)
+        for head in index.unique().tolist():
+            own = index == head
+            out[own] = z[own] @ self.bank.W_O[head].detach()
+        return out
+
+    def pull(self, v: Tensor, index: Tensor) -> Tensor:
+        out = torch.empty_like(v)
+        for head in index.unique().tolist():
+            own = index == head
+            W_V = self.bank.W_V[head // self.bank.group].detach()
+            out[own] = v[own] @ self.bank.W_O[head].detach().T @ W_V.T
+        return self._norm.centre(out)
+
+    def spread(self, w: Tensor, index: Tensor) -> Tensor:
+        return self._norm.weigh(torch.einsum("nq,nqk->nk", w, self.pattern[index]))
+
+    def reach(self, m: Tensor, *, summed: bool) -> Tensor:
+        m = self._norm.weigh(m)
+        return ((self.pattern @ m) if summed else (self.pattern * m).amax(-1)).T
+
+    def gains(self, v: Tensor) -> Tensor:
+        z = self.bank.W_O.detach() @ v  # [head, d_head]
+        read = torch.einsum("hk,hdk->hd", z, self._per_head(self.bank.W_V))
+        return self._norm.centre(read).norm(dim=-1)
+
+    def norms(self) -> Tensor:
+        ov = torch.einsum("hdk,hke->hde", self._per_head(self.bank.W_V), self.bank.W_O.detach())
+        return torch.linalg.matrix_norm(ov, 2)
+
+    def score_sides(self, index: int, x: Tensor) -> ScoreSides:
         bank = self.bank
-        z = torch.einsum("...pd,hkd->...hpk", y, bank.W_O.detach())
-        v = self.pattern.transpose(-1, -2) @ z
-        if bank.group > 1:
-            v = v.unflatten(-3, (-1, bank.group)).sum(-3)
-        return self._norm.apply(torch.einsum("...hpk,hdk->...pd", v, bank.W_V.detach()))
+        kv = index // bank.group
 
-    def head_outputs_along(self, x: Tensor, position: int, direction: Tensor) -> Tensor:
-        values = self._values(self._norm.apply(x))  # [head, pos, d_head]
-        values = values + self.bank.b_V.detach().repeat_interleave(self.bank.group, 0)[:, None]
-        z = torch.einsum("hk,hkd->hd", self.pattern[:, position], values)
-        return torch.einsum("hd,hd->h", z, self.bank.W_O.detach() @ direction)
+        def turned(side: Tensor) -> Tensor:
+            if bank.rotary is None:
+                return side
+            return bank.rotary(side.reshape(-1, len(x), 1, bank.d_head)).reshape(side.shape)
 
-    def _values(self, x: Tensor) -> Float[Tensor, "*batch head pos d_head"]:
-        values = torch.einsum("...pd,hdk->...hpk", x, self.bank.W_V.detach())
-        return values.repeat_interleave(self.bank.group, -3) if self.bank.group > 1 else values
+        def query(x: Tensor) -> Tensor:
+            return turned(self._norm.apply(x) @ bank.W_Q[index].detach()) / bank.scale
 
-    def _write(self, z: Float[Tensor, "*batch head pos d_head"]) -> Tensor:
-        return torch.einsum("...hpk,hkd->...pd", z, self.bank.W_O.detach())
+        def key(x: Tensor) -> Tensor:
+            return turned(self._norm.apply(x) @ bank.W_K[kv].detach())
+
+        pos = len(x)
+        allowed = torch.ones(pos, pos, dtype=torch.bool, device=x.device)
+        return ScoreSides(
+            query=query,
+            key=key,
+            query_bias=turned(bank.b_Q[index].detach().expand(pos, -1)) / bank.scale,
+            key_bias=turned(bank.b_K[kv].detach().expand(pos, -1)),
+            allowed=allowed.tril() if bank.causal else allowed,
+        )
+
+    def _per_head(self, W: Tensor) -> Tensor:
+        return W.detach().repeat_interleave(self.bank.group, 0)
 
 
 def _project(

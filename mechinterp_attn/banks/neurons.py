@@ -117,17 +117,46 @@ class FrozenNeurons(FrozenBank):
         self.bank = bank
         self.pattern = pattern
         self._norm = norm
-        self.constant = (pattern * bank.b_in.detach()) @ bank.W_out.detach()
+        self.z_bias = (pattern * bank.b_in.detach())[..., None]
 
-    def apply(self, x: Tensor) -> Tensor:
-        z = self.pattern * (self._norm.apply(x) @ self.bank.W_in.detach())
-        return z @ self.bank.W_out.detach()
+    def read(self, x: Tensor) -> Tensor:
+        return (self.pattern * (self._norm.apply(x) @ self.bank.W_in.detach()))[..., None]
 
-    def adjoint(self, y: Tensor) -> Tensor:
-        z = self.pattern * (y @ self.bank.W_out.detach().T)
-        return self._norm.apply(z @ self.bank.W_in.detach().T)
+    def unread(self, z: Tensor) -> Tensor:
+        return self._norm.apply((self.pattern * z[..., 0]) @ self.bank.W_in.detach().T)
 
-    def head_outputs_along(self, x: Tensor, position: int, direction: Tensor) -> Tensor:
-        here = self._norm.at(position).apply(x[position])
-        z = self.pattern[position] * (here @ self.bank.W_in.detach() + self.bank.b_in.detach())
-        return z * (self.bank.W_out.detach() @ direction)
+    def write(self, z: Tensor) -> Tensor:
+        return z[..., 0] @ self.bank.W_out.detach()
+
+    def unwrite(self, y: Tensor) -> Tensor:
+        return (y @ self.bank.W_out.detach().T)[..., None]
+
+    def write_at(self, z: Tensor, index: Tensor, position: Tensor) -> Tensor:
+        return z * self.bank.W_out.detach()[index]
+
+    def pull(self, v: Tensor, index: Tensor) -> Tensor:
+        held = (v * self.bank.W_out.detach()[index]).sum(-1, keepdim=True)
+        return self._norm.centre(held * self.bank.W_in.detach().T[index])
+
+    def spread(self, w: Tensor, index: Tensor) -> Tensor:
+        return self._norm.weigh(w * self.pattern.T[index])
+
+    def reach(self, m: Tensor, *, summed: bool) -> Tensor:
+        return self.pattern.abs() * self._norm.weigh(m)[:, None]
+
+    def gains(self, v: Tensor) -> Tensor:
+        return (self.bank.W_out.detach() @ v).abs() * self.bank.W_in.detach().norm(dim=0)
+
+    def norms(self) -> Tensor:
+        return self.bank.W_out.detach().norm(dim=1) * self.bank.W_in.detach().norm(dim=0)
+
+    def score_sides(self, index: int, x: Tensor) -> ScoreSides:
+        bank = self.bank
+        one = torch.ones(len(x), 1, dtype=x.dtype, device=x.device)
+        return ScoreSides(
+            query=lambda x: self._norm.apply(x) @ bank.W_in.detach()[:, index, None],
+            key=lambda x: torch.zeros_like(x[..., :1]),
+            query_bias=bank.b_in[index].detach() * one,
+            key_bias=one,
+            allowed=torch.eye(len(x), dtype=torch.bool, device=x.device),
+        )

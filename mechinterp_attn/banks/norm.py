@@ -1,4 +1,4 @@
-"""The norm in front of a sublayer: LayerNorm, RMSNorm or none, its gain folded into the weights."""
+"""LayerNorm, RMSNorm or none: in front of a sublayer, behind it, or over the stream."""
 
 from __future__ import annotations
 
@@ -13,52 +13,75 @@ from mechinterp_attn.spec import NormKind
 
 
 class Norm(nn.Module):
-    """``(x - mean) / scale`` (LN), ``x / scale`` (RMS) or ``x`` (None), without gain or bias.
+    """``(x - mean) / scale`` (LN), ``x / scale`` (RMS) or ``x`` (None), then gain and bias if it has any.
 
-    The gain, the bias and the centring matrix are folded into the weights that read the result,
-    as TransformerLens's LNPre and RMSPre. The scale is taken in float32 or better.
+    In front of a sublayer the gain, the bias and the centring matrix are folded into the weights
+    that read the result (TransformerLens's LNPre and RMSPre), so those norms have no parameters.
+    The scale is taken in float32 or better.
     """
 
-    def __init__(self, kind: NormKind, eps: float):
+    w: Tensor | None
+    b: Tensor | None
+
+    def __init__(self, kind: NormKind, eps: float, w: Tensor | None = None, b: Tensor | None = None):
         super().__init__()
         self.kind = kind
         self.eps = eps
+        self.register_parameter("w", None if w is None else nn.Parameter(w))
+        self.register_parameter("b", None if b is None else nn.Parameter(b))
         self.hook_scale = HookPoint()  # [batch, pos, 1]
-        self.hook_normalized = HookPoint()  # [batch, pos, d_model]
+        self.hook_normalized = HookPoint()  # [batch, pos, d_model], before gain and bias
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         if self.kind is None:
             return x
         wide = x if x.dtype == torch.float64 else x.float()
         if self.kind == "LN":
             wide = wide - wide.mean(-1, keepdim=True)
         scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
-        return self.hook_normalized((wide / scale).to(x.dtype))
+        out = self.hook_normalized((wide / scale).to(x.dtype))
+        if self.w is not None:
+            out = out * self.w
+        return out if self.b is None else out + self.b
 
     def freeze(self, scale: Float[Tensor, "pos 1"] | None) -> FrozenNorm:
         """The norm as a linear map, with the scale it had on one sequence of a cached run."""
-        return FrozenNorm(None if self.kind is None else scale, centred=self.kind == "LN")
+        gain = None if self.w is None else self.w.detach()
+        return FrozenNorm(None if self.kind is None else scale, centred=self.kind == "LN", gain=gain)
 
 
 @dataclass(frozen=True, eq=False)
 class FrozenNorm:
-    """A norm with its scale fixed: linear, and equal to its transpose.
+    """A norm with its scale fixed: a linear map. Without a gain it is its own transpose.
 
     Attributes:
         scale: ``[pos, 1]``, or None where there is no norm.
         centred: whether the mean over d_model is taken out first (LayerNorm).
+        gain: ``[d_model]``, where it is not folded into the weights behind the norm.
     """
 
     scale: Float[Tensor, "pos 1"] | None
     centred: bool
+    gain: Float[Tensor, " d_model"] | None = None
 
     def apply(self, x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
         if self.scale is None:
             return x
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
-        return x / self.scale
+        x = x / self.scale
+        return x if self.gain is None else x * self.gain
+
+    def adjoint(self, y: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
+        """The transpose of ``apply``."""
+        if self.gain is not None:
+            y = y * self.gain
+        return FrozenNorm(self.scale, self.centred).apply(y)
 
     def at(self, position: int) -> FrozenNorm:
         """The same map at one position, for vectors ``[..., d_model]``."""
-        return FrozenNorm(None if self.scale is None else self.scale[position], self.centred)
+        scale = None if self.scale is None else self.scale[position]
+        return FrozenNorm(scale, self.centred, self.gain)
+
+
+IDENTITY = FrozenNorm(None, centred=False)

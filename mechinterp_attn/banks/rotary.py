@@ -1,7 +1,9 @@
 """Rotary position embeddings: queries and keys are turned by an angle that grows with position."""
 
+from __future__ import annotations
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechinterp_attn.spec import Spec
@@ -22,16 +24,21 @@ class Rotary(nn.Module):
         dim = spec.rotary_dim
         self.dim = dim
         self.adjacent = spec.rotary_adjacent
-        frequency = 1.0 / (spec.rotary_base ** (torch.arange(0, dim, 2).float() / dim))
+        if spec.rotary_frequencies:
+            frequency = torch.tensor(spec.rotary_frequencies)
+        else:
+            frequency = 1.0 / (spec.rotary_base ** (torch.arange(0, dim, 2).float() / dim))
         angle = torch.outer(torch.arange(spec.n_ctx).float(), frequency)  # [pos, dim / 2]
         angle = angle.repeat_interleave(2, -1) if self.adjacent else torch.cat([angle, angle], -1)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("cos", angle.cos() * spec.rotary_factor, persistent=False)
+        self.register_buffer("sin", angle.sin() * spec.rotary_factor, persistent=False)
 
-    def forward(self, x: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos head d_head"]:
+    def forward(
+        self, x: Float[Tensor, "batch pos head d_head"], positions: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos head d_head"]:
         turned, rest = x[..., : self.dim], x[..., self.dim :]
-        cos = self.cos[: x.shape[1], None].to(x.dtype)
-        sin = self.sin[: x.shape[1], None].to(x.dtype)
+        cos = self.cos[positions][:, :, None].to(x.dtype)
+        sin = self.sin[positions][:, :, None].to(x.dtype)
         return torch.cat([turned * cos + self._quarter_turn(turned) * sin, rest], dim=-1)
 
     def _quarter_turn(self, x: Tensor) -> Tensor:

@@ -93,8 +93,7 @@ def freeze(model: AttentionOnlyModel, tokens: str | Tensor) -> Frozen:
         norm, path = model.norm_of(bank)
         frozen_norm = norm.freeze(cache.get(f"{path}.hook_scale"))
         banks.append(bank.freeze(bank.cached_pattern(cache, 0), frozen_norm))
-        stream = "hook_resid_pre" if bank.part == "attn" else "hook_resid_mid"
-        residuals.append(cache[f"blocks.{bank.layer}.{stream}"])
+        residuals.append(cache[model.stream_of(bank)])
     last = cache[f"blocks.{model.spec.n_layers - 1}.hook_resid_post"]
     final_norm = model.ln_final.freeze(cache.get("ln_final.hook_scale"))
     frozen = Frozen(
