@@ -14,7 +14,7 @@ from transformer_lens.hook_points import HookPoint
 
 from mechinterp_attn.banks.norm import FrozenNorm
 from mechinterp_attn.banks.rotary import Rotary
-from mechinterp_attn.heads import Cache, FrozenBank, HeadBank, Kind
+from mechinterp_attn.heads import Cache, FrozenBank, HeadBank, Kind, ScoreSides
 from mechinterp_attn.spec import Spec
 
 
@@ -172,7 +172,7 @@ class FrozenAttention(FrozenBank):
             own = index == head
             W_V = self.bank.W_V[head // self.bank.group].detach()
             out[own] = v[own] @ self.bank.W_O[head].detach().T @ W_V.T
-        return self._norm.centre(out)
+        return self._norm.turn_back(out)
 
     def spread(self, w: Tensor, index: Tensor) -> Tensor:
         return self._norm.weigh(torch.einsum("nq,nqk->nk", w, self.pattern[index]))
@@ -184,7 +184,7 @@ class FrozenAttention(FrozenBank):
     def gains(self, v: Tensor) -> Tensor:
         z = self.bank.W_O.detach() @ v  # [head, d_head]
         read = torch.einsum("hk,hdk->hd", z, self._per_head(self.bank.W_V))
-        return self._norm.centre(read).norm(dim=-1)
+        return self._norm.turn_back(read).norm(dim=-1)
 
     def norms(self) -> Tensor:
         ov = torch.einsum("hdk,hke->hde", self._per_head(self.bank.W_V), self.bank.W_O.detach())

@@ -18,7 +18,7 @@ from transformer_lens.hook_points import HookPoint
 
 from mechinterp_attn.banks.gates import Gate
 from mechinterp_attn.banks.norm import FrozenNorm
-from mechinterp_attn.heads import Cache, FrozenBank, HeadBank, Kind
+from mechinterp_attn.heads import Cache, FrozenBank, HeadBank, Kind, ScoreSides
 from mechinterp_attn.spec import Spec
 
 
@@ -136,7 +136,7 @@ class FrozenNeurons(FrozenBank):
 
     def pull(self, v: Tensor, index: Tensor) -> Tensor:
         held = (v * self.bank.W_out.detach()[index]).sum(-1, keepdim=True)
-        return self._norm.centre(held * self.bank.W_in.detach().T[index])
+        return self._norm.turn_back(held * self.bank.W_in.detach().T[index])
 
     def spread(self, w: Tensor, index: Tensor) -> Tensor:
         return self._norm.weigh(w * self.pattern.T[index])

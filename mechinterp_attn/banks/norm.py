@@ -65,18 +65,27 @@ class FrozenNorm:
     gain: Float[Tensor, " d_model"] | None = None
 
     def apply(self, x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
-        if self.scale is None:
-            return x
-        if self.centred:
-            x = x - x.mean(-1, keepdim=True)
-        x = x / self.scale
-        return x if self.gain is None else x * self.gain
+        return self.turn(x) if self.scale is None else self.turn(x) / self.scale
 
     def adjoint(self, y: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
         """The transpose of ``apply``."""
+        return self.turn_back(y) if self.scale is None else self.turn_back(y) / self.scale
+
+    def turn(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """``apply`` without the scale: the part that is the same at every position."""
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        return x if self.gain is None else x * self.gain
+
+    def turn_back(self, y: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The transpose of ``turn``."""
         if self.gain is not None:
             y = y * self.gain
-        return FrozenNorm(self.scale, self.centred).apply(y)
+        return y - y.mean(-1, keepdim=True) if self.centred else y
+
+    def weigh(self, w: Float[Tensor, "*batch pos"]) -> Float[Tensor, "*batch pos"]:
+        """Numbers over positions divided by the scale there."""
+        return w if self.scale is None else w / self.scale[:, 0]
 
     def at(self, position: int) -> FrozenNorm:
         """The same map at one position, for vectors ``[..., d_model]``."""
