@@ -25,7 +25,8 @@ from mechinterp_attn.errors import MechInterpError
 if TYPE_CHECKING:
     from mechinterp_attn.banks.norm import FrozenNorm
 
-Kind = Literal["attention", "mlp"]
+Kind = Literal["attention", "mlp", "virtual"]
+Side = Literal["Q", "K", "V", "O"]
 
 
 @runtime_checkable
@@ -112,6 +113,28 @@ class Head:
         """``W_Q @ W_K.T`` (unscaled): which token attends to which, read on the residual stream."""
         return LowRank(self.W_Q, self.W_K.T)
 
+    @property
+    def reads_at(self) -> int:
+        """The step (``HeadBank.step``) at which the head reads the residual stream."""
+        return self.bank.step
+
+    @property
+    def writes_at(self) -> int:
+        """The step at which the head writes; heads with a later ``reads_at`` see it."""
+        return self.bank.step
+
+    def query_read(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
+        """The query side of the QK circuit for residual vectors ``x``."""
+        return self.bank.query_read(self.index, x)
+
+    def key_read(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
+        """The key side of the QK circuit for residual vectors ``x``."""
+        return self.bank.key_read(self.index, x)
+
+    def gram(self, side: Side) -> Float[Tensor, "d_head d_head"]:
+        """``W.T @ W`` of one side's weights in float64 (``W @ W.T`` for O); see ``HeadBank.gram``."""
+        return self.bank.gram(side, slice(self.index, self.index + 1))[0]
+
     def pattern(self, cache: Cache, batch: int = 0) -> Float[Tensor, "query key_plus_bias"]:
         """The dense attention picture of this head on a cached run.
 
@@ -137,11 +160,17 @@ class HeadBank(nn.Module, ABC):
         kind: "attention" or "mlp";  letter: "H" or "N", as in labels.
         part: the bank's name inside its block, ``blocks.{layer}.{part}``.
         b_O: the bias of the whole sublayer, added beside the heads, ``[d_model]``.
+        place: which sublayer of its block this is, counted from 0.
+        parallel: the block's sublayers all read the same stream.
+        mixes_positions: whether heads can attend to tokens other than their own.
     """
 
     kind: ClassVar[Kind]
     letter: ClassVar[str]
     part: ClassVar[str]
+    place: ClassVar[int]
+    mixes_positions: ClassVar[bool]
+    parallel: bool = False
 
     layer: int
     n_heads: int
@@ -153,6 +182,11 @@ class HeadBank(nn.Module, ABC):
     def path(self) -> str:
         """Where the bank stands in the model and in its caches: ``blocks.0.attn``."""
         return f"blocks.{self.layer}.{self.part}"
+
+    @property
+    def step(self) -> int:
+        """When the bank reads and writes: a head reads what banks of smaller steps have written."""
+        return 2 * self.layer + (0 if self.parallel else self.place)
 
     def label(self, index: int) -> str:
         return f"L{self.layer}{self.letter}{index}"
@@ -175,6 +209,28 @@ class HeadBank(nn.Module, ABC):
     @abstractmethod
     def weights(self, index: int) -> dict[str, Tensor]:
         """``W_Q W_K W_V W_O b_Q b_K b_V`` of one head, as views."""
+
+    @abstractmethod
+    def stacked(
+        self, side: Side, heads: slice | Int[Tensor, " head"] = slice(None)
+    ) -> Float[Tensor, "head rows columns"]:
+        """``W_Q``, ``W_K``, ``W_V`` ``[head, d_model, d_head]`` or ``W_O`` ``[head, d_head, d_model]``
+        of many heads at once, detached; shared keys and values (GQA) are given to every head."""
+
+    def gram(
+        self, side: Side, heads: slice | Int[Tensor, " head"] = slice(None)
+    ) -> Float[Tensor, "head d_head d_head"]:
+        """Inner products of the columns of ``W_Q``, ``W_K`` or ``W_V`` (rows of ``W_O``), float64.
+
+        A neuron's key is the constant coordinate of the bias-token construction (Huben & Morris
+        2023), which is not part of d_model: its key Gram is 1 although its ``W_K`` is zero.
+        """
+        W = self.stacked(side, heads).double()
+        return W @ W.mT if side == "O" else W.mT @ W
+
+    def turned(self, x: Float[Tensor, "*n d_head"], position: int) -> Float[Tensor, "*n d_head"]:
+        """Queries or keys as they are at a position: rotary heads turn them, others leave them."""
+        return x
 
     @abstractmethod
     def cached_pattern(self, cache: Cache, batch: int) -> Tensor:

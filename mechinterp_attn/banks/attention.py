@@ -14,7 +14,7 @@ from transformer_lens.hook_points import HookPoint
 
 from mechinterp_attn.banks.norm import FrozenNorm
 from mechinterp_attn.banks.rotary import Rotary
-from mechinterp_attn.heads import Cache, FrozenBank, HeadBank, Kind, ScoreSides
+from mechinterp_attn.heads import Cache, FrozenBank, HeadBank, Kind, ScoreSides, Side
 from mechinterp_attn.spec import Spec
 
 
@@ -30,6 +30,8 @@ class AttentionBank(HeadBank):
     kind: ClassVar[Kind] = "attention"
     letter: ClassVar[str] = "H"
     part: ClassVar[str] = "attn"
+    place: ClassVar[int] = 0
+    mixes_positions: ClassVar[bool] = True
 
     W_Q: Tensor
     W_K: Tensor
@@ -105,6 +107,15 @@ class AttentionBank(HeadBank):
             "b_K": self.b_K[kv],
             "b_V": self.b_V[kv],
         }
+
+    def stacked(self, side: Side, heads: slice | Tensor = slice(None)) -> Tensor:
+        W = {"Q": self.W_Q, "K": self.W_K, "V": self.W_V, "O": self.W_O}[side].detach()
+        if self.group > 1 and side in "KV":
+            heads = torch.arange(self.n_heads, device=W.device)[heads] // self.group
+        return W[heads]
+
+    def turned(self, x: Tensor, position: int) -> Tensor:
+        return x if self.rotary is None else self.rotary.turn(x, position)
 
     def cached_pattern(self, cache: Cache, batch: int) -> Float[Tensor, "head query key"]:
         pattern = cache[f"{self.path}.hook_pattern"]

@@ -2,8 +2,9 @@
 
 Neuron i with input direction v1, bias b1 and output direction v2 is the head whose query and value
 are ``z = x . v1 + b1``, whose key is 1 on every real token and 0 on the bias token, and which sees
-only its own token and the bias token. Its pattern is one number per (position, neuron), the weight
-on itself; the T x T picture is made for one head on demand and never held for the bank.
+only its own token and the bias token. A neuron of a gated MLP has its gate as query and its input
+as value. Its pattern is one number per (position, neuron), the weight on itself; the T x T picture
+is made for one head on demand and never held for the bank.
 """
 
 from __future__ import annotations
@@ -16,74 +17,117 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from mechinterp_attn.banks.gates import Gate
-from mechinterp_attn.banks.norm import FrozenNorm
-from mechinterp_attn.heads import Cache, FrozenBank, HeadBank, Kind, ScoreSides
+from mechinterp_attn.banks.gates import Rule
+from mechinterp_attn.banks.norm import IDENTITY, FrozenNorm
+from mechinterp_attn.heads import FrozenBank, HeadBank, Kind, Side
 from mechinterp_attn.spec import Spec
 
 
 class NeuronBank(HeadBank):
-    """All neurons of one MLP as heads of inner dimension 1.
+    """All neurons of one MLP as heads of inner dimension 1, ``rule.n`` heads each.
 
-    Parameters (the norm in front is folded into W_in and b_in):
+    Parameters (the norm in front is folded into W_in, W_gate and their biases):
         W_in ``[d_model, neuron]``, b_in ``[neuron]``, W_out ``[neuron, d_model]``,
-        b_out ``[d_model]``.
-    ``hook_pre`` and ``hook_post`` are TransformerLens's ``mlp.hook_pre`` and ``mlp.hook_post``.
+        b_out ``[d_model]``; in a gated MLP W_gate and b_gate as W_in and b_in.
+    ``TransformerLens``'s ``mlp.hook_pre``, ``hook_pre_linear`` and ``hook_post`` are passed in.
     """
 
     kind: ClassVar[Kind] = "mlp"
     letter: ClassVar[str] = "N"
     part: ClassVar[str] = "neurons"
+    place: ClassVar[int] = 1
+    mixes_positions: ClassVar[bool] = False
 
     W_in: Tensor
     b_in: Tensor
     W_out: Tensor
     b_out: Tensor
+    W_gate: Tensor
+    b_gate: Tensor
 
-    def __init__(self, spec: Spec, layer: int, gate: Gate, weights: Mapping[str, Tensor]):
+    def __init__(self, spec: Spec, layer: int, rule: Rule, weights: Mapping[str, Tensor]):
         super().__init__()
         self.layer = layer
-        self.n_heads = spec.d_mlp
+        self.rule = rule
+        self.gated = "W_gate" in weights
+        self.n_neurons = weights["W_in"].shape[1]
+        self.n_heads = self.n_neurons * rule.n
         self.d_head = 1
         self.d_model = spec.d_model
-        self.gate = gate
-        for name in ("W_in", "b_in", "W_out", "b_out"):
+        names = ("W_in", "b_in", "W_out", "b_out", *(("W_gate", "b_gate") if self.gated else ()))
+        for name in names:
             self.register_parameter(name, nn.Parameter(weights[name]))
-        self.hook_q = HookPoint()  # [batch, pos, neuron]
-        self.hook_v = HookPoint()  # [batch, pos, neuron]
-        self.hook_pattern = HookPoint()  # [batch, pos, neuron]: weight on the own token
-        self.hook_z = HookPoint()  # [batch, pos, neuron]
+        self.hook_q = HookPoint()  # [batch, pos, head]: the score on the own token
+        self.hook_v = HookPoint()  # [batch, pos, head]
+        self.hook_pattern = HookPoint()  # [batch, pos, head]: weight on the own token
+        self.hook_z = HookPoint()  # [batch, pos, head]
 
     def forward(
-        self, x: Float[Tensor, "batch pos d_model"], hook_pre: HookPoint, hook_post: HookPoint
+        self, x: Float[Tensor, "batch pos d_model"], names: MLPNames
     ) -> Float[Tensor, "batch pos d_model"]:
         """The sum of the heads' outputs plus b_out for a normalised residual stream ``x``."""
-        pre = hook_pre(torch.addmm(self.b_in, x.flatten(0, 1), self.W_in).unflatten(0, x.shape[:2]))
-        if any(h.has_hooks() for h in (self.hook_q, self.hook_v, self.hook_pattern)):
-            pattern = self.hook_pattern(self.gate.weight(self.hook_q(pre)))
-            z = pattern * self.hook_v(pre)
-        else:  # the same number in one step
-            z = self.gate.act(pre)
-        z = hook_post(self.hook_z(z))
-        return torch.addmm(self.b_out, z.flatten(0, 1), self.W_out).unflatten(0, x.shape[:2])
+        value = _affine(x, self.W_in, self.b_in)
+        if self.gated:
+            query = names.hook_pre(_affine(x, self.W_gate, self.b_gate))
+            value = names.hook_pre_linear(value)
+        else:
+            query = value = names.hook_pre(value)
+        watched = (self.hook_q, self.hook_v, self.hook_pattern, self.hook_z)
+        if any(h.has_hooks() for h in watched):
+            pattern = self.hook_pattern(self.rule.weight(self.hook_q(self._per_head(query, queries=True))))
+            z = self.hook_z(pattern * self.hook_v(self._per_head(value)))
+            post = z if self.rule.n == 1 else z.unflatten(-1, (-1, self.rule.n)).sum(-1)
+        elif self.rule.act is not None and not self.gated:  # the same number in one step
+            post = self.rule.act(query)
+        else:
+            post = self.rule.total(query) * value
+        return _affine(names.hook_post(post), self.W_out, self.b_out)
+
+    def _per_head(self, z: Float[Tensor, "batch pos neuron"], *, queries: bool = False) -> Tensor:
+        """``[batch, pos, neuron]`` to ``[batch, pos, head]``: the heads' scores, or their values."""
+        rule = self.rule
+        if rule.n == 1 and (rule.slopes, rule.offsets, rule.values) == ((1.0,), (0.0,), (1.0,)):
+            return z
+        if queries:
+            return (z[..., None] * z.new_tensor(rule.slopes) + z.new_tensor(rule.offsets)).flatten(-2)
+        return (z[..., None] * z.new_tensor(rule.values)).flatten(-2)
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:
         return self.b_out
 
+    def label(self, index: int) -> str:
+        """``L1N7``; where a neuron is several heads, ``L1N7.0``, ``L1N7.1``, ..."""
+        n = self.rule.n
+        return super().label(index) if n == 1 else f"{super().label(index // n)}.{index % n}"
+
     def weights(self, index: int) -> dict[str, Tensor]:
-        v1, b1 = self.W_in[:, index, None], self.b_in[index, None]
+        i, k = divmod(index, self.rule.n)
+        slope, offset, value = (p[k] for p in (self.rule.slopes, self.rule.offsets, self.rule.values))
+        v1, b1 = self.W_in[:, i, None], self.b_in[i, None]
+        q, b_q = (self.W_gate[:, i, None], self.b_gate[i, None]) if self.gated else (v1, b1)
+        plain = (slope, offset) == (1.0, 0.0)
         return {
-            "W_Q": v1,
+            "W_Q": q if plain else slope * q,
             "W_K": torch.zeros_like(v1),
-            "W_V": v1,
-            "W_O": self.W_out[index, None],
-            "b_Q": b1,
+            "W_V": v1 if value == 1.0 else value * v1,
+            "W_O": self.W_out[i, None],
+            "b_Q": b_q if plain else slope * b_q + offset,
             "b_K": torch.ones_like(b1),
-            "b_V": b1,
+            "b_V": b1 if value == 1.0 else value * b1,
         }
 
-    def cached_pattern(self, cache: Cache, batch: int) -> Float[Tensor, "pos neuron"]:
+    def stacked(self, side: Side, heads: slice | Tensor = slice(None)) -> Tensor:
+        if side == "O":
+            return self.W_out.detach()[heads, None]
+        read = self.W_in.detach()[:, heads].T[..., None]
+        return torch.zeros_like(read) if side == "K" else read
+
+    def gram(self, side: Side, heads: slice | Tensor = slice(None)) -> Tensor:
+        gram = super().gram(side, heads)
+        return torch.ones_like(gram) if side == "K" else gram
+
+    def cached_pattern(self, cache: Mapping[str, Tensor], batch: int) -> Float[Tensor, "pos head"]:
         pattern = cache[f"{self.path}.hook_pattern"]
         return pattern[batch] if pattern.ndim == 3 else pattern
 
@@ -92,71 +136,75 @@ class NeuronBank(HeadBank):
         return torch.cat([own.diag(), (1 - own)[:, None]], dim=1)
 
     def attention_on(
-        self, pattern: Float[Tensor, "batch pos neuron"], pairs: Float[Tensor, "query key"]
+        self, pattern: Float[Tensor, "batch pos head"], pairs: Float[Tensor, "query key"]
     ) -> Float[Tensor, " head"]:
         own = pairs.diagonal().to(pattern.dtype)  # a neuron sees no other token
         return torch.einsum("bpn,p->n", pattern, own) / pattern.shape[0]
 
     def query_read(self, index: int, x: Tensor) -> Tensor:
-        v1, b1 = (t.detach().to(x.dtype) for t in (self.W_in[:, index, None], self.b_in[index]))
-        return x @ v1 + b1
+        w = self.weights(index)
+        return x @ w["W_Q"].detach().to(x.dtype) + w["b_Q"].detach().to(x.dtype)
 
     def key_read(self, index: int, x: Tensor) -> Tensor:
         return torch.ones_like(x[:, :1])
 
-    def freeze(self, pattern: Tensor, norm: FrozenNorm) -> FrozenNeurons:
-        return FrozenNeurons(self, pattern, norm)
+    def freeze(self, pattern: Tensor, norm: FrozenNorm, post: FrozenNorm = IDENTITY) -> FrozenNeurons:
+        return FrozenNeurons(self, pattern, norm, post)
 
 
 class FrozenNeurons(FrozenBank):
-    """``x -> (pattern * (norm(x) @ W_in)) @ W_out`` with the pattern of one run."""
+    """``x -> (own * (norm(x) @ W_in)) @ W_out`` with the weights on the own token of one run."""
 
     bank: NeuronBank
 
-    def __init__(self, bank: NeuronBank, pattern: Float[Tensor, "pos neuron"], norm: FrozenNorm):
+    def __init__(
+        self, bank: NeuronBank, pattern: Float[Tensor, "pos head"], norm: FrozenNorm, post: FrozenNorm
+    ):
         self.bank = bank
         self.pattern = pattern
         self._norm = norm
-        self.z_bias = (pattern * bank.b_in.detach())[..., None]
+        self._post = post
+        rule = bank.rule
+        # What all heads of a neuron together move: [pos, neuron].
+        weighted = pattern.unflatten(-1, (-1, rule.n)) * pattern.new_tensor(rule.values)
+        self._own = weighted.sum(-1)
+        self.constant = post.apply((self._own * bank.b_in.detach()) @ bank.W_out.detach())
+        self.bias = post.apply(bank.b_out.detach().expand(len(pattern), -1))
 
-    def read(self, x: Tensor) -> Tensor:
-        return (self.pattern * (self._norm.apply(x) @ self.bank.W_in.detach()))[..., None]
+    def apply(self, x: Tensor) -> Tensor:
+        z = self._own * (self._norm.apply(x) @ self.bank.W_in.detach())
+        return self._post.apply(z @ self.bank.W_out.detach())
 
-    def unread(self, z: Tensor) -> Tensor:
-        return self._norm.apply((self.pattern * z[..., 0]) @ self.bank.W_in.detach().T)
+    def adjoint(self, y: Tensor) -> Tensor:
+        z = self._own * (self._post.adjoint(y) @ self.bank.W_out.detach().T)
+        return self._norm.adjoint(z @ self.bank.W_in.detach().T)
 
-    def write(self, z: Tensor) -> Tensor:
-        return z[..., 0] @ self.bank.W_out.detach()
+    def head_outputs_along(self, x: Tensor, position: int, direction: Tensor) -> Tensor:
+        here = self._norm.at(position).apply(x[position])
+        value = here @ self.bank.W_in.detach() + self.bank.b_in.detach()
+        along = self.bank.W_out.detach() @ self._post.at(position).adjoint(direction)
+        rule = self.bank.rule
+        per_head = (value * along)[:, None] * value.new_tensor(rule.values)
+        return self.pattern[position] * per_head.flatten()
 
-    def unwrite(self, y: Tensor) -> Tensor:
-        return (y @ self.bank.W_out.detach().T)[..., None]
 
-    def write_at(self, z: Tensor, index: Tensor, position: Tensor) -> Tensor:
-        return z * self.bank.W_out.detach()[index]
+class MLPNames(nn.Module):
+    """A neuron bank under TransformerLens's names: ``blocks.{l}.mlp.hook_pre``, ``W_in``, ..."""
 
-    def pull(self, v: Tensor, index: Tensor) -> Tensor:
-        held = (v * self.bank.W_out.detach()[index]).sum(-1, keepdim=True)
-        return self._norm.turn_back(held * self.bank.W_in.detach().T[index])
+    def __init__(self, bank: NeuronBank):
+        super().__init__()
+        self.hook_pre = HookPoint()  # [batch, pos, neuron]; in a gated MLP the gate's reading
+        if bank.gated:
+            self.hook_pre_linear = HookPoint()  # [batch, pos, neuron]
+        self.hook_post = HookPoint()  # [batch, pos, neuron]
+        self._bank = (bank,)  # in a tuple: the block registers the bank, once
 
-    def spread(self, w: Tensor, index: Tensor) -> Tensor:
-        return self._norm.weigh(w * self.pattern.T[index])
+    W_in = property(lambda self: self._bank[0].W_in)
+    b_in = property(lambda self: self._bank[0].b_in)
+    W_out = property(lambda self: self._bank[0].W_out)
+    b_out = property(lambda self: self._bank[0].b_out)
+    W_gate = property(lambda self: getattr(self._bank[0], "W_gate", None))
 
-    def reach(self, m: Tensor, *, summed: bool) -> Tensor:
-        return self.pattern.abs() * self._norm.weigh(m)[:, None]
 
-    def gains(self, v: Tensor) -> Tensor:
-        return (self.bank.W_out.detach() @ v).abs() * self.bank.W_in.detach().norm(dim=0)
-
-    def norms(self) -> Tensor:
-        return self.bank.W_out.detach().norm(dim=1) * self.bank.W_in.detach().norm(dim=0)
-
-    def score_sides(self, index: int, x: Tensor) -> ScoreSides:
-        bank = self.bank
-        one = torch.ones(len(x), 1, dtype=x.dtype, device=x.device)
-        return ScoreSides(
-            query=lambda x: self._norm.apply(x) @ bank.W_in.detach()[:, index, None],
-            key=lambda x: torch.zeros_like(x[..., :1]),
-            query_bias=bank.b_in[index].detach() * one,
-            key_bias=one,
-            allowed=torch.eye(len(x), dtype=torch.bool, device=x.device),
-        )
+def _affine(x: Float[Tensor, "batch pos d"], W: Tensor, b: Tensor) -> Float[Tensor, "batch pos out"]:
+    return torch.addmm(b, x.flatten(0, 1), W).unflatten(0, x.shape[:2])
