@@ -1,0 +1,33 @@
+"""Every notebook runs from a clean kernel, and is committed with small outputs and no error."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+MAX_BYTES = 1_500_000  # what can still be read online
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_runs_from_a_clean_kernel(path: Path, tmp_path: Path) -> None:
+    """An assert in a notebook is a test: any error in a cell fails."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    ).execute()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_is_committed_with_outputs(path: Path) -> None:
+    assert path.stat().st_size < MAX_BYTES
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    assert all(cell.execution_count for cell in cells), "run `make notebooks` and commit the outputs"
+    kinds = {output.output_type for cell in cells for output in cell.outputs}
+    assert "error" not in kinds
+    assert kinds & {"execute_result", "display_data"}
