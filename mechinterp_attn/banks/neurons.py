@@ -118,10 +118,16 @@ class NeuronBank(HeadBank):
         }
 
     def stacked(self, side: Side, heads: slice | Tensor = slice(None)) -> Tensor:
+        index = torch.arange(self.n_heads, device=self.W_in.device)[heads]
+        neuron, k = (heads, 0) if self.rule.n == 1 else (index // self.rule.n, index % self.rule.n)
         if side == "O":
-            return self.W_out.detach()[heads, None]
-        read = self.W_in.detach()[:, heads].T[..., None]
-        return torch.zeros_like(read) if side == "K" else read
+            return self.W_out.detach()[neuron, None]
+        W = self.W_gate if self.gated and side == "Q" else self.W_in
+        read = W.detach()[:, neuron].T[..., None]
+        if side == "K":
+            return torch.zeros_like(read)
+        factors = read.new_tensor(self.rule.slopes if side == "Q" else self.rule.values)
+        return read if bool((factors == 1).all()) else read * factors[k][..., None, None]
 
     def gram(self, side: Side, heads: slice | Tensor = slice(None)) -> Tensor:
         gram = super().gram(side, heads)
