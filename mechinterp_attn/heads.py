@@ -253,8 +253,9 @@ class HeadBank(nn.Module, ABC):
         """The query side of a head's QK circuit for residual vectors ``x``."""
 
     @abstractmethod
-    def freeze(self, pattern: Tensor, norm: FrozenNorm) -> FrozenBank:
-        """The bank as a linear map of residual streams, its pattern and the norm in front fixed."""
+    def freeze(self, pattern: Tensor, norm: FrozenNorm, post: FrozenNorm = ...) -> FrozenBank:
+        """The bank as a linear map of residual streams; its pattern, the norm in front and, where
+        the model has one, the norm on what it writes fixed."""
 
 
 class FrozenBank(ABC):
@@ -308,12 +309,24 @@ class FrozenBank(ABC):
         """The sum or the maximum over key positions of ``|S[query, key]| m[key]``."""
 
     @abstractmethod
-    def gains(self, v: Float[Tensor, " d_model"]) -> Float[Tensor, " head"]:
-        """Norm of ``pull`` of one direction by every head."""
+    def hold(self, v: Float[Tensor, "n d_model"]) -> Float[Tensor, "n head d_head"]:
+        """``unwrite`` without what depends on the position."""
+
+    def weigh_out(self, w: Float[Tensor, "*n pos"]) -> Float[Tensor, "*n pos"]:
+        """Weights over query positions, divided by the scale of a norm behind the heads, if any."""
+        return w
+
+    @abstractmethod
+    def pull_norms(self, held: Float[Tensor, "n head d_head"]) -> Float[Tensor, "n head"]:
+        """Norms of what ``pull`` gives for all heads, from ``hold``."""
+
+    @abstractmethod
+    def write_norms(self, z: Float[Tensor, "pos head d_head"]) -> Float[Tensor, "pos head"]:
+        """Norm of what every single head writes at every position when it holds ``z``."""
 
     @abstractmethod
     def norms(self) -> Float[Tensor, " head"]:
-        """Spectral norm of every head's OV (its norm scales left out: they are in S)."""
+        """Spectral norm of every head's OV (norm scales left out: they are in S)."""
 
     @abstractmethod
     def score_sides(self, index: int, x: Float[Tensor, "pos d_model"]) -> ScoreSides:
@@ -364,6 +377,7 @@ class ScoreSides:
         query, key: linear maps ``[*n, pos, d_model] -> [*n, pos, rank]``.
         query_bias, key_bias: ``[pos, rank]``.
         allowed: which pairs the mask lets see each other, ``[query, key]``.
+        to_pattern: what the head makes of its scores ``[query, key]``: its pattern on real tokens.
     """
 
     query: Callable[[Tensor], Tensor]
@@ -371,9 +385,10 @@ class ScoreSides:
     query_bias: Float[Tensor, "pos rank"]
     key_bias: Float[Tensor, "pos rank"]
     allowed: Bool[Tensor, "query key"]
+    to_pattern: Callable[[Tensor], Tensor]
 
 
-_LABEL = re.compile(r"L(\d+)([A-Z])(\d+)")
+_LABEL = re.compile(r"L(\d+)([A-Z])(\d+)(?:\.(\d+))?")
 
 
 @dataclass(frozen=True, eq=False)
