@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-PROMPT ?= Mr. Utterson the lawyer was a man of a rugged countenance. Mr. Utter
+PROMPT ?= Mr. Dorling was a tall man. I had never seen Mr. Dor
 REPORT ?= demo-report.html
 
 .DEFAULT_GOAL := help
