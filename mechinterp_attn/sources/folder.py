@@ -61,7 +61,13 @@ def read_tokenizer(file: Path, bos_token: str | None = None) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_file=str(file), bos_token=bos_token, eos_token=bos_token, pad_token=bos_token
+        tokenizer_file=str(file),
+        bos_token=bos_token,
+        eos_token=bos_token,
+        pad_token=bos_token,
+        # A bridge looks these two up, and would go to the hub for a tokenizer that adds no BOS.
+        name_or_path=file.parent.name,
+        add_bos_token=bos_token is not None,
     )
 
 
