@@ -241,8 +241,28 @@ class HeadBank(nn.Module, ABC):
         """One head's [query, key + bias column] picture from the compact pattern."""
 
     @abstractmethod
-    def attention_on(self, pattern: Tensor, pairs: Float[Tensor, "pos pos"]) -> Float[Tensor, " head"]:
-        """Sum over (query, key) of pattern times ``pairs``, for every head (batch is averaged)."""
+    def attention_on(
+        self,
+        pattern: Tensor,
+        pairs: Float[Tensor, "*batch query key"],
+        moved: Float[Tensor, "batch key head"] | None = None,
+    ) -> Float[Tensor, " head"]:
+        """Sum over the batch and its (query, key) of pattern times ``pairs``, for every head.
+
+        Args:
+            pattern: the bank's compact pattern of a batch.
+            pairs: weights of pairs of real tokens, the same for the whole batch or one by one.
+            moved: weights of keys, such as the norm of what the head moves from there.
+        """
+
+    @abstractmethod
+    def entropy(self, pattern: Tensor) -> Float[Tensor, "batch pos head"]:
+        """Entropy (nats) of every row of the pattern, the bias token included; NaN where a row is
+        no distribution, as the gate of a gated neuron."""
+
+    @abstractmethod
+    def values(self, cache: Cache) -> Float[Tensor, "batch pos head d_head"]:
+        """What every head moves from every position before W_O, out of a cache with ``hook_v``."""
 
     @abstractmethod
     def key_read(self, index: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
@@ -268,11 +288,18 @@ class FrozenBank(ABC):
     the input stream: weights over positions (``spread``) times one vector (``pull``).
 
     Attributes:
+        pattern: the bank's compact pattern.
         z_bias: what the heads' value biases add to ``read``, ``[pos, head, d_head]``.
     """
 
     bank: HeadBank
     z_bias: Float[Tensor, "pos head d_head"]
+
+    def __init__(self, bank: HeadBank, pattern: Tensor, norm: FrozenNorm, post: FrozenNorm):
+        self.bank = bank
+        self.pattern = pattern
+        self._norm = norm
+        self._post = post
 
     @abstractmethod
     def read(self, x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos head d_head"]:
@@ -314,7 +341,7 @@ class FrozenBank(ABC):
 
     def weigh_out(self, w: Float[Tensor, "*n pos"]) -> Float[Tensor, "*n pos"]:
         """Weights over query positions, divided by the scale of a norm behind the heads, if any."""
-        return w
+        return self._post.weigh(w)
 
     @abstractmethod
     def pull_norms(self, held: Float[Tensor, "n head d_head"]) -> Float[Tensor, "n head"]:
@@ -335,7 +362,7 @@ class FrozenBank(ABC):
     @property
     def bias(self) -> Float[Tensor, "pos d_model"]:
         """What the sublayer adds beside its heads."""
-        return self.bank.b_O.detach().expand(len(self.z_bias), -1)
+        return self._post.apply(self.bank.b_O.detach().expand(len(self.z_bias), -1))
 
     @property
     def constant(self) -> Float[Tensor, "pos d_model"]:
@@ -377,7 +404,7 @@ class ScoreSides:
         query, key: linear maps ``[*n, pos, d_model] -> [*n, pos, rank]``.
         query_bias, key_bias: ``[pos, rank]``.
         allowed: which pairs the mask lets see each other, ``[query, key]``.
-        to_pattern: what the head makes of its scores ``[query, key]``: its pattern on real tokens.
+        to_pattern: what a softmax head makes of its scores ``[query, key]``; None for other rules.
     """
 
     query: Callable[[Tensor], Tensor]
@@ -385,7 +412,7 @@ class ScoreSides:
     query_bias: Float[Tensor, "pos rank"]
     key_bias: Float[Tensor, "pos rank"]
     allowed: Bool[Tensor, "query key"]
-    to_pattern: Callable[[Tensor], Tensor]
+    to_pattern: Callable[[Tensor], Tensor] | None
 
 
 _LABEL = re.compile(r"L(\d+)([A-Z])(\d+)(?:\.(\d+))?")

@@ -6,109 +6,27 @@ and the runtime protocols ``TransformerLensModel`` and ``TransformerLensModelWit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule, TransformerBridgeConfig
 from transformer_lens.hook_points import HookPoint
 
-from mechinterp_attn.banks.attention import AttentionBank
-from mechinterp_attn.banks.gates import GATES
-from mechinterp_attn.banks.neurons import NeuronBank
+from mechinterp_attn.banks.block import Block, Embed, PosEmbed, Sublayer, Unembed
+from mechinterp_attn.banks.gates import rule_for
 from mechinterp_attn.banks.norm import Norm
+from mechinterp_attn.banks.rotary import Rotary
+from mechinterp_attn.banks.step import KeyValueCache, Step
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.heads import Head, HeadBank, HeadIndex
 from mechinterp_attn.spec import Spec
 from mechinterp_attn.tokens import TokenDoor
 
 ReturnType = Literal["logits", "loss", "both"] | None
-
-
-class Embed(nn.Module):
-    """Token embedding ``W_E [d_vocab, d_model]``."""
-
-    def __init__(self, W_E: Tensor):
-        super().__init__()
-        self.W_E = nn.Parameter(W_E)
-
-    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        return self.W_E[tokens]
-
-
-class PosEmbed(nn.Module):
-    """Learned positions ``W_pos [n_ctx, d_model]``, added to the embedding."""
-
-    def __init__(self, W_pos: Tensor):
-        super().__init__()
-        self.W_pos = nn.Parameter(W_pos)
-
-    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        return self.W_pos[: tokens.shape[1]].expand(tokens.shape[0], -1, -1)
-
-
-class Unembed(nn.Module):
-    """``W_U [d_model, d_vocab_out]`` and ``b_U``, the final norm folded in."""
-
-    def __init__(self, W_U: Tensor, b_U: Tensor):
-        super().__init__()
-        self.W_U = nn.Parameter(W_U)
-        self.b_U = nn.Parameter(b_U)
-
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        return x @ self.W_U + self.b_U
-
-
-class MLPNames(nn.Module):
-    """A neuron bank under TransformerLens's names: ``blocks.{l}.mlp.hook_pre``, ``W_in``, ..."""
-
-    def __init__(self, bank: NeuronBank):
-        super().__init__()
-        self.hook_pre = HookPoint()  # [batch, pos, neuron]
-        self.hook_post = HookPoint()  # [batch, pos, neuron]
-        self._bank = (bank,)  # in a tuple: the block registers the bank, once
-
-    W_in = property(lambda self: self._bank[0].W_in)
-    b_in = property(lambda self: self._bank[0].b_in)
-    W_out = property(lambda self: self._bank[0].W_out)
-    b_out = property(lambda self: self._bank[0].b_out)
-
-
-class Block(nn.Module):
-    """One block of the source model: a sublayer of attention heads, then one of neuron heads."""
-
-    def __init__(self, spec: Spec, layer: int, weights: Mapping[str, Mapping[str, Tensor]]):
-        super().__init__()
-        self.hook_resid_pre = HookPoint()
-        self.ln1 = Norm(spec.norm, spec.eps)
-        self.attn = AttentionBank(spec, layer, weights["attn"])
-        self.hook_attn_out = HookPoint()
-        if not spec.attn_only:
-            self.hook_resid_mid = HookPoint()
-            self.ln2 = Norm(spec.norm, spec.eps)
-            self.neurons = NeuronBank(spec, layer, GATES[cast(str, spec.act_fn)], weights["neurons"])
-            self.mlp = MLPNames(self.neurons)
-            self.hook_mlp_out = HookPoint()
-        self.attn_only = spec.attn_only
-        self.hook_resid_post = HookPoint()
-
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        x = self.hook_resid_pre(x)
-        x = x + self.hook_attn_out(self.attn(self.ln1(x)))
-        if not self.attn_only:
-            x = self.hook_resid_mid(x)
-            neurons = self.neurons(self.ln2(x), self.mlp.hook_pre, self.mlp.hook_post)
-            x = x + self.hook_mlp_out(neurons)
-        return self.hook_resid_post(x)
-
-    def sublayers(self) -> Iterator[tuple[HeadBank, str]]:
-        """The banks in order, each with the name of the norm in front of it."""
-        yield self.attn, "ln1"
-        if not self.attn_only:
-            yield self.neurons, "ln2"
 
 
 class AttentionOnlyModel(TokenDoor, HookedRootModule):
@@ -142,11 +60,17 @@ class AttentionOnlyModel(TokenDoor, HookedRootModule):
         if spec.positions == "standard":
             self.pos_embed = PosEmbed(weights["pos_embed.W_pos"])
             self.hook_pos_embed = HookPoint()  # [batch, pos, d_model]
+        if spec.embed_norm is not None:
+            self.embed_norm = Norm(
+                spec.embed_norm, spec.eps, weights["embed_norm.w"], weights.get("embed_norm.b")
+            )
+        rule = rule_for(spec, self.provenance)
         self.blocks = nn.ModuleList(
-            Block(spec, layer, _nested(weights, f"blocks.{layer}.")) for layer in range(spec.n_layers)
+            Block(spec, layer, rule, _nested(weights, f"blocks.{layer}.")) for layer in range(spec.n_layers)
         )
         self.ln_final = Norm(spec.final_norm, spec.eps)
         self.unembed = Unembed(weights["unembed.W_U"], weights["unembed.b_U"])
+        self._rotary = Rotary(spec) if spec.positions == "rotary" else None
         self._cfg = _transformer_lens_config(spec, self.provenance, tokenizer)
         self.eval()
         self.setup()
@@ -158,6 +82,8 @@ class AttentionOnlyModel(TokenDoor, HookedRootModule):
         *,
         loss_per_token: bool = False,
         prepend_bos: bool | None = None,
+        attention_mask: Tensor | None = None,
+        past: KeyValueCache | None = None,
     ) -> Any:
         """Logits, the mean next-token loss (nats), both, or nothing (to fill a cache).
 
@@ -165,6 +91,10 @@ class AttentionOnlyModel(TokenDoor, HookedRootModule):
             input: tokens ``[pos]`` or ``[batch, pos]``, or text.
             loss_per_token: give the losses ``[batch, pos - 1]`` instead of their mean.
             prepend_bos: for text only; by default a BOS is put in front where the tokenizer has one.
+            attention_mask: ``[batch, pos]``, 0 on padding, left or right; positions of a causal model
+                count the real tokens, and losses leave the padding out. With ``past``, ``[batch,
+                past + pos]`` or the new tokens' part.
+            past: a key-value cache; ``input`` follows the tokens in it, and is added to it.
 
         Raises:
             MechInterpError: tokens that are empty, too long, out of range or not integers.
@@ -172,31 +102,82 @@ class AttentionOnlyModel(TokenDoor, HookedRootModule):
         if return_type not in ("logits", "loss", "both", None):
             raise MechInterpError(f"return_type={return_type!r}; expected 'logits', 'loss', 'both' or None")
         tokens = self.as_tokens(input, prepend_bos=prepend_bos)
+        step, positions = self._step(tokens, attention_mask, past)
         x = self.hook_embed(self.embed(tokens))
         if self.spec.positions == "standard":
-            x = x + self.hook_pos_embed(self.pos_embed(tokens))
+            x = x + self.hook_pos_embed(self.pos_embed(positions).expand_as(x))
+        if self.spec.embed_norm is not None:
+            x = self.embed_norm(x)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, step)
         x = self.ln_final(x)
         if return_type is None:
             return None
         logits = self.unembed(x)
+        if self.spec.logit_cap is not None:
+            logits = self.spec.logit_cap * torch.tanh(logits / self.spec.logit_cap)
         if return_type == "logits":
             return logits
-        loss = self.loss_fn(logits, tokens, per_token=loss_per_token)
+        loss = self.loss_fn(logits, tokens, per_token=loss_per_token, attention_mask=attention_mask)
         return loss if return_type == "loss" else (logits, loss)
+
+    def _step(
+        self, tokens: Int[Tensor, "batch pos"], mask: Tensor | None, past: KeyValueCache | None
+    ) -> tuple[Step, Int[Tensor, "#batch pos"]]:
+        """What all banks share in this pass, and the position of every token."""
+        n_past, n_new = 0 if past is None else len(past), tokens.shape[1]
+        if n_past + n_new > self.spec.n_ctx:
+            raise MechInterpError(
+                f"{n_past} cached and {n_new} new tokens are more than this model's context of "
+                f"{self.spec.n_ctx}"
+            )
+        real = self._real_tokens(tokens, mask, past)
+        positions = torch.arange(n_past, n_past + n_new, device=tokens.device)[None]
+        if real is not None and self.spec.causal:  # positions count the real tokens
+            positions = (real.long().cumsum(-1) - 1).clamp_min(0)[:, n_past:]
+        rotation = None if self._rotary is None else self._rotary.tables(positions, self.W_E.dtype)
+        return Step(n_new, tokens.device, real=real, rotation=rotation, cache=past), positions
+
+    def _real_tokens(
+        self, tokens: Tensor, mask: Tensor | None, past: KeyValueCache | None
+    ) -> Bool[Tensor, "batch key"] | None:
+        """Which tokens, cached ones first, are no padding; None where all are real."""
+        n_past, (batch, n_new) = 0 if past is None else len(past), tokens.shape
+        known = None if past is None else past.real
+        if mask is None and known is None:
+            return None
+        new = torch.ones(batch, n_new) if mask is None else torch.as_tensor(mask)
+        new = new.to(tokens.device).bool()
+        if new.shape not in ((batch, n_new), (batch, n_past + n_new)):
+            raise MechInterpError(
+                f"attention_mask has shape {tuple(new.shape)}, expected {(batch, n_past + n_new)}"
+            )
+        if new.shape[1] == n_new and n_past:
+            old = torch.ones(batch, n_past, dtype=torch.bool, device=tokens.device)
+            new = torch.cat([old if known is None else known, new], 1)
+        if past is not None:
+            past.real = new
+        return None if bool(new.all()) else new
 
     def loss_fn(
         self,
         logits: Float[Tensor, "batch pos d_vocab"],
         tokens: Int[Tensor, "batch pos"],
         per_token: bool = False,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Cross-entropy (nats) of every next token: its mean, or ``[batch, pos - 1]``."""
+        """Cross-entropy (nats) of every next token: the mean over real tokens, or all
+        ``[batch, pos - 1]``."""
         if tokens.shape[1] < 2:
             raise MechInterpError("a loss needs at least 2 tokens, got 1: there is no next token")
         loss = F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
-        return loss if per_token else loss.mean()
+        if per_token:
+            return loss
+        if attention_mask is None:
+            return loss.mean()
+        mask = torch.as_tensor(attention_mask).to(loss.device).bool()
+        real = mask[:, 1:] & mask[:, :-1]
+        return (loss * real).sum() / real.sum()
 
     def run_with_cache(
         self,
@@ -221,19 +202,26 @@ class AttentionOnlyModel(TokenDoor, HookedRootModule):
         self._cfg.device = str(self.W_E.device)
         return self._cfg
 
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """The banks grouped by the stream they read, in order, with the norms around them."""
+        return tuple(sub for block in self.blocks for sub in cast(Block, block).sublayers())
+
     @property
     def banks(self) -> tuple[HeadBank, ...]:
-        return tuple(bank for block in self.blocks for bank, _ in cast(Block, block).sublayers())
+        return tuple(bank for sub in self.sublayers() for bank in sub.banks)
+
+    def sublayer_of(self, bank: HeadBank) -> Sublayer:
+        """The sublayer that a bank belongs to."""
+        own = cast(Block, self.blocks[bank.layer]).sublayers()
+        return next(sub for sub in own if any(other is bank for other in sub.banks))
 
     def norm_of(self, bank: HeadBank) -> tuple[Norm, str]:
         """The norm in front of a bank, and its path in caches."""
-        block = cast(Block, self.blocks[bank.layer])
-        name = next(name for own, name in block.sublayers() if own is bank)
-        return getattr(block, name), f"blocks.{bank.layer}.{name}"
+        return self.sublayer_of(bank).norm
 
     def stream_of(self, bank: HeadBank) -> str:
         """The hook of the residual stream that a bank reads; banks that share it run side by side."""
-        return f"blocks.{bank.layer}.{'hook_resid_pre' if bank.part == 'attn' else 'hook_resid_mid'}"
+        return self.sublayer_of(bank).stream
 
     @property
     def heads(self) -> HeadIndex:
@@ -308,7 +296,7 @@ def _nested(weights: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, T
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in weights.items():
         if key.startswith(prefix):
-            part, name = key.removeprefix(prefix).split(".")
+            part, name = key.removeprefix(prefix).split(".", 1)
             parts.setdefault(part, {})[name] = tensor
     return parts
 
@@ -334,6 +322,8 @@ def _transformer_lens_config(
         positional_embedding_type=spec.positions or "none",
         attention_dir="causal" if spec.causal else "bidirectional",
         n_key_value_heads=spec.n_kv_heads if spec.n_kv_heads != spec.n_heads else None,
+        gated_mlp=spec.gated,
+        parallel_attn_mlp=spec.parallel,
         architecture="AttentionOnlyModel",
         model_name=str(provenance.get("name", "unnamed")),
         tokenizer_prepends_bos=False,

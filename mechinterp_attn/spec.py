@@ -20,11 +20,23 @@ class Spec:
         d_mlp: 0 for an attention-only model.
         d_vocab_out: width of the logits; differs from d_vocab in classifiers.
         act_fn: TransformerLens's name of the activation; None for an attention-only model.
+        gated: the MLP is act(x W_gate) * (x W_in) instead of act(x W_in).
+        parallel: attention and MLP of a block read the same stream.
         norm: the norm in front of every sublayer.
+        post_norm: a norm on what every sublayer writes (Gemma 2).
+        stream_norm: a norm over the whole stream after every sublayer (BERT), with gain and bias.
+        embed_norm: a norm on the embedding, with gain and bias.
+        qk_norm: a norm on the queries and keys of every head, with gain.
         final_norm: the norm before the unembedding.
+        prediction_head: a dense layer with the model's activation in front of the final norm (BERT).
         positions: learned and added ("standard"), rotary, or none.
         attn_scale: what attention scores are divided by.
+        scale_by_layer: scores of block l are divided by l + 1 as well.
+        windows: how many tokens back each layer sees, itself included; None for all. Empty: all.
+        score_cap, logit_cap: scores and logits pass through ``cap * tanh(x / cap)``.
         rotary_adjacent: rotary pairs are (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2+1), ...
+        rotary_frequencies: radians per token of every pair, where they do not follow from the base.
+        rotary_factor: what the rotary tables are multiplied by.
         norm_in_float32: the source takes norms in float32 even when it runs in float64.
     """
 
@@ -48,6 +60,23 @@ class Spec:
     rotary_base: float = 10000.0
     rotary_adjacent: bool = False
     norm_in_float32: bool = False
+    gated: bool = False
+    parallel: bool = False
+    post_norm: NormKind = None
+    stream_norm: NormKind = None
+    embed_norm: NormKind = None
+    qk_norm: NormKind = None
+    prediction_head: bool = False
+    scale_by_layer: bool = False
+    windows: tuple[int | None, ...] = ()
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    rotary_frequencies: tuple[float, ...] = ()
+    rotary_factor: float = 1.0
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens back a layer sees, itself included; None for all."""
+        return self.windows[layer] if self.windows else None
 
     @property
     def attn_only(self) -> bool:
@@ -69,4 +98,4 @@ class Spec:
         wrong += [f"unknown field {name!r}" for name in sorted(set(data) - known)]
         if wrong:
             raise MechInterpError("the model's spec cannot be read: " + "; ".join(wrong))
-        return cls(**data)
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in data.items()})

@@ -12,10 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from mechinterp_attn.banks.frozen import FrozenAttention
 from mechinterp_attn.banks.norm import IDENTITY, FrozenNorm, Norm
-from mechinterp_attn.banks.rotary import rotate
+from mechinterp_attn.banks.rotary import Rotary
 from mechinterp_attn.banks.step import Step
-from mechinterp_attn.heads import Cache, FrozenBank, HeadBank, Kind, ScoreSides, Side
+from mechinterp_attn.heads import Cache, HeadBank, Kind, Side
 from mechinterp_attn.spec import Spec
 
 
@@ -54,8 +55,8 @@ class AttentionBank(HeadBank):
         self.window = spec.window(layer)
         self.score_cap = spec.score_cap
         self.scale = spec.attn_scale * (layer + 1 if spec.scale_by_layer else 1)
-        self.rotary = spec.positions == "rotary"
-        self.adjacent = spec.rotary_adjacent
+        self.rotary = Rotary(spec) if spec.positions == "rotary" else None
+        self.parallel = spec.parallel
         for name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"):
             self.register_parameter(name, nn.Parameter(weights[name]))
         self.hook_q = HookPoint()  # [batch, pos, head, d_head]
@@ -65,7 +66,7 @@ class AttentionBank(HeadBank):
         if self.normed:
             self.q_norm = Norm(spec.qk_norm, spec.eps, w=weights["q_norm.w"])
             self.k_norm = Norm(spec.qk_norm, spec.eps, w=weights["k_norm.w"])
-        if self.rotary:
+        if self.rotary is not None:
             self.hook_rot_q = HookPoint()
             self.hook_rot_k = HookPoint()
         self.hook_attn_scores = HookPoint()  # [batch, head, query, key]
@@ -81,9 +82,9 @@ class AttentionBank(HeadBank):
         v = self.hook_v(_project(x, self.W_V, self.b_V))
         if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
-        if step.rotation is not None:
-            q = self.hook_rot_q(rotate(q, step.rotation, adjacent=self.adjacent))
-            k = self.hook_rot_k(rotate(k, step.rotation, adjacent=self.adjacent))
+        if self.rotary is not None and step.rotation is not None:
+            q = self.hook_rot_q(self.rotary.rotate(q, step.rotation))
+            k = self.hook_rot_k(self.rotary.rotate(k, step.rotation))
         if step.cache is not None:
             k, v = step.cache.extend(self.layer, k, v)
         watched = self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks()
@@ -138,6 +139,8 @@ class AttentionBank(HeadBank):
 
     def stacked(self, side: Side, heads: slice | Tensor = slice(None)) -> Tensor:
         W = {"Q": self.W_Q, "K": self.W_K, "V": self.W_V, "O": self.W_O}[side].detach()
+        if self.normed and side in "QK":
+            W = W * (self.q_norm if side == "Q" else self.k_norm).w.detach()
         if self.group > 1 and side in "KV":
             heads = torch.arange(self.n_heads, device=W.device)[heads] // self.group
         return W[heads]
@@ -153,9 +156,21 @@ class AttentionBank(HeadBank):
         return F.pad(pattern[index], (0, 1))
 
     def attention_on(
-        self, pattern: Float[Tensor, "batch head query key"], pairs: Float[Tensor, "query key"]
+        self,
+        pattern: Float[Tensor, "batch head query key"],
+        pairs: Float[Tensor, "*batch query key"],
+        moved: Float[Tensor, "batch key head"] | None = None,
     ) -> Float[Tensor, " head"]:
-        return torch.einsum("bhqk,qk->h", pattern, pairs.to(pattern.dtype)) / pattern.shape[0]
+        pairs = pairs.to(pattern.dtype).expand(len(pattern), -1, -1)
+        if moved is None:
+            return torch.einsum("bhqk,bqk->h", pattern, pairs)
+        return torch.einsum("bhqk,bqk,bkh->h", pattern, pairs, moved.to(pattern.dtype))
+
+    def entropy(self, pattern: Float[Tensor, "batch head query key"]) -> Tensor:
+        return torch.special.entr(pattern).sum(-1).transpose(1, 2)
+
+    def values(self, cache: Cache) -> Tensor:
+        return self._per_head(cache[f"{self.path}.hook_v"])
 
     def query_read(self, index: int, x: Tensor) -> Tensor:
         return x @ self.weights(index)["W_Q"].detach().to(x.dtype)
@@ -165,113 +180,6 @@ class AttentionBank(HeadBank):
 
     def freeze(self, pattern: Tensor, norm: FrozenNorm, post: FrozenNorm = IDENTITY) -> FrozenAttention:
         return FrozenAttention(self, pattern, norm, post)
-
-
-class FrozenAttention(FrozenBank):
-    """``x -> sum_h pattern_h @ norm(x) @ W_V_h @ W_O_h`` with the pattern of one run."""
-
-    bank: AttentionBank
-
-    def __init__(
-        self,
-        bank: AttentionBank,
-        pattern: Float[Tensor, "head query key"],
-        norm: FrozenNorm,
-        post: FrozenNorm,
-    ):
-        self.bank = bank
-        self.pattern = pattern
-        self._norm = norm
-        self._post = post
-        value = bank.b_V.detach().repeat_interleave(bank.group, 0)  # [head, d_head]
-        self.z_bias = pattern.sum(-1).T[..., None] * value
-
-    def read(self, x: Tensor) -> Tensor:
-        values = torch.einsum("...pd,hdk->...hpk", self._norm.apply(x), self.bank.W_V.detach())
-        if self.bank.group > 1:
-            values = values.repeat_interleave(self.bank.group, -3)
-        return (self.pattern @ values).transpose(-3, -2)
-
-    def unread(self, z: Tensor) -> Tensor:
-        values = self.pattern.transpose(-1, -2) @ z.transpose(-3, -2)
-        if self.bank.group > 1:
-            values = values.unflatten(-3, (-1, self.bank.group)).sum(-3)
-        return self._norm.apply(torch.einsum("...hpk,hdk->...pd", values, self.bank.W_V.detach()))
-
-    def write(self, z: Tensor) -> Tensor:
-        return z.flatten(-2) @ self.bank.W_O.detach().flatten(0, 1)
-
-    def unwrite(self, y: Tensor) -> Tensor:
-        z = y @ self.bank.W_O.detach().flatten(0, 1).T
-        return z.unflatten(-1, (self.bank.n_heads, self.bank.d_head))
-
-    def write_at(self, z: Tensor, index: Tensor, position: Tensor) -> Tensor:
-        out = z.new_empty(len(z), self.bank.d_model)
-        for head in index.unique().tolist():
-            own = index == head
-            out[own] = z[own] @ self.bank.W_O[head].detach()
-        return out
-
-    def pull(self, v: Tensor, index: Tensor) -> Tensor:
-        out = torch.empty_like(v)
-        for head in index.unique().tolist():
-            own = index == head
-            W_V = self.bank.W_V[head // self.bank.group].detach()
-            out[own] = v[own] @ self.bank.W_O[head].detach().T @ W_V.T
-        return self._norm.turn_back(out)
-
-    def spread(self, w: Tensor, index: Tensor) -> Tensor:
-        return self._norm.weigh(torch.einsum("nq,nqk->nk", w, self.pattern[index]))
-
-    def reach(self, m: Tensor, *, summed: bool) -> Tensor:
-        m = self._norm.weigh(m)
-        return ((self.pattern @ m) if summed else (self.pattern * m).amax(-1)).T
-
-    def hold(self, v: Tensor) -> Tensor:
-        return torch.einsum("nd,hkd->nhk", v, self.bank.W_O.detach())
-
-    def pull_norms(self, held: Tensor) -> Tensor:
-        W_V = self._per_head(self.bank.W_V)
-        gram = W_V.transpose(1, 2) @ W_V  # [head, d_head, d_head]; centring only shortens
-        return torch.einsum("nhk,hkl,nhl->nh", held, gram, held).clamp_min(0).sqrt()
-
-    def write_norms(self, z: Tensor) -> Tensor:
-        gram = self.bank.W_O.detach() @ self.bank.W_O.detach().transpose(1, 2)
-        return torch.einsum("phk,hkl,phl->ph", z, gram, z).clamp_min(0).sqrt()
-
-    def norms(self) -> Tensor:
-        ov = torch.einsum("hdk,hke->hde", self._per_head(self.bank.W_V), self.bank.W_O.detach())
-        return torch.linalg.matrix_norm(ov, 2)
-
-    def score_sides(self, index: int, x: Tensor) -> ScoreSides:
-        bank = self.bank
-        kv = index // bank.group
-
-        def turned(side: Tensor) -> Tensor:
-            if bank.rotary is None:
-                return side
-            return bank.rotary(side.reshape(-1, len(x), 1, bank.d_head)).reshape(side.shape)
-
-        def query(x: Tensor) -> Tensor:
-            return turned(self._norm.apply(x) @ bank.W_Q[index].detach()) / bank.scale
-
-        def key(x: Tensor) -> Tensor:
-            return turned(self._norm.apply(x) @ bank.W_K[kv].detach())
-
-        pos = len(x)
-        allowed = torch.ones(pos, pos, dtype=torch.bool, device=x.device)
-        allowed = allowed.tril() if bank.causal else allowed
-        return ScoreSides(
-            query=query,
-            key=key,
-            query_bias=turned(bank.b_Q[index].detach().expand(pos, -1)) / bank.scale,
-            key_bias=turned(bank.b_K[kv].detach().expand(pos, -1)),
-            allowed=allowed,
-            to_pattern=lambda scores: scores.masked_fill(~allowed, -math.inf).softmax(-1),
-        )
-
-    def _per_head(self, W: Tensor) -> Tensor:
-        return W.detach().repeat_interleave(self.bank.group, 0)
 
 
 def _project(

@@ -8,12 +8,15 @@ gated MLP the value is another reading ``u`` of the stream and the weight on it 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mechinterp_attn.spec import Spec
 
 Function = Callable[[Tensor], Tensor]
 
@@ -118,8 +121,11 @@ class Rule:
         return out
 
 
-def exact_rule(gate: Gate, *, gated: bool) -> Rule:
-    """One head per neuron whose pattern is the activation's own gate: no error."""
+def rule_for(spec: Spec, provenance: Mapping[str, Any]) -> Rule | None:
+    """The rule of a model's neurons in the mode it was converted with; None without an MLP."""
+    if spec.act_fn is None:
+        return None
+    gate, gated = GATES[spec.act_fn], spec.gated
     if gated:
         return Rule(gate.act, (1.0,), (0.0,), (1.0,), gate.is_softmax_gated)
     assert gate.weight is not None

@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from mechinterp_attn.banks.frozen import FrozenNeurons
 from mechinterp_attn.banks.gates import Rule
 from mechinterp_attn.banks.norm import IDENTITY, FrozenNorm
-from mechinterp_attn.heads import FrozenBank, HeadBank, Kind, Side
+from mechinterp_attn.heads import Cache, HeadBank, Kind, Side
 from mechinterp_attn.spec import Spec
 
 
@@ -54,6 +55,7 @@ class NeuronBank(HeadBank):
         self.n_heads = self.n_neurons * rule.n
         self.d_head = 1
         self.d_model = spec.d_model
+        self.parallel = spec.parallel
         names = ("W_in", "b_in", "W_out", "b_out", *(("W_gate", "b_gate") if self.gated else ()))
         for name in names:
             self.register_parameter(name, nn.Parameter(weights[name]))
@@ -133,7 +135,7 @@ class NeuronBank(HeadBank):
         gram = super().gram(side, heads)
         return torch.ones_like(gram) if side == "K" else gram
 
-    def cached_pattern(self, cache: Mapping[str, Tensor], batch: int) -> Float[Tensor, "pos head"]:
+    def cached_pattern(self, cache: Cache, batch: int) -> Float[Tensor, "pos head"]:
         pattern = cache[f"{self.path}.hook_pattern"]
         return pattern[batch] if pattern.ndim == 3 else pattern
 
@@ -142,10 +144,23 @@ class NeuronBank(HeadBank):
         return torch.cat([own.diag(), (1 - own)[:, None]], dim=1)
 
     def attention_on(
-        self, pattern: Float[Tensor, "batch pos head"], pairs: Float[Tensor, "query key"]
+        self,
+        pattern: Float[Tensor, "batch pos head"],
+        pairs: Float[Tensor, "*batch query key"],
+        moved: Float[Tensor, "batch key head"] | None = None,
     ) -> Float[Tensor, " head"]:
-        own = pairs.diagonal().to(pattern.dtype)  # a neuron sees no other token
-        return torch.einsum("bpn,p->n", pattern, own) / pattern.shape[0]
+        own = pairs.diagonal(dim1=-2, dim2=-1)  # a neuron sees no other token
+        own = own.to(pattern.dtype).expand(len(pattern), -1)
+        if moved is None:
+            return torch.einsum("bpn,bp->n", pattern, own)
+        return torch.einsum("bpn,bp,bpn->n", pattern, own, moved.to(pattern.dtype))
+
+    def entropy(self, pattern: Float[Tensor, "batch pos head"]) -> Tensor:
+        entropy = torch.special.entr(pattern) + torch.special.entr(1 - pattern)
+        return entropy.where((pattern >= 0) & (pattern <= 1), torch.nan)
+
+    def values(self, cache: Cache) -> Tensor:
+        return cache[f"{self.path}.hook_v"][..., None]
 
     def query_read(self, index: int, x: Tensor) -> Tensor:
         w = self.weights(index)
@@ -156,42 +171,6 @@ class NeuronBank(HeadBank):
 
     def freeze(self, pattern: Tensor, norm: FrozenNorm, post: FrozenNorm = IDENTITY) -> FrozenNeurons:
         return FrozenNeurons(self, pattern, norm, post)
-
-
-class FrozenNeurons(FrozenBank):
-    """``x -> (own * (norm(x) @ W_in)) @ W_out`` with the weights on the own token of one run."""
-
-    bank: NeuronBank
-
-    def __init__(
-        self, bank: NeuronBank, pattern: Float[Tensor, "pos head"], norm: FrozenNorm, post: FrozenNorm
-    ):
-        self.bank = bank
-        self.pattern = pattern
-        self._norm = norm
-        self._post = post
-        rule = bank.rule
-        # What all heads of a neuron together move: [pos, neuron].
-        weighted = pattern.unflatten(-1, (-1, rule.n)) * pattern.new_tensor(rule.values)
-        self._own = weighted.sum(-1)
-        self.constant = post.apply((self._own * bank.b_in.detach()) @ bank.W_out.detach())
-        self.bias = post.apply(bank.b_out.detach().expand(len(pattern), -1))
-
-    def apply(self, x: Tensor) -> Tensor:
-        z = self._own * (self._norm.apply(x) @ self.bank.W_in.detach())
-        return self._post.apply(z @ self.bank.W_out.detach())
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        z = self._own * (self._post.adjoint(y) @ self.bank.W_out.detach().T)
-        return self._norm.adjoint(z @ self.bank.W_in.detach().T)
-
-    def head_outputs_along(self, x: Tensor, position: int, direction: Tensor) -> Tensor:
-        here = self._norm.at(position).apply(x[position])
-        value = here @ self.bank.W_in.detach() + self.bank.b_in.detach()
-        along = self.bank.W_out.detach() @ self._post.at(position).adjoint(direction)
-        rule = self.bank.rule
-        per_head = (value * along)[:, None] * value.new_tensor(rule.values)
-        return self.pattern[position] * per_head.flatten()
 
 
 class MLPNames(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
@@ -87,8 +87,8 @@ class FrozenNorm:
         """Numbers over positions divided by the scale there."""
         return w if self.scale is None else w / self.scale[:, 0]
 
-    def at(self, position: int) -> FrozenNorm:
-        """The same map at one position, for vectors ``[..., d_model]``."""
+    def at(self, position: int | Int[Tensor, " n"]) -> FrozenNorm:
+        """The same map at one position, for vectors ``[..., d_model]``, or at n of them."""
         scale = None if self.scale is None else self.scale[position]
         return FrozenNorm(scale, self.centred, self.gain)
 

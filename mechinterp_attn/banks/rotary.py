@@ -11,39 +11,45 @@ from mechinterp_attn.spec import Spec
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [batch, pos, 1, rotary_dim]
 
 
-def rotation(spec: Spec, positions: Int[Tensor, "batch pos"], dtype: torch.dtype) -> Rotation:
-    """The cosines and sines by which queries and keys at these positions are turned.
+class Rotary:
+    """Turns the first ``rotary_dim`` coordinates of queries and keys, pair by pair.
 
-    Computed in float32 whatever the model's dtype, as the sources do, so that a float64 model and
-    its source turn by the very same angles.
+    Angles are computed in float32 whatever the model's dtype, as the sources do, so that a float64
+    model and its source turn by the very same angles, and a bfloat16 one loses no positions.
     """
-    dim = spec.rotary_dim
-    if spec.rotary_frequencies:
-        frequency = torch.tensor(spec.rotary_frequencies)
-    else:
-        frequency = 1.0 / (spec.rotary_base ** (torch.arange(0, dim, 2).float() / dim))
-    angle = positions[..., None].float() * frequency.to(positions.device)
-    angle = angle.repeat_interleave(2, -1) if spec.rotary_adjacent else torch.cat([angle, angle], -1)
-    angle = angle[:, :, None]
-    return (
-        (angle.cos() * spec.rotary_factor).to(dtype),
-        (angle.sin() * spec.rotary_factor).to(dtype),
-    )
 
+    def __init__(self, spec: Spec):
+        dim = spec.rotary_dim
+        self.adjacent = spec.rotary_adjacent
+        self.factor = spec.rotary_factor
+        if spec.rotary_frequencies:
+            self.frequency = torch.tensor(spec.rotary_frequencies)
+        else:
+            self.frequency = 1.0 / (spec.rotary_base ** (torch.arange(0, dim, 2).float() / dim))
 
-def rotate(
-    x: Float[Tensor, "batch pos head d_head"], turn: Rotation, *, adjacent: bool
-) -> Float[Tensor, "batch pos head d_head"]:
-    """Turn the first ``rotary_dim`` coordinates, pair by pair."""
-    cos, sin = turn
-    dim = cos.shape[-1]
-    turned, rest = x[..., :dim], x[..., dim:]
-    return torch.cat([turned * cos + _quarter_turn(turned, adjacent) * sin, rest], dim=-1)
+    def tables(self, positions: Int[Tensor, "batch pos"], dtype: torch.dtype) -> Rotation:
+        """The cosines and sines by which queries and keys at these positions are turned."""
+        angle = positions[..., None].float() * self.frequency.to(positions.device)
+        angle = angle.repeat_interleave(2, -1) if self.adjacent else torch.cat([angle, angle], -1)
+        angle = angle[:, :, None]
+        return (angle.cos() * self.factor).to(dtype), (angle.sin() * self.factor).to(dtype)
 
+    def rotate(
+        self, x: Float[Tensor, "*batch pos head d_head"], tables: Rotation
+    ) -> Float[Tensor, "*batch pos head d_head"]:
+        """Queries or keys turned by the tables of their positions."""
+        cos, sin = tables
+        turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+        return torch.cat([turned * cos + self._quarter_turn(turned) * sin, rest], dim=-1)
 
-def _quarter_turn(x: Tensor, adjacent: bool) -> Tensor:
-    """(x0, x1) -> (-x1, x0) for every pair."""
-    if adjacent:
-        return torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
+    def turn(self, x: Float[Tensor, "*n d_head"], position: int) -> Float[Tensor, "*n d_head"]:
+        """Queries or keys as they are at one position."""
+        at = torch.tensor([[position]], device=x.device)
+        return self.rotate(x.reshape(1, 1, -1, x.shape[-1]), self.tables(at, x.dtype)).reshape(x.shape)
+
+    def _quarter_turn(self, x: Tensor) -> Tensor:
+        """(x0, x1) -> (-x1, x0) for every pair."""
+        if self.adjacent:
+            return torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([-second, first], dim=-1)
