@@ -12,3 +12,5 @@ from .sources.checkpoint import Checkpoint as Checkpoint
 from .sources.zoo import card as card
 from .sources.zoo import models as models
 from .sources.zoo import source_model as source_model
+from .view.report import Report as Report
+from .view.report import report as report

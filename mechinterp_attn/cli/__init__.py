@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from mechinterp_attn.cli import models
+from mechinterp_attn.cli import detect, models, report
 from mechinterp_attn.errors import MechInterpError
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for group in (models,):
+for group in (models, report, detect):
     group.register(app)
 
 

@@ -1,0 +1,62 @@
+"use strict";
+/* Text reaches the page through textContent only: nothing from the data is ever parsed as markup. */
+const report = JSON.parse(document.getElementById("data").textContent);
+
+function el(name, attributes, ...children) {
+  const node = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes || {})) {
+    if (key === "class") node.className = value;
+    else if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else if (value !== undefined && value !== false) node.setAttribute(key, value === true ? "" : value);
+  }
+  node.append(...children.filter((child) => child !== null && child !== undefined));
+  return node;
+}
+
+const NAMED = { nan: NaN, inf: Infinity, "-inf": -Infinity };
+const asNumber = (x) => (typeof x === "string" ? NAMED[x] : x);
+
+function formatNumber(x, signed) {
+  if (x === null) return "–";
+  if (Number.isNaN(x)) return "× NaN";
+  if (!Number.isFinite(x)) return x > 0 ? "∞" : "−∞";
+  if (x === 0) return "0";
+  const size = Math.abs(x);
+  let text;
+  if (size < 5e-4 || size >= 1e6) text = size.toExponential(1);
+  else text = size.toFixed(size >= 100 ? 1 : 3);
+  return (x < 0 ? "−" : signed && x > 0 ? "+" : "") + text;
+}
+
+function download(name, content, type) {
+  const url = URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type }));
+  const link = el("a", { href: url, download: name });
+  document.body.append(link);
+  link.click();
+  link.remove();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
+}
+
+function toCsv(columns, rows) {
+  const cell = (x) => {
+    const text = x === null || x === undefined ? "" : String(x);
+    return /[",\r\n]/.test(text) ? '"' + text.replaceAll('"', '""') + '"' : text;
+  };
+  return [columns, ...rows].map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";
+}
+
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+
+function rgb(text) {
+  const n = parseInt(text.slice(1), 16);
+  const long = text.length === 7;
+  return long ? [n >> 16, (n >> 8) & 255, n & 255] : [(n >> 8) * 17, ((n >> 4) & 15) * 17, (n & 15) * 17];
+}
+
+const mix = (a, b, t) => a.map((x, i) => Math.round(x + (b[i] - x) * t));
+
+/* Black or white, whichever reads better on a colour (contrast 4.5 or more on every colour). */
+function readable(c) {
+  const [r, g, b] = c.map((x) => (x / 255 <= 0.03928 ? x / 255 / 12.92 : ((x / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
+}

@@ -1,0 +1,125 @@
+"""What a report is made of, as plain JSON-ready data: sections of blocks.
+
+A block is a dict with a ``type``: "facts", "table", "chart", "patterns". The page draws them, the
+JSON file is them; no block holds markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mechinterp_attn.results import Receipt
+from mechinterp_attn.view.text import number, shown
+
+Block = dict[str, Any]
+Spans = list[Any]  # strings, {"token": ...}, {"head": ...}, {"number": ...}
+
+# Patterns are kept as bytes: 0..252 for weights 0..1, then what a colour scale cannot show.
+SCALE, BELOW, ABOVE, NOT_A_NUMBER = 252, 253, 254, 255
+
+
+def section(
+    id: str, title: str, lead: Sequence[Spans], blocks: Sequence[Block], receipts: Mapping[str, Receipt]
+) -> Block:
+    """One section: ``lead`` paragraphs, blocks, and the receipts of what it shows, by name."""
+    return {
+        "id": id,
+        "title": title,
+        "lead": list(lead),
+        "blocks": list(blocks),
+        "receipts": [_receipt(name, receipt) for name, receipt in receipts.items()],
+    }
+
+
+def _receipt(name: str, receipt: Receipt) -> Block:
+    checks = [
+        {
+            "name": check.name,
+            "ok": check.ok,
+            "error": number(check.error, 3),
+            "tolerance": number(check.tolerance, 3),
+        }
+        for check in receipt.checks
+    ]
+    notes = {key: shown(str(value)) for key, value in receipt.notes.items()}
+    return {"of": name, "ok": receipt.ok, "checks": checks, "notes": notes}
+
+
+def facts(*items: tuple[str, Any, str]) -> Block:
+    """Headline numbers or properties: (name, value, what it means)."""
+    return {
+        "type": "facts",
+        "items": [{"name": n, "value": shown(str(v)), "note": shown(note)} for n, v, note in items],
+    }
+
+
+def column(key: str, label: str, kind: str = "number", help: str = "") -> Block:
+    """A column of a table.
+
+    Args:
+        kind: "text", "head", "kind", "layer", "token", "id", "number", "signed" (a bar either way
+            of zero) or "score" (a bar from 0 to 1).
+    """
+    return {"key": key, "label": label, "kind": kind, "help": help}
+
+
+def table(
+    id: str,
+    caption: str,
+    frame: pd.DataFrame,
+    columns: Sequence[Block],
+    *,
+    sort: str | None = None,
+    filters: Sequence[str] = (),
+    rows: int = 25,
+) -> Block:
+    """A sortable table; ``filters`` name columns that the reader can filter by."""
+    data = {c["key"]: _values(frame[c["key"]], c["kind"]) for c in columns}
+    return {
+        "type": "table",
+        "id": id,
+        "caption": caption,
+        "columns": list(columns),
+        "data": data,
+        "sort": sort,
+        "filters": list(filters),
+        "rows": rows,
+    }
+
+
+def _values(values: Iterable[Any], kind: str) -> list[Any]:
+    if kind in ("number", "signed", "score"):
+        return [None if pd.isna(v) and v is None else number(v) for v in values]
+    if kind in ("layer", "id"):
+        return [None if pd.isna(v) else int(v) for v in values]
+    return [shown(str(v)) for v in values]
+
+
+def chart(id: str, caption: str, kind: str, points: Sequence[tuple[str, float]], **more: Any) -> Block:
+    """A chart drawn as SVG: "line" or "bars" over labelled points, its table twin beside it."""
+    return {
+        "type": "chart",
+        "id": id,
+        "caption": caption,
+        "kind": kind,
+        "labels": [shown(str(label)) for label, _ in points],
+        "values": [number(value) for _, value in points],
+        **more,
+    }
+
+
+def pattern(weights: np.ndarray) -> str:
+    """Attention weights of any shape as deflated bytes in base64 (about three significant digits)."""
+    with np.errstate(invalid="ignore"):
+        scaled = np.rint(np.clip(weights, 0, 1) * SCALE)
+    coded = np.where(np.isnan(weights), NOT_A_NUMBER, scaled)
+    # Rounding may leave a softmax weight a hair outside [0, 1]: that is not worth a mark.
+    coded = np.where(weights > 1 + 1e-3, ABOVE, coded)
+    coded = np.where(weights < -1e-3, BELOW, coded)
+    return base64.b64encode(zlib.compress(coded.astype(np.uint8).tobytes(), 9)).decode("ascii")

@@ -1,0 +1,138 @@
+"""``mia.report``: run the analyses, gather the sections; ``Report``: the page and its data."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from mechinterp_attn import paths
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.sources.saved import write_atomic
+from mechinterp_attn.version import __version__
+from mechinterp_attn.view.report.blocks import section
+from mechinterp_attn.view.report.page import page
+from mechinterp_attn.view.report.sections import SECTIONS
+from mechinterp_attn.view.report.study import Study, tokens_of
+from mechinterp_attn.view.text import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mechinterp_attn.model import AttentionOnlyModel
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """A finished report.
+
+    Attributes:
+        data: everything it shows, as JSON can hold it: ``title``, ``model``, ``prompt`` and
+            ``sections``.
+    """
+
+    data: dict[str, Any]
+
+    def html(self) -> str:
+        """The whole page; it needs nothing beside it and asks no host for anything."""
+        return page(self.data)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the page to an HTML file, whole or not at all.
+
+        Raises:
+            MechInterpError: the folder is missing or cannot be written.
+        """
+        target = writable(path)
+        text = self.html()
+        write_atomic(target, lambda file: file.write_text(text, encoding="utf-8"))
+        return target
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own: its styles and scripts stay apart from the notebook's."""
+        return (
+            f'<iframe srcdoc="{html.escape(self.html())}" sandbox="allow-scripts allow-downloads" '
+            f'title="{html.escape(self.data["title"])}" '
+            'style="width:100%;height:800px;border:1px solid #8884;border-radius:6px"></iframe>'
+        )
+
+    def __repr__(self) -> str:
+        names = ", ".join(s["id"] for s in self.data["sections"])
+        return f"Report({self.data['title']!r}: {names}); .save(path) writes the page"
+
+
+@torch.no_grad()
+def report(
+    model: AttentionOnlyModel,
+    prompt: str | list[int] | Tensor,
+    *,
+    target: str | int | None = None,
+    position: int = -1,
+    sections: Sequence[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Report:
+    """Analyse a model on a prompt and gather what was found in one page.
+
+    Args:
+        prompt: a text, or token ids ``[pos]``.
+        target: the next token to explain (text of one token, or id); by default the model's own.
+        position: where the prediction is made; negative counts from the end.
+        sections: which sections, in this order; by default all.
+        seed: of the random tokens that heads are scored on.
+        progress: show a progress bar.
+
+    Raises:
+        MechInterpError: an empty prompt or one longer than the context, a target that is no single
+            token, a position outside the prompt, an unknown section.
+    """
+    names = list(SECTIONS) if sections is None else list(sections)
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown or not names:
+        raise MechInterpError(f"no section {unknown}; there are {', '.join(SECTIONS)}")
+    frozen = paths.freeze(model, tokens_of(model, prompt))
+    study = Study(model=model, frozen=frozen, target=target, position=position, seed=seed)
+    study.attribution  # noqa: B018  (a bad target or position stops here, not in every section)
+    parts = []
+    for name in (bar := tqdm(names, desc="report", unit="section", disable=not progress, leave=False)):
+        bar.set_postfix_str(name)
+        try:
+            part = SECTIONS[name](study)
+        except MechInterpError as error:  # one part that cannot be had does not take the rest away
+            part = section(name, name.capitalize(), [[f"Not shown: {shown(str(error))}."]], [], {})
+        if part is not None:
+            parts.append(part)
+    origin = str(model.provenance.get("name", "unnamed"))
+    return Report(
+        {
+            "format": "mechinterp_attn.report",
+            "version": 1,
+            "software": f"mechinterp_attn {__version__}",
+            "title": f"Circuit report: {shown(origin)}",
+            "model": shown(origin),
+            "prompt": [shown(t) for t in frozen.str_tokens],
+            "sections": parts,
+        }
+    )
+
+
+def writable(path: str | os.PathLike[str]) -> Path:
+    """A file path whose folder exists.
+
+    Raises:
+        MechInterpError: it is a folder, or its folder does not exist or cannot be written to.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise MechInterpError(f"{target} is a folder; give a file name such as {target / 'report.html'}")
+    if not target.parent.is_dir():
+        raise MechInterpError(f"the folder {target.parent} does not exist; make it first")
+    if not os.access(target.parent, os.W_OK):
+        raise MechInterpError(f"the folder {target.parent} cannot be written to; choose another")
+    return target
