@@ -10,7 +10,8 @@ TL-convention checkpoint, only after a native bridge with the stored weights has
 logits. Every number in a model's card is measured here.
 
 With MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=17179869184 in the environment
-glibc keeps freed memory for the next step, which made steps a third faster on two cores.
+glibc keeps freed memory for the next step, which made steps a third faster on two cores. On
+cores that others use too, OMP_NUM_THREADS=1 is faster still: no thread waits for another.
 """
 
 from __future__ import annotations
@@ -71,9 +72,11 @@ class Recipe:
     batch: int = 32
     """Documents of n_ctx tokens in a step."""
     repeated: int = 8
-    """How many of them repeat a span in the first half of the run, when the circuit forms."""
+    """How many of them repeat a span, until the circuit has formed for sure."""
     repeated_late: int = 4
-    """How many in the second half, when it only has to stay and natural text is what is left."""
+    """How many from then on, when it only has to stay and natural text is what is left."""
+    late_from: int = 20_000_000
+    """Tokens after which that is; the phase change came by 10 M."""
     peak_lr: float = 4e-3
     warmup_tokens: int = 1_000_000
     betas: tuple[float, float] = (0.9, 0.98)
@@ -264,7 +267,8 @@ def train(
         lr = learning_rate(step * step_tokens, recipe)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        repeated = recipe.repeated if step < n_steps / 2 else recipe.repeated_late
+        late = step * step_tokens >= recipe.late_from
+        repeated = recipe.repeated_late if late else recipe.repeated
         documents = corpus.sample_documents(
             stream,
             n_natural=recipe.batch - repeated,
@@ -338,9 +342,10 @@ def make_model(
         "data": "litbank (https://github.com/dbamman/litbank), 100 English novels: texts in the "
         f"public domain, collection CC-BY 4.0. The last {corpus.N_HELD_OUT} novels are held out.",
         "data_mix": f"{recipe.batch} documents of {cfg['n_ctx'] + 1} tokens in a step. "
-        f"{recipe.repeated} of them ({recipe.repeated_late} in the second half of the run) repeat "
-        f"one span of {corpus.PERIODS[0]} to {corpus.PERIODS[1]} tokens from a random phase: half "
-        "of the spans are random tokens, half passages of the novels. The others are passages.",
+        f"{recipe.repeated} of them ({recipe.repeated_late} after {recipe.late_from:,} tokens) "
+        f"repeat one span of {corpus.PERIODS[0]} to {corpus.PERIODS[1]} tokens from a random "
+        "phase: half of the spans are random tokens, half passages of the novels. The others are "
+        "passages.",
         "licence": "MIT",
         "command": f"python -m mechinterp_attn.sources.training {name} --corpus litbank.txt.xz "
         f"--out weights --tokens {recipe.tokens} --seed {recipe.seed}",
