@@ -13,6 +13,8 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"mechinterp_attn {release}"
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
