@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule, TransformerBridgeConfig
 from transformer_lens.hook_points import HookPoint
 
-from mechinterp_attn.banks.block import Block, Embed, PosEmbed, Sublayer, Unembed
-from mechinterp_attn.banks.gates import rule_for
+from mechinterp_attn.banks.block import Block, Embed, PosEmbed, PredictionHead, Sublayer, Unembed
+from mechinterp_attn.banks.gates import GATES, rule_for
 from mechinterp_attn.banks.norm import Norm
 from mechinterp_attn.banks.rotary import Rotary
 from mechinterp_attn.banks.step import KeyValueCache, Step
@@ -68,6 +68,9 @@ class AttentionOnlyModel(TokenDoor, HookedRootModule):
         self.blocks = nn.ModuleList(
             Block(spec, layer, rule, _nested(weights, f"blocks.{layer}.")) for layer in range(spec.n_layers)
         )
+        if spec.prediction_head:
+            act = GATES[cast(str, spec.act_fn)].act
+            self.prediction = PredictionHead(weights["prediction.W"], weights["prediction.b"], act)
         self.ln_final = Norm(spec.final_norm, spec.eps)
         self.unembed = Unembed(weights["unembed.W_U"], weights["unembed.b_U"])
         self._rotary = Rotary(spec) if spec.positions == "rotary" else None
@@ -110,6 +113,8 @@ class AttentionOnlyModel(TokenDoor, HookedRootModule):
             x = self.embed_norm(x)
         for block in self.blocks:
             x = block(x, step)
+        if self.spec.prediction_head:
+            x = self.prediction(x)
         x = self.ln_final(x)
         if return_type is None:
             return None

@@ -37,7 +37,7 @@ class Spec:
         rotary_adjacent: rotary pairs are (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2+1), ...
         rotary_frequencies: radians per token of every pair, where they do not follow from the base.
         rotary_factor: what the rotary tables are multiplied by.
-        norm_in_float32: the source takes norms in float32 even when it runs in float64.
+        float32_inside: the source computes parts of itself in float32 even when it runs in float64.
     """
 
     n_layers: int
@@ -59,7 +59,7 @@ class Spec:
     rotary_dim: int = 0
     rotary_base: float = 10000.0
     rotary_adjacent: bool = False
-    norm_in_float32: bool = False
+    float32_inside: bool = False
     gated: bool = False
     parallel: bool = False
     post_norm: NormKind = None
@@ -98,4 +98,5 @@ class Spec:
         wrong += [f"unknown field {name!r}" for name in sorted(set(data) - known)]
         if wrong:
             raise MechInterpError("the model's spec cannot be read: " + "; ".join(wrong))
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in data.items()})
+        plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items()}
+        return cls(**plain)

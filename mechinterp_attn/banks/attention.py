@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
@@ -140,7 +140,7 @@ class AttentionBank(HeadBank):
     def stacked(self, side: Side, heads: slice | Tensor = slice(None)) -> Tensor:
         W = {"Q": self.W_Q, "K": self.W_K, "V": self.W_V, "O": self.W_O}[side].detach()
         if self.normed and side in "QK":
-            W = W * (self.q_norm if side == "Q" else self.k_norm).w.detach()
+            W = W * cast(Tensor, (self.q_norm if side == "Q" else self.k_norm).w).detach()
         if self.group > 1 and side in "KV":
             heads = torch.arange(self.n_heads, device=W.device)[heads] // self.group
         return W[heads]
@@ -158,7 +158,7 @@ class AttentionBank(HeadBank):
     def attention_on(
         self,
         pattern: Float[Tensor, "batch head query key"],
-        pairs: Float[Tensor, "*batch query key"],
+        pairs: Shaped[Tensor, "*batch query key"],
         moved: Float[Tensor, "batch key head"] | None = None,
     ) -> Float[Tensor, " head"]:
         pairs = pairs.to(pattern.dtype).expand(len(pattern), -1, -1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from mechinterp_attn.banks.attention import AttentionBank
-from mechinterp_attn.banks.gates import Rule
+from mechinterp_attn.banks.gates import Function, Rule
 from mechinterp_attn.banks.neurons import MLPNames, NeuronBank
 from mechinterp_attn.banks.norm import FrozenNorm, Norm
 from mechinterp_attn.banks.step import Step
@@ -18,6 +18,7 @@ from mechinterp_attn.heads import Cache, FrozenBank, HeadBank
 from mechinterp_attn.spec import Spec
 
 Weights = Mapping[str, Mapping[str, Tensor]]
+Located = tuple[Norm, str]  # a norm and its path in caches
 
 
 class Embed(nn.Module):
@@ -54,6 +55,19 @@ class Unembed(nn.Module):
         return x @ self.W_U + self.b_U
 
 
+class PredictionHead(nn.Module):
+    """A dense layer with the model's activation between the last block and the final norm (BERT)."""
+
+    def __init__(self, W: Tensor, b: Tensor, act: Function):
+        super().__init__()
+        self.W = nn.Parameter(W)
+        self.b = nn.Parameter(b)
+        self._act = act
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return self._act(x @ self.W + self.b)
+
+
 @dataclass(frozen=True, eq=False)
 class Sublayer:
     """Banks that read one stream and write to it: ``x -> out(x + sum_i post_i(bank_i(norm(x))))``.
@@ -68,15 +82,15 @@ class Sublayer:
 
     banks: tuple[HeadBank, ...]
     stream: str
-    norm: tuple[Norm, str]
-    posts: tuple[tuple[Norm, str], ...]
-    out: tuple[Norm, str] | None
+    norm: Located
+    posts: tuple[Located, ...]
+    out: Located | None
 
     def freeze(self, cache: Cache) -> FrozenSublayer:
         """The sublayer as an affine map, with the patterns and scales of one cached sequence."""
 
         def frozen(norm: Norm, path: str) -> FrozenNorm:
-            return norm.freeze(cache.get(f"{path}.hook_scale"))
+            return norm.freeze(None if norm.kind is None else cache[f"{path}.hook_scale"])
 
         banks = tuple(
             bank.freeze(bank.cached_pattern(cache, 0), frozen(*self.norm), frozen(*post))
@@ -163,6 +177,7 @@ class Block(nn.Module):
         ln1, post1 = (self.ln1, f"{at}.ln1"), (self.ln1_post, f"{at}.ln1_post")
         pre, mid = f"{at}.hook_resid_pre", f"{at}.hook_resid_mid"
         none = (Norm(None, 1.0), f"{at}.no_norm")
+        parts: list[tuple[tuple[HeadBank, ...], str, Located, tuple[Located, ...]]]
         if self.neurons is None:
             parts = [((self.attn,), pre, ln1, (post1,))]
         elif self.parallel:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
@@ -146,7 +146,7 @@ class NeuronBank(HeadBank):
     def attention_on(
         self,
         pattern: Float[Tensor, "batch pos head"],
-        pairs: Float[Tensor, "*batch query key"],
+        pairs: Shaped[Tensor, "*batch query key"],
         moved: Float[Tensor, "batch key head"] | None = None,
     ) -> Float[Tensor, " head"]:
         own = pairs.diagonal(dim1=-2, dim2=-1)  # a neuron sees no other token

@@ -170,7 +170,7 @@ def _compare(
         worst_position=(int(worst) // tokens.shape[1], int(worst) % tokens.shape[1]),
         per_layer=_residual_errors(own, streams),
         # A source that takes its norms in float32 is no float64 model, whatever its weights are.
-        tolerance=TOLERANCE[torch.float32 if model.spec.norm_in_float32 else dtype],
+        tolerance=TOLERANCE[torch.float32 if model.spec.float32_inside else dtype],
         dtype=str(dtype).removeprefix("torch."),
         n_tokens=tokens.numel(),
     )

@@ -31,6 +31,12 @@ def attention_only_weights(spec: Spec, source: Mapping[str, Tensor]) -> dict[str
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=dtype, device=device)
+
+    if spec.embed_norm:
+        out["embed_norm.w"] = source.get("embed_norm.w", ones(spec.d_model))
+        out |= _present(source, "embed_norm.b")
     for layer in range(spec.n_layers):
         at, ln1, ln2 = (f"blocks.{layer}.{part}" for part in ("attn", "ln1", "ln2"))
         for name, heads in (("Q", spec.n_heads), ("K", spec.n_kv_heads), ("V", spec.n_kv_heads)):
@@ -44,17 +50,29 @@ def attention_only_weights(spec: Spec, source: Mapping[str, Tensor]) -> dict[str
             out[f"{at}.W_{name}"], out[f"{at}.b_{name}"] = _head_by_head(W), b
         out[f"{at}.W_O"] = source[f"{at}.W_O"]
         out[f"{at}.b_O"] = source.get(f"{at}.b_O", zeros(spec.d_model))
+        if spec.qk_norm:
+            for side in ("q_norm", "k_norm"):
+                out[f"{at}.{side}.w"] = source.get(f"{at}.{side}.w", ones(spec.d_head))
+        for name in ("ln1_post", "ln2_post") if spec.post_norm else ():
+            out |= _present(source, f"blocks.{layer}.{name}.w")
+        for name in (ln1, ln2) if spec.stream_norm else ():
+            out |= _present(source, f"{name}.w", f"{name}.b")
         if spec.attn_only:
             continue
         mlp, bank = f"blocks.{layer}.mlp", f"blocks.{layer}.neurons"
-        out[f"{bank}.W_in"], out[f"{bank}.b_in"] = fold(
-            source[f"{mlp}.W_in"],
-            source.get(f"{mlp}.b_in", zeros(spec.d_mlp)),
-            *_gain_and_bias(source, ln2),
-            kind=spec.norm,
-        )
-        out[f"{bank}.W_out"] = source[f"{mlp}.W_out"]
-        out[f"{bank}.b_out"] = source.get(f"{mlp}.b_out", zeros(spec.d_model))
+        shared = spec.parallel and not any(f"{ln2}.{part}" in source for part in ("w", "b"))
+        gain, beta = _gain_and_bias(source, ln1 if shared else ln2)
+        for name in ("in", "gate") if spec.gated else ("in",):
+            bias = source.get(f"{mlp}.b_{name}", zeros(spec.d_mlp))
+            W, b = fold(source[f"{mlp}.W_{name}"], bias, gain, beta, kind=spec.norm)
+            out[f"{bank}.W_{name}"], out[f"{bank}.b_{name}"] = W, b
+        W_out, b_out = source[f"{mlp}.W_out"], source.get(f"{mlp}.b_out", zeros(spec.d_model))
+        if spec.act_fn == "solu_ln":  # the norm behind the activation, over neurons
+            W_out, b_out = fold(W_out, b_out, *_gain_and_bias(source, f"{mlp}.ln"), kind="LN")
+        out[f"{bank}.W_out"], out[f"{bank}.b_out"] = W_out, b_out
+    if spec.prediction_head:
+        out["prediction.W"] = source["prediction.W"]
+        out["prediction.b"] = source.get("prediction.b", zeros(spec.d_model))
     out["unembed.W_U"], out["unembed.b_U"] = fold(
         source["unembed.W_U"],
         source.get("unembed.b_U", zeros(spec.d_vocab_out)),
@@ -87,6 +105,10 @@ def fold(
 
 def _gain_and_bias(source: Mapping[str, Tensor], norm: str) -> tuple[Tensor | None, Tensor | None]:
     return source.get(f"{norm}.w"), source.get(f"{norm}.b")
+
+
+def _present(source: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {name: source[name] for name in names if name in source}
 
 
 def _head_by_head(W: Float[Tensor, "head d_model d_head"]) -> Float[Tensor, "head d_model d_head"]:

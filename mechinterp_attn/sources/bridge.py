@@ -39,7 +39,7 @@ def read_bridge(bridge: TransformerBridge) -> Checkpoint:
     # RMS norms in float32.
     cfg["use_attn_scale"] = True
     cfg["rotary_adjacent_pairs"] = True
-    cfg["norm_in_float32"] = "RMS" in str(cfg["normalization_type"]) or bool(cfg["final_rms"])
+    cfg["float32_inside"] = "RMS" in str(cfg["normalization_type"]) or bool(cfg["final_rms"])
     tensors = {"embed.W_E": bridge.W_E, "unembed.W_U": bridge.W_U, "unembed.b_U": bridge.b_U}
     if cfg["positional_embedding_type"] == "standard":
         tensors["pos_embed.W_pos"] = bridge.W_pos

@@ -1,0 +1,172 @@
+"""From HookedTransformer's config names to a ``Spec``, or every reason why there is none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mechinterp_attn.banks.gates import GATES
+from mechinterp_attn.errors import CheckpointError, UnsupportedModelError
+from mechinterp_attn.spec import NormKind, Positions, Spec
+
+NORMS: dict[str | None, NormKind] = {
+    "LN": "LN", "LNPre": "LN", "RMS": "RMS", "RMSPre": "RMS", None: None,
+}  # fmt: skip
+
+# Parts that TransformerLens can describe and this package does not convert: cfg field, the values
+# that mean "absent", and what to call it.
+_UNSUPPORTED = (
+    ("num_experts", (None, 0), "a mixture of experts"),
+    ("rope_scaling", (None,), "scaled rotary positions given as rope_scaling"),
+)
+
+
+def spec_from_config(cfg: Mapping[str, Any], name: str) -> Spec:
+    """The shapes and rules that a config describes.
+
+    Besides HookedTransformer's names it knows ``windows`` (one per layer), ``rotary_frequencies``,
+    ``rotary_factor``, ``stream_norm``, ``embed_norm``, ``prediction_head``, ``final_norm`` and
+    ``float32_inside``, which HookedTransformer has no names for.
+
+    Raises:
+        CheckpointError: with every missing or impossible field.
+        UnsupportedModelError: with every unsupported part.
+    """
+    _need_fields(cfg, name)
+    _refuse_unsupported(cfg, name)
+    norm = NORMS[cfg.get("normalization_type")]
+    stream_norm: NormKind = NORMS[cfg.get("stream_norm")]
+    positions = _positions(cfg)
+    attn_only = bool(cfg.get("attn_only"))
+    has_final_norm = cfg.get("final_norm", (norm or stream_norm) is not None)
+    final: NormKind = "RMS" if cfg.get("final_rms") else norm or stream_norm
+    d_vocab_out = cfg.get("d_vocab_out") or -1
+    pre_norm = None if stream_norm or cfg.get("pre_norm") is False else norm
+    return Spec(
+        n_layers=cfg["n_layers"],
+        n_heads=cfg["n_heads"],
+        n_kv_heads=cfg.get("n_key_value_heads") or cfg["n_heads"],
+        d_model=cfg["d_model"],
+        d_head=cfg["d_head"],
+        d_mlp=0 if attn_only else cfg["d_mlp"],
+        n_ctx=cfg["n_ctx"],
+        d_vocab=cfg["d_vocab"],
+        d_vocab_out=d_vocab_out if d_vocab_out > 0 else cfg["d_vocab"],
+        act_fn=None if attn_only else cfg["act_fn"],
+        norm=pre_norm,
+        final_norm=final if has_final_norm else None,
+        eps=float(cfg.get("eps", 1e-5)),
+        positions=positions,
+        causal=cfg.get("attention_dir", "causal") == "causal",
+        attn_scale=_attn_scale(cfg),
+        rotary_dim=(cfg.get("rotary_dim") or cfg["d_head"]) if positions == "rotary" else 0,
+        rotary_base=float(cfg.get("rotary_base") or 10000),
+        rotary_adjacent=bool(cfg.get("rotary_adjacent_pairs", False)),
+        rotary_frequencies=_rotary_frequencies(cfg),
+        rotary_factor=float(cfg.get("rotary_factor") or 1.0),
+        float32_inside=bool(cfg.get("float32_inside", False)),
+        gated=bool(cfg.get("gated_mlp")) and not attn_only,
+        parallel=bool(cfg.get("parallel_attn_mlp")) and not attn_only,
+        post_norm=norm if cfg.get("use_normalization_before_and_after") else None,
+        stream_norm=stream_norm,
+        embed_norm=NORMS[cfg.get("embed_norm") or ("LN" if cfg.get("post_embedding_ln") else None)],
+        qk_norm=NORMS[cfg.get("qk_norm") or ("RMS" if cfg.get("use_qk_norm") else None)],
+        prediction_head=bool(cfg.get("prediction_head")),
+        scale_by_layer=bool(cfg.get("scale_attn_by_inverse_layer_idx")),
+        windows=_windows(cfg),
+        score_cap=_cap(cfg.get("attn_scores_soft_cap")),
+        logit_cap=_cap(cfg.get("output_logits_soft_cap")),
+    )
+
+
+def _need_fields(cfg: Mapping[str, Any], name: str) -> None:
+    need = ["n_layers", "n_heads", "d_model", "d_head", "n_ctx", "d_vocab"]
+    if not cfg.get("attn_only"):
+        need += ["d_mlp", "act_fn"]
+    missing = [f"config has no {n!r}" for n in need if cfg.get(n) is None]
+    numbers = [n for n in need if n != "act_fn" and cfg.get(n) is not None]
+    bad = [
+        f"config has {n}={cfg[n]!r}, expected a positive integer"
+        for n in numbers
+        if isinstance(cfg[n], bool) or not isinstance(cfg[n], int) or cfg[n] < 1
+    ]
+    if missing or bad:
+        raise CheckpointError(name, missing + bad)
+
+
+def _refuse_unsupported(cfg: Mapping[str, Any], name: str) -> None:
+    reasons = []
+    if not cfg.get("attn_only"):
+        gate = GATES.get(cfg["act_fn"])
+        if gate is None:
+            reasons.append(f"activation {cfg['act_fn']!r} (supported: {', '.join(sorted(GATES))})")
+        elif gate.weight is None and not cfg.get("gated_mlp"):
+            reasons.append(
+                f"activation {cfg['act_fn']!r} outside a gated MLP (it is not 0 at 0, so it is no "
+                "weight times a value)"
+            )
+        elif gate.name.startswith("solu") and cfg.get("gated_mlp"):
+            reasons.append(f"activation {cfg['act_fn']!r} in a gated MLP")
+    if cfg.get("normalization_type") not in NORMS:
+        reasons.append(f"normalization {cfg['normalization_type']!r} (supported: LN, RMS, none)")
+    if _positions(cfg) not in ("standard", "rotary", None):
+        reasons.append(
+            f"positions {cfg['positional_embedding_type']!r} (supported: standard, rotary, none)"
+        )
+    if cfg.get("attention_dir", "causal") not in ("causal", "bidirectional"):
+        reasons.append(f"attention_dir {cfg['attention_dir']!r}")
+    n_kv = cfg.get("n_key_value_heads") or cfg["n_heads"]
+    if cfg["n_heads"] % n_kv:
+        reasons.append(f"{cfg['n_heads']} heads cannot share {n_kv} key-value heads evenly")
+    for field, absent, what in _UNSUPPORTED:
+        if cfg.get(field) not in absent:
+            reasons.append(f"{what} ({field}={cfg[field]!r})")
+    reasons += cfg.get("unsupported", ())
+    if reasons:
+        raise UnsupportedModelError(name, reasons)
+
+
+def _positions(cfg: Mapping[str, Any]) -> Positions:
+    kind = cfg.get("positional_embedding_type", "standard")
+    return None if kind in (None, "none") else kind
+
+
+def _attn_scale(cfg: Mapping[str, Any]) -> float:
+    """What scores are divided by: sqrt(d_head) unless the config says otherwise."""
+    if not cfg.get("use_attn_scale", True):
+        return 1.0
+    scale = cfg.get("attn_scale") or -1.0
+    return float(scale) if scale > 0 else math.sqrt(cfg["d_head"])
+
+
+def _cap(value: float | None) -> float | None:
+    return float(value) if value is not None and value > 0 else None
+
+
+def _windows(cfg: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """One per layer; empty where no layer's window is shorter than the context."""
+    windows = list(cfg.get("windows") or ())
+    if not windows and cfg.get("use_local_attn"):
+        types = cfg.get("attn_types") or ["local"] * cfg["n_layers"]
+        windows = [cfg.get("window_size") if kind == "local" else None for kind in types]
+    windows = [None if w is None or w >= cfg["n_ctx"] else int(w) for w in windows]
+    return tuple(windows) if any(w is not None for w in windows) else ()
+
+
+def _rotary_frequencies(cfg: Mapping[str, Any]) -> tuple[float, ...]:
+    """Where they do not follow from the base: as given, or Llama 3's stretched by parts."""
+    if cfg.get("rotary_frequencies"):
+        return tuple(cfg["rotary_frequencies"])
+    if not cfg.get("use_NTK_by_parts_rope"):
+        return ()
+    dim = cfg.get("rotary_dim") or cfg["d_head"]
+    low, high = cfg["NTK_by_parts_low_freq_factor"], cfg["NTK_by_parts_high_freq_factor"]
+    context = cfg.get("NTK_original_ctx_len", 8192)
+    plain = 1.0 / (cfg["rotary_base"] ** (torch.arange(0, dim, 2).float() / dim))
+    stretched = plain / cfg["NTK_by_parts_factor"]
+    # How many turns fit in the original context decides: few are stretched, many are kept.
+    share = ((context * plain / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return tuple(((1 - share) * stretched + share * plain).tolist())
