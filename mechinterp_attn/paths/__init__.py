@@ -1,7 +1,20 @@
 """One prompt, patterns frozen: where every logit comes from."""
 
 from mechinterp_attn.paths.frozen import Frozen, freeze
+from mechinterp_attn.paths.importance import TermImportance, term_importance
 from mechinterp_attn.paths.logits import LogitAttribution, logit_attribution
 from mechinterp_attn.paths.orders import Orders, orders
+from mechinterp_attn.paths.score import ScoreExpansion, expand_score
 
-__all__ = ["Frozen", "LogitAttribution", "Orders", "freeze", "logit_attribution", "orders"]
+__all__ = [
+    "Frozen",
+    "LogitAttribution",
+    "Orders",
+    "ScoreExpansion",
+    "TermImportance",
+    "expand_score",
+    "freeze",
+    "logit_attribution",
+    "orders",
+    "term_importance",
+]

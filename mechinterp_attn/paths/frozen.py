@@ -1,18 +1,21 @@
 """A model on one prompt with its patterns and norms frozen: linear from tokens to logits.
 
-With attention patterns, neuron gates and norm scales fixed, every bank is a linear map of the
-residual stream (Elhage et al. 2021, "freezing attention patterns"; with MLP neurons as heads,
+With attention patterns, neuron gates, norm scales and soft caps fixed, every bank is a linear map of
+the residual stream (Elhage et al. 2021, "freezing attention patterns"; with MLP neurons as heads,
 Huben & Morris 2023, the MLPs are linear too).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechinterp_attn.banks.block import FrozenSublayer
 from mechinterp_attn.banks.norm import FrozenNorm
 from mechinterp_attn.conversion.fidelity import TOLERANCE
 from mechinterp_attn.errors import MechInterpError
@@ -28,32 +31,107 @@ class Frozen:
     Attributes:
         model: the model, untouched.
         tokens: ``[pos]``.
-        start: embedding plus positions, ``[pos, d_model]``.
-        banks: the model's banks in order, as linear maps.
-        residuals: the residual stream that each bank read, ``[pos, d_model]`` each, then the last.
+        parts: what the stream starts as: "embed" and, where positions are added, "position",
+            ``[pos, d_model]`` each.
+        sublayers: the banks in order, as linear maps; banks of one sublayer read the same stream
+            (two in a parallel block).
+        end: the last residual stream, ``[pos, d_model]``.
         final_norm: the norm before the unembedding, as a linear map.
+        cap: what a soft cap makes of each logit, as a factor ``[pos, d_vocab_out]``; None without one.
         logits: what the model itself computed, ``[pos, d_vocab_out]``.
         receipt: the frozen linear model reproduces the logits.
     """
 
     model: AttentionOnlyModel
     tokens: Int[Tensor, " pos"]
-    start: Float[Tensor, "pos d_model"]
-    banks: tuple[FrozenBank, ...]
-    residuals: tuple[Float[Tensor, "pos d_model"], ...]
+    parts: dict[str, Float[Tensor, "pos d_model"]]
+    sublayers: tuple[FrozenSublayer, ...]
+    end: Float[Tensor, "pos d_model"]
     final_norm: FrozenNorm
+    cap: Float[Tensor, "pos d_vocab"] | None
     logits: Float[Tensor, "pos d_vocab"]
     receipt: Receipt
 
+    @property
+    def start(self) -> Float[Tensor, "pos d_model"]:
+        """The residual stream before the first bank."""
+        return self.sublayers[0].stream
+
+    @property
+    def banks(self) -> tuple[FrozenBank, ...]:
+        """All banks in order."""
+        return tuple(bank for sublayer in self.sublayers for bank in sublayer.banks)
+
+    @property
+    def residuals(self) -> tuple[Float[Tensor, "pos d_model"], ...]:
+        """The stream that each sublayer read, then the last one."""
+        return (*(sublayer.stream for sublayer in self.sublayers), self.end)
+
+    @cached_property
+    def held(self) -> tuple[tuple[Float[Tensor, "pos head d_head"], ...], ...]:
+        """What every head of every bank held in the run (``z``), biases included."""
+        return tuple(
+            tuple(bank.read(sublayer.stream) + bank.z_bias for bank in sublayer.banks)
+            for sublayer in self.sublayers
+        )
+
     def read_out(self, x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_vocab"]:
         """What a part of the residual stream adds to the logits (without b_U)."""
-        return self.final_norm.apply(x) @ self.model.W_U.detach()
+        logits = self.final_norm.apply(x) @ self.model.W_U.detach()
+        return logits if self.cap is None else logits * self.cap
+
+    def offset(self) -> Float[Tensor, "*pos d_vocab"]:
+        """What b_U adds to the logits."""
+        b_U = self.model.b_U.detach()
+        return b_U if self.cap is None else b_U * self.cap
 
     def loss(self, logits: Float[Tensor, "*batch pos d_vocab"]) -> Float[Tensor, "*batch"]:
         """Mean next-token loss (nats) of the prompt under given logits."""
         logp = logits[..., :-1, :].log_softmax(-1)
         targets = self.tokens[1:].expand(*logp.shape[:-1])
         return -logp.gather(-1, targets[..., None])[..., 0].mean(-1)
+
+    def gradients(self, y: Float[Tensor, "pos d_model"]) -> list[Float[Tensor, "pos d_model"]]:
+        """Carry a direction on the last residual stream back to every earlier one.
+
+        Returns:
+            one field per entry of ``residuals``: how much each coordinate of that stream adds to
+            the direction through all frozen paths.
+        """
+        fields = [y]
+        for sublayer in reversed(self.sublayers):
+            y = y if sublayer.out is None else sublayer.out.adjoint(y)
+            y = y + sum(bank.adjoint(y) for bank in sublayer.banks)
+            fields.append(y)
+        return fields[::-1]
+
+    def carry(self, x: Float[Tensor, "*batch pos d_model"], start: int, stop: int) -> Tensor:
+        """What becomes of a part of the stream on the residual connection, unread by any head, from
+        the sum in sublayer ``start`` to the stream that sublayer ``stop`` reads.
+
+        Nothing, save in models with a norm over the whole stream (BERT).
+        """
+        for sublayer in self.sublayers[start:stop]:
+            x = x if sublayer.out is None else sublayer.out.apply(x)
+        return x
+
+    def carry_back(self, y: Float[Tensor, "*batch pos d_model"], start: int, stop: int) -> Tensor:
+        """The transpose of ``carry``."""
+        for sublayer in reversed(self.sublayers[start:stop]):
+            y = y if sublayer.out is None else sublayer.out.adjoint(y)
+        return y
+
+    def biases(self, stop: int) -> Iterator[tuple[str, int, Float[Tensor, "pos d_model"]]]:
+        """What sublayers before ``stop`` add beside their heads, as it is in the stream that ``stop``
+        reads: name, layer and ``[pos, d_model]`` of each."""
+        for i, sublayer in enumerate(self.sublayers[:stop]):
+            for bank in sublayer.banks:
+                name = f"L{bank.bank.layer} {bank.bank.part} bias"
+                yield name, bank.bank.layer, self.carry(bank.bias, i, stop)
+            if sublayer.out_bias is not None:
+                last = sublayer.banks[-1].bank
+                bias = sublayer.out_bias.expand_as(sublayer.stream)
+                yield f"L{last.layer} {last.part} norm bias", last.layer, self.carry(bias, i + 1, stop)
 
     @property
     def str_tokens(self) -> list[str]:
@@ -65,7 +143,7 @@ class Frozen:
 
 @torch.no_grad()
 def freeze(model: AttentionOnlyModel, tokens: str | Tensor) -> Frozen:
-    """Run a prompt once and fix every pattern and norm scale.
+    """Run a prompt once and fix every pattern, norm scale and soft cap.
 
     Args:
         tokens: a text, or token ids ``[pos]`` or ``[1, pos]``.
@@ -85,28 +163,40 @@ def freeze(model: AttentionOnlyModel, tokens: str | Tensor) -> Frozen:
         )
     wanted = ("hook_pattern", "hook_scale", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
     logits, cache = model.run_with_cache(
-        ids, names_filter=lambda name: name.endswith(wanted), return_cache_object=False
+        ids,
+        names_filter=lambda name: name.endswith(wanted) or name == "hook_embed",
+        return_cache_object=False,
     )
     cache = {name: tensor[0] for name, tensor in cache.items()}
-    banks, residuals = [], []
-    for bank in model.banks:
-        norm, path = model.norm_of(bank)
-        frozen_norm = norm.freeze(cache.get(f"{path}.hook_scale"))
-        banks.append(bank.freeze(bank.cached_pattern(cache, 0), frozen_norm))
-        residuals.append(cache[model.stream_of(bank)])
-    last = cache[f"blocks.{model.spec.n_layers - 1}.hook_resid_post"]
-    final_norm = model.ln_final.freeze(cache.get("ln_final.hook_scale"))
     frozen = Frozen(
         model=model,
         tokens=ids[0],
-        start=residuals[0],
-        banks=tuple(banks),
-        residuals=(*residuals, last),
-        final_norm=final_norm,
+        parts=_parts(model, cache),
+        sublayers=tuple(sublayer.freeze(cache) for sublayer in model.sublayers()),
+        end=cache[f"blocks.{model.spec.n_layers - 1}.hook_resid_post"],
+        final_norm=model.ln_final.freeze(cache.get("ln_final.hook_scale")),
+        cap=None,
         logits=logits[0],
         receipt=Receipt(),
     )
-    return _with_receipt(frozen)
+    return _with_receipt(_with_cap(frozen))
+
+
+def _parts(model: AttentionOnlyModel, cache: dict[str, Tensor]) -> dict[str, Tensor]:
+    start, embed = cache["blocks.0.hook_resid_pre"], cache["hook_embed"]
+    if model.spec.embed_norm is not None:
+        return {"embed": start}
+    position = start - embed
+    return {"embed": embed, "position": position} if bool(position.any()) else {"embed": embed}
+
+
+def _with_cap(frozen: Frozen) -> Frozen:
+    """A soft cap on the logits as the factor it was on this prompt."""
+    cap = frozen.model.spec.logit_cap
+    if cap is None:
+        return frozen
+    raw = frozen.read_out(frozen.end) + frozen.model.b_U.detach()
+    return replace(frozen, cap=torch.where(raw == 0, 1.0, cap * torch.tanh(raw / cap) / raw))
 
 
 def sum_tolerance(frozen: Frozen) -> float:
@@ -117,10 +207,12 @@ def sum_tolerance(frozen: Frozen) -> float:
 
 def _with_receipt(frozen: Frozen) -> Frozen:
     x = frozen.start
-    for bank in frozen.banks:
-        x = x + bank.apply(x) + bank.constant + bank.bank.b_O.detach()
-    logits = frozen.read_out(x) + frozen.model.b_U.detach()
+    for sublayer in frozen.sublayers:
+        x = x + sum(bank.apply(x) + bank.constant + bank.bias for bank in sublayer.banks)
+        x = x if sublayer.out is None else sublayer.out.apply(x)
+        x = x if sublayer.out_bias is None else x + sublayer.out_bias
+    logits = frozen.read_out(x) + frozen.offset()
     error = float((logits - frozen.logits).abs().max())
     check = Check("the frozen linear model gives the model's logits", error, sum_tolerance(frozen))
     notes = {"dtype": str(frozen.logits.dtype).removeprefix("torch.")}
-    return Frozen(**{**vars(frozen), "receipt": Receipt((check,), notes)})
+    return replace(frozen, receipt=Receipt((check,), notes))

@@ -8,16 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 import pandas as pd
 import torch
 
-from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.paths.frozen import Frozen, sum_tolerance
+from mechinterp_attn.paths.goals import Target, resolve_goal
 from mechinterp_attn.results import Check, Receipt, Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-    from mechinterp_attn.model import AttentionOnlyModel
-
-Target = str | int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -28,7 +24,7 @@ class LogitAttribution(Result):
         total: the logit itself, as the model computed it.
         target, against, position: what was attributed: token ids and the position.
         about: the same in words.
-        frame: one row per term: ``head`` (label, or "embed", "bias b_O", "b_U"), ``layer, kind,
+        frame: one row per term: ``head`` (label, or "embed", "position", "L0 attn bias", ...), ``layer, kind,
             index, value`` (logits) and ``share`` of the total.
     """
 
@@ -65,38 +61,38 @@ def logit_attribution(
     Raises:
         MechInterpError: the position is outside the prompt, or a target is no single token.
     """
-    pos = resolve_position(frozen, position)
-    logits = frozen.logits[pos]
-    goal = int(logits.argmax()) if target is None else resolve_token(frozen.model, target)
-    other = None if against is None else resolve_token(frozen.model, against)
-    W_U, b_U = frozen.model.W_U.detach(), frozen.model.b_U.detach()
-    unembed = W_U[:, goal] if other is None else W_U[:, goal] - W_U[:, other]
-    offset = b_U[goal] if other is None else b_U[goal] - b_U[other]
-    total = float(logits[goal] if other is None else logits[goal] - logits[other])
-    direction = frozen.final_norm.at(pos).apply(unembed)  # the frozen norm is its own transpose
+    goal = resolve_goal(frozen, target=target, against=against, position=position)
+    pos, direction, total = goal.position, goal.direction, goal.total
+    n = len(frozen.sublayers)
     rows: list[tuple[str, int | None, str, None, float]] = [
-        ("embed", None, "embed", None, float(frozen.start[pos] @ direction))
+        (name, None, "embed", None, float(frozen.carry(part, 0, n)[pos] @ direction))
+        for name, part in frozen.parts.items()
     ]
-    parts = []
-    for bank, x in zip(frozen.banks, frozen.residuals, strict=False):
-        values = bank.head_outputs_along(x, pos, direction)
-        heads = bank.bank
-        parts.append(
-            pd.DataFrame(
-                {
-                    "head": heads.labels(),
-                    "layer": heads.layer,
-                    "kind": heads.kind,
-                    "index": range(heads.n_heads),
-                    "value": values.double().cpu().numpy(),
-                }
+    field = torch.zeros_like(frozen.end)
+    field[pos] = direction
+    tables = []
+    for i, sublayer in enumerate(frozen.sublayers):
+        direct = frozen.carry_back(field, i, n)[pos]
+        for bank in sublayer.banks:
+            values = bank.head_outputs_along(sublayer.stream, pos, direct)
+            heads = bank.bank
+            tables.append(
+                pd.DataFrame(
+                    {
+                        "head": heads.labels(),
+                        "layer": heads.layer,
+                        "kind": heads.kind,
+                        "index": range(heads.n_heads),
+                        "value": values.double().cpu().numpy(),
+                    }
+                )
             )
-        )
-        bias = float(heads.b_O.detach() @ direction)
-        rows.append((f"L{heads.layer} {heads.part} bias", heads.layer, "bias", None, bias))
-    rows.append(("unembedding bias", None, "bias", None, float(offset)))
+    for name, layer, bias in frozen.biases(n):
+        rows.append((name, layer, "bias", None, float(bias[pos] @ direction)))
+    rows.append(("unembedding bias", None, "bias", None, goal.offset))
     others = pd.DataFrame(rows, columns=["head", "layer", "kind", "index", "value"])
-    frame = pd.concat([others.iloc[:1], *parts, others.iloc[1:]], ignore_index=True)
+    starts = len(frozen.parts)
+    frame = pd.concat([others.iloc[:starts], *tables, others.iloc[starts:]], ignore_index=True)
     frame = frame.astype({"layer": "Int64", "index": "Int64"})
     frame["share"] = frame["value"] / total
     error = abs(float(frame["value"].sum()) - total)
@@ -105,40 +101,8 @@ def logit_attribution(
         frame=frame,
         receipt=Receipt((check,), frozen.receipt.notes),
         total=total,
-        target=goal,
-        against=other,
+        target=goal.target,
+        against=goal.against,
         position=pos,
-        about=f"{logit_name(frozen.model, goal, other)} after {frozen.str_tokens[pos]!r} (position {pos})",
+        about=goal.about,
     )
-
-
-def logit_name(model: AttentionOnlyModel, target: int, against: int | None = None) -> str:
-    """``logit ' dog'`` or ``logit ' dog' - ' cat'``."""
-    names = model.to_str_tokens([target] if against is None else [target, against])
-    return "logit " + " - ".join(repr(name) for name in names)
-
-
-def resolve_position(frozen: Frozen, position: int) -> int:
-    """A position counted from the start.
-
-    Raises:
-        MechInterpError: it is outside the prompt.
-    """
-    n = len(frozen.tokens)
-    if not -n <= position < n:
-        raise MechInterpError(f"position {position} is outside the prompt of {n} tokens")
-    return position % n
-
-
-def resolve_token(model: AttentionOnlyModel, token: Target) -> int:
-    """The id of an output token given as text or id.
-
-    Raises:
-        MechInterpError: the text is several tokens, or the id is outside the output vocabulary.
-    """
-    found = model.to_single_token(token) if isinstance(token, str) else int(token)
-    if not 0 <= found < model.spec.d_vocab_out:
-        raise MechInterpError(
-            f"token id {found} is outside the output vocabulary 0..{model.spec.d_vocab_out - 1}"
-        )
-    return found

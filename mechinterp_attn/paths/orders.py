@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -18,11 +18,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.heads import FrozenBank
 from mechinterp_attn.paths.frozen import Frozen, sum_tolerance
 from mechinterp_attn.results import Check, Receipt, Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
+
+Count = Literal["all", "attention", "mlp"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -32,12 +35,14 @@ class Orders(Result):
     Attributes:
         logits: ``[order, pos, d_vocab_out]``; the orders add up to the model's logits. Where
             ``max_order`` cut the list, the last entry holds all higher orders together.
+        count: the heads that count: all, or one kind, the other being part of the wires.
         frame: one row per order: ``order, loss`` (mean next-token loss in nats with the paths up to
             this order), ``change`` (against one order less), ``logit_norm`` (root mean square).
     """
 
     title: ClassVar[str] = "Logits by path order"
     logits: Float[Tensor, "order pos d_vocab"]
+    count: Count
 
     def plot(self) -> Figure:
         """Loss with the paths up to each order."""
@@ -47,52 +52,104 @@ class Orders(Result):
 
 
 @torch.no_grad()
-def orders(frozen: Frozen, *, max_order: int | None = None) -> Orders:
+def orders(
+    frozen: Frozen,
+    *,
+    max_order: int | None = None,
+    count: Count = "all",
+    max_bytes: int = 4 << 30,
+) -> Orders:
     """Split the logits of a prompt by path order, in one pass over the banks.
 
     The residual stream is kept as a polynomial: one stream per order, and every bank moves each
     stream one order up. Cost: ``max_order + 2`` frozen passes, whatever the number of paths.
 
     Args:
-        max_order: the highest order kept apart; by default all (the number of banks).
+        max_order: the highest order kept apart; by default all (the number of counted sublayers).
+        count: "attention" counts attention heads only: paths may pass through any number of
+            MLP-derived heads on the way. "mlp" is the reverse.
+        max_bytes: the largest result to make (order x pos x vocabulary).
 
     Raises:
-        MechInterpError: max_order is negative.
+        MechInterpError: max_order is negative, count is unknown, or the result would be larger than
+            max_bytes.
     """
-    n_banks = len(frozen.banks)
+    if count not in ("all", "attention", "mlp"):
+        raise MechInterpError(f"count={count!r}; expected 'all', 'attention' or 'mlp'")
     if max_order is not None and max_order < 0:
         raise MechInterpError(f"max_order={max_order}; expected 0 or more")
-    top = n_banks if max_order is None else min(max_order, n_banks)
-    n_streams = top + 1 if top == n_banks else top + 2  # one more for everything above
-    streams = frozen.start.new_zeros(n_streams, *frozen.start.shape)
-    streams[0] = frozen.start
-    for reached, bank in enumerate(frozen.banks):
-        filled = min(reached + 1, n_streams)  # orders above are still zero
-        moved = bank.apply(streams[:filled])
-        streams[1 : filled + 1] += moved[: n_streams - 1]
-        if filled == n_streams:  # the last stream holds all higher orders
-            streams[-1] += moved[-1]
-        streams[0] += bank.bank.b_O.detach()
-        streams[min(1, n_streams - 1)] += bank.constant
-    logits = frozen.read_out(streams)
-    logits[0] += frozen.model.b_U.detach()
+    n_orders, top = _n_streams(frozen, max_order, count)
+    size = n_orders * frozen.logits.numel() * frozen.logits.element_size()
+    if size > max_bytes:
+        raise MechInterpError(
+            f"{n_orders} orders x {tuple(frozen.logits.shape)} logits are {size / 2**30:.1f} GiB, more "
+            f"than max_bytes={max_bytes:,}; give a smaller max_order, a shorter prompt or more max_bytes"
+        )
+    logits = frozen.read_out(_polynomial(frozen, n_orders, count))
+    logits[0] += frozen.offset()
     error = float((logits.sum(0) - frozen.logits).abs().max())
     check = Check("orders sum to the model's logits", error, sum_tolerance(frozen))
     losses = _losses(frozen, logits)
-    names = [str(k) for k in range(top + 1)] + [f">{top}"] * (n_streams - top - 1)
     frame = pd.DataFrame(
         {
-            "order": names,
+            "order": order_names(n_orders, top),
             "loss": losses,
             "change": [float("nan")] + [b - a for a, b in itertools.pairwise(losses)],
-            "logit_norm": logits.pow(2).mean((1, 2)).sqrt().tolist(),
+            "logit_norm": [float(part.pow(2).mean().sqrt()) for part in logits],
         }
     )
-    return Orders(frame=frame, receipt=Receipt((check,), frozen.receipt.notes), logits=logits)
+    notes = {**frozen.receipt.notes, "counted": count}
+    return Orders(frame=frame, receipt=Receipt((check,), notes), logits=logits, count=count)
+
+
+def order_names(n_orders: int, top: int) -> list[str]:
+    """``0, 1, ..., top`` and, where there is one more stream, ``>top``."""
+    return [str(k) for k in range(top + 1)] + [f">{top}"] * (n_orders - top - 1)
+
+
+def counted(bank: FrozenBank, count: Count) -> bool:
+    """Whether passing through this bank adds one to the order of a path."""
+    return count == "all" or bank.bank.kind == count
+
+
+def _n_streams(frozen: Frozen, max_order: int | None, count: Count) -> tuple[int, int]:
+    """How many streams to keep, and the highest order that has one of its own."""
+    longest = sum(any(counted(bank, count) for bank in sub.banks) for sub in frozen.sublayers)
+    top = longest if max_order is None else min(max_order, longest)
+    return (top + 1 if top == longest else top + 2), top  # one more for everything above
+
+
+def _polynomial(frozen: Frozen, n_orders: int, count: Count) -> Float[Tensor, "order pos d_model"]:
+    """The last residual stream by path order.
+
+    The last entry holds all orders from ``n_orders - 1`` up.
+    """
+    streams = frozen.start.new_zeros(n_orders, *frozen.start.shape)
+    streams[0] = frozen.start
+    filled = 1  # orders above are still zero
+    for sublayer in frozen.sublayers:
+        new = streams.clone()
+        for bank in sublayer.banks:
+            step = int(counted(bank, count))
+            for order in range(filled):
+                new[min(order + step, n_orders - 1)] += bank.apply(streams[order])
+            new[0] += bank.bias
+            new[min(step, n_orders - 1)] += bank.constant
+        if any(counted(bank, count) for bank in sublayer.banks):
+            filled = min(filled + 1, n_orders)
+        streams = new if sublayer.out is None else sublayer.out.apply(new)
+        if sublayer.out_bias is not None:
+            streams[0] += sublayer.out_bias
+    return streams
 
 
 def _losses(frozen: Frozen, logits: Tensor) -> list[float]:
     """Loss with the paths up to each order; NaN for a single token, which has no next one."""
     if len(frozen.tokens) < 2:
         return [float("nan")] * len(logits)
-    return [float(loss) for loss in frozen.loss(logits.cumsum(0))]
+    so_far = torch.zeros_like(logits[0])
+    losses = []
+    for part in logits:
+        so_far = so_far + part
+        losses.append(float(frozen.loss(so_far)))
+    return losses

@@ -1,0 +1,311 @@
+"""Term importance: what paths of each order, and the heads they end in, are worth in nats.
+
+The algorithm of Elhage et al. 2021 ("term importance analysis"): patterns frozen, let through the
+direct path only, then paths through single heads, then virtual heads of two, and so on; each step's
+gain is the importance of its terms. The framework could not do this for models with MLPs. Here
+every neuron is a head, so it can, and each order is told apart further into the paths through
+attention heads only and those with at least one MLP-derived head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.heads import FrozenBank
+from mechinterp_attn.paths.frozen import Frozen, freeze, sum_tolerance
+from mechinterp_attn.paths.orders import order_names
+from mechinterp_attn.results import Check, Receipt, Result
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+    from mechinterp_attn.model import AttentionOnlyModel
+
+HEAD_ORDERS = 2  # single heads are told apart up to this order
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TermImportance(Result):
+    """What each order, layer and head is worth: changes of the mean next-token loss in nats.
+
+    A negative change is a gain. ``alone`` adds the terms to all lower orders; ``given_others`` is
+    what they add on top of the other terms of the same order as well.
+
+    Attributes:
+        frame: one row per order: ``order, loss`` (paths up to this order), ``change`` (order 0:
+            against the uniform prediction), ``attention_only`` (the part of the change from paths
+            through attention heads only, added first), ``with_mlp`` (the rest: paths with at least
+            one MLP-derived head).
+        layers: one row per order and sublayer, for the paths whose last head is in that sublayer:
+            ``order, layer, kind, alone, given_others``.
+        heads: one row per order (up to 2) and head, for the paths that end in that head: ``order,
+            head, layer, kind, index, estimate`` (first-order), and for the heads measured exactly
+            ``alone, given_others`` (else missing).
+        n_tokens: how many predictions were averaged.
+    """
+
+    title: ClassVar[str] = "Term importance"
+    layers: pd.DataFrame = field(repr=False)
+    heads: pd.DataFrame = field(repr=False)
+    n_tokens: int
+
+    def plot(self) -> Figure:
+        """The change of every order, split into attention-only paths and paths with MLP heads."""
+        from mechinterp_attn.view.figures.paths import importance_bars
+
+        return importance_bars(self)
+
+
+@torch.no_grad()
+def term_importance(
+    model: AttentionOnlyModel,
+    tokens: str | Sequence[str] | Tensor,
+    *,
+    max_order: int = 4,
+    heads: int | Sequence[str] = 32,
+    progress: bool = True,
+) -> TermImportance:
+    """Measure what each order of paths is worth, per order, per layer and per head.
+
+    Args:
+        tokens: a prompt or several: text, texts, or token ids ``[pos]`` or ``[batch, pos]``. Losses
+            are averaged over all predictions.
+        max_order: the highest order kept apart; the rest is one row, ``>max_order``.
+        heads: labels of heads to measure exactly, or how many per order: those with the largest
+            first-order estimate.
+        progress: show a progress bar when there are several prompts.
+
+    Raises:
+        MechInterpError: a prompt without a next token, a negative max_order or number of heads, or
+            an unknown head label.
+    """
+    if max_order < 0:
+        raise MechInterpError(f"max_order={max_order}; expected 0 or more")
+    if isinstance(heads, int) and heads < 0:
+        raise MechInterpError(f"heads={heads}; expected 0 or more, or a list of labels")
+    prompts = _prompts(model, tokens)
+    longest = len(model.sublayers())
+    top = min(max_order, longest)
+    n_orders = top + 1 if top == longest else top + 2
+    names = order_names(n_orders, top)
+    sums = _Sums(names, model)
+    bar = tqdm(prompts, desc="term importance", disable=not progress or len(prompts) < 4)
+    for prompt in bar:
+        sums.add(_Terms(freeze(model, prompt), n_orders))
+    if chosen := _chosen(model, heads, sums, min(HEAD_ORDERS, top)):
+        for prompt in tqdm(prompts, desc="single heads", disable=not progress or len(prompts) < 4):
+            sums.add_heads(_Terms(freeze(model, prompt), n_orders), chosen)
+    return sums.result(model)
+
+
+class _Terms:
+    """One prompt: the terms of every order by the bank that their last head is in, and their losses."""
+
+    def __init__(self, frozen: Frozen, n_orders: int):
+        self.frozen = frozen
+        self.n = len(frozen.tokens) - 1
+        last = n_orders - 1
+        zeros = frozen.start.new_zeros(n_orders, *frozen.start.shape)
+        streams, pure = zeros.clone(), zeros.clone()  # pure: paths through attention heads only
+        streams[0] = pure[0] = frozen.start
+        self.read: list[tuple[int, FrozenBank, Tensor]] = []  # sublayer, bank, the orders it read
+        self.ends: list[Tensor] = []  # [order, pos, d_model]: terms whose last head is in the bank
+        for depth, sublayer in enumerate(frozen.sublayers):
+            before, pure_before = streams, pure
+            for bank in sublayer.banks:
+                ends, pure_ends = zeros.clone(), zeros.clone()
+                attention = bank.bank.kind == "attention"
+                for order in range(n_orders):
+                    ends[min(order + 1, last)] += bank.apply(before[order])
+                    if attention:
+                        pure_ends[min(order + 1, last)] += bank.apply(pure_before[order])
+                ends[min(1, last)] += bank.constant
+                if attention:
+                    pure_ends[min(1, last)] += bank.constant
+                streams, pure = streams + ends, pure + pure_ends
+                streams[0] += bank.bias
+                pure[0] += bank.bias
+                self.read.append((depth, bank, before))
+                self.ends.append(ends)
+            if sublayer.out is not None:
+                streams, pure = sublayer.out.apply(streams), sublayer.out.apply(pure)
+                self.ends = [sublayer.out.apply(ends) for ends in self.ends]
+            if sublayer.out_bias is not None:
+                streams[0] += sublayer.out_bias
+                pure[0] += sublayer.out_bias
+        self._logits = [frozen.read_out(part) for part in streams]
+        self._logits[0] = self._logits[0] + frozen.offset()
+        self._pure = [frozen.read_out(part) for part in pure]
+        self.upto = list(_running_sum(self._logits))
+        self.losses = [self.loss(logits) for logits in self.upto]
+
+    def loss(self, logits: Tensor) -> float:
+        return float(self.frozen.loss(logits))
+
+    def sum_error(self) -> float:
+        return float((self.upto[-1] - self.frozen.logits).abs().max())
+
+    def attention_only(self, order: int) -> float:
+        """Change of the loss by the attention-only paths of an order, added to all lower orders."""
+        if order == 0:
+            return math.nan
+        return self.loss(self.upto[order - 1] + self._pure[order]) - self.losses[order - 1]
+
+    def effects(self, order: int, term: Float[Tensor, "pos d_model"]) -> tuple[float, float]:
+        """``alone`` and ``given_others`` of some terms of an order."""
+        logits = self.frozen.read_out(term)
+        alone = self.loss(self.upto[order - 1] + logits) - self.losses[order - 1]
+        return alone, self.losses[order] - self.loss(self.upto[order] - logits)
+
+    def estimates(self, order: int) -> list[Float[Tensor, " head"]]:
+        """First-order effect of the terms that end in each head, bank by bank, given all others."""
+        frozen = self.frozen
+        gradient = self.upto[order].softmax(-1)[:-1]
+        gradient[torch.arange(self.n), frozen.tokens[1:]] -= 1
+        if frozen.cap is not None:
+            gradient = gradient * frozen.cap[:-1]
+        field_ = torch.zeros_like(frozen.start)
+        field_[:-1] = gradient @ frozen.model.W_U.detach().T / self.n
+        field_ = frozen.final_norm.adjoint(field_)
+        n = len(frozen.sublayers)
+        return [
+            (self.held(bank, before, order) * bank.unwrite(frozen.carry_back(field_, depth, n))).sum(
+                (0, -1)
+            )
+            for depth, bank, before in self.read
+        ]
+
+    def held(self, bank: FrozenBank, before: Tensor, order: int) -> Float[Tensor, "pos head d_head"]:
+        """What the heads hold of the paths that reach ``order`` by passing through them."""
+        last = order == len(before) - 1
+        z = bank.read(before[order - 1] + before[order] if last else before[order - 1])
+        return z + bank.z_bias if order == 1 else z
+
+    def head_effects(self, order: int, label: str) -> tuple[float, float]:
+        own, index = self.frozen.model.heads.find(label)
+        depth, bank, before = next(entry for entry in self.read if entry[1].bank is own)
+        z = self.held(bank, before, order)
+        pos = torch.arange(len(z), device=z.device)
+        term = bank.write_at(z[:, index], torch.full_like(pos, index), pos)
+        return self.effects(order, self.frozen.carry(term, depth, len(self.frozen.sublayers)))
+
+
+class _Sums:
+    """Averages over prompts, weighted by their number of predictions."""
+
+    def __init__(self, names: list[str], model: AttentionOnlyModel):
+        self.names = names
+        self.tokens = 0
+        self.orders = torch.zeros(len(names), 2, dtype=torch.float64)
+        self.layers = torch.zeros(len(names), len(model.banks), 2, dtype=torch.float64)
+        self.estimates = [
+            [torch.zeros(bank.n_heads, dtype=torch.float64) for bank in model.banks]
+            for _ in range(min(HEAD_ORDERS, len(names) - 1))
+        ]
+        self.exact: dict[tuple[int, str], Tensor] = {}
+        self.errors = (0.0, 1.0)  # the error and the tolerance of the worst prompt
+
+    def add(self, terms: _Terms) -> None:
+        self.tokens += terms.n
+        for order, loss in enumerate(terms.losses):
+            self.orders[order] += terms.n * torch.tensor([loss, terms.attention_only(order)])
+            for i, ends in enumerate(terms.ends if order else ()):
+                self.layers[order, i] += terms.n * torch.tensor(terms.effects(order, ends[order]))
+        for order, banks in enumerate(self.estimates, start=1):
+            for total, estimate in zip(banks, terms.estimates(order), strict=True):
+                total += terms.n * estimate.double().cpu()
+        error, tolerance = terms.sum_error(), sum_tolerance(terms.frozen)
+        if error / tolerance >= self.errors[0] / self.errors[1]:
+            self.errors = (error, tolerance)
+
+    def add_heads(self, terms: _Terms, chosen: Sequence[tuple[int, str]]) -> None:
+        for order, label in chosen:
+            effects = torch.tensor(terms.head_effects(order, label), dtype=torch.float64)
+            self.exact[order, label] = self.exact.get((order, label), 0) + terms.n * effects
+
+    def result(self, model: AttentionOnlyModel) -> TermImportance:
+        n = self.tokens
+        loss = self.orders[:, 0] / n
+        uniform = math.log(model.spec.d_vocab_out)
+        change = torch.diff(loss, prepend=torch.tensor([uniform], dtype=torch.float64))
+        attention_only = self.orders[:, 1] / n
+        frame = pd.DataFrame(
+            {
+                "order": self.names,
+                "loss": loss.numpy(),
+                "change": change.numpy(),
+                "attention_only": attention_only.numpy(),
+                "with_mlp": (change - attention_only).numpy(),
+            }
+        )
+        layers = [
+            (name, bank.layer, bank.kind, *(self.layers[order, i] / n).tolist())
+            for order, name in enumerate(self.names)
+            if order
+            for i, bank in enumerate(model.banks)
+        ]
+        heads = []
+        for order, banks in enumerate(self.estimates, start=1):
+            table = model.heads.frame
+            table.insert(0, "order", self.names[order])
+            table["estimate"] = torch.cat(banks).numpy() / n
+            exact = [
+                (self.exact.get((order, h), torch.full((2,), math.nan)) / n).tolist() for h in table["head"]
+            ]
+            heads.append(table.assign(alone=[e[0] for e in exact], given_others=[e[1] for e in exact]))
+        check = Check("orders sum to the model's logits (worst prompt)", *self.errors)
+        notes = {"dtype": str(model.W_U.dtype).removeprefix("torch."), "tokens": n, "uniform loss": uniform}
+        columns = ["order", "layer", "kind", "alone", "given_others"]
+        return TermImportance(
+            frame=frame,
+            layers=pd.DataFrame(layers, columns=columns),
+            heads=pd.concat(heads, ignore_index=True) if heads else pd.DataFrame(),
+            receipt=Receipt((check,), notes),
+            n_tokens=n,
+        )
+
+
+def _running_sum(parts: Sequence[Tensor]) -> Iterator[Tensor]:
+    so_far = torch.zeros_like(parts[0])
+    for part in parts:
+        so_far = so_far + part
+        yield so_far
+
+
+def _prompts(model: AttentionOnlyModel, tokens: str | Sequence[str] | Tensor) -> list[Tensor]:
+    several = isinstance(tokens, Sequence) and not isinstance(tokens, str)
+    texts = list(tokens) if several else [tokens]  # several texts are not padded: one by one
+    prompts = [row for text in texts for row in model.as_tokens(text)]
+    short = [i for i, prompt in enumerate(prompts) if len(prompt) < 2]
+    if short or not prompts:
+        raise MechInterpError(
+            f"prompt {short[:3] or 'list'} has fewer than 2 tokens: there is no next token to predict"
+        )
+    return prompts
+
+
+def _chosen(
+    model: AttentionOnlyModel, heads: int | Sequence[str], sums: _Sums, top: int
+) -> list[tuple[int, str]]:
+    """(order, label) pairs to measure exactly."""
+    if not isinstance(heads, int):
+        for label in heads:
+            model.heads.find(label)
+        return [(order, label) for order in range(1, top + 1) for label in heads]
+    labels = list(model.heads)
+    chosen = []
+    for order in range(1, top + 1):
+        estimate = torch.cat(sums.estimates[order - 1]).abs()
+        best = estimate.topk(min(heads, len(labels))).indices.tolist()
+        chosen += [(order, labels[i]) for i in best if float(estimate[i]) > 0]
+    return chosen

@@ -1,0 +1,299 @@
+"""Why does this head attend here, why does this neuron fire? A score as a sum over terms.
+
+A score is bilinear: what the query side reads of the stream at the query, times what the key side
+reads at the key. Both streams are sums (embedding, position, every earlier head, biases), so the
+score is a sum of products (Elhage et al. 2021, "analyzing a two-layer model", the QK circuit as
+1 + H + H + H^2 terms). Norms, rotations and query/key norms are frozen. A neuron's score is its
+pre-activation: its key side is the constant 1, so its terms are linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp_attn.conversion.fidelity import TOLERANCE
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.heads import FrozenBank, ScoreSides
+from mechinterp_attn.paths.frozen import Frozen
+from mechinterp_attn.paths.goals import resolve_position
+from mechinterp_attn.results import Check, Receipt, Result
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+Contrast = Literal["others"] | int | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class ScoreExpansion(Result):
+    """A head's score at one (query, key) as a sum of query-side times key-side terms.
+
+    Attributes:
+        total: the score itself (before a soft cap; with the softmax scale), or its excess over the
+            other keys.
+        head, query, key: what was expanded: label and positions.
+        about: the same in words.
+        frame: one row per term, largest first: ``query_term, key_term, value, share, kind``:
+            "direct" (neither side through an earlier head), "query" (only the query side),
+            "key" (only the key side), "both".
+    """
+
+    title: ClassVar[str] = "Score expansion"
+    sort_by: ClassVar[str | None] = "value"
+    total: float
+    head: str
+    query: int
+    key: int
+    about: str
+
+    def plot(self, k: int = 12) -> Figure:
+        """The largest terms as a table of query-side times key-side parts."""
+        from mechinterp_attn.view.figures.paths import score_terms
+
+        return score_terms(self, k)
+
+
+@torch.no_grad()
+def expand_score(
+    frozen: Frozen,
+    head: str,
+    query: int,
+    key: int | None = None,
+    *,
+    against: Contrast = None,
+    by_source: bool = False,
+    keep: int = 64,
+) -> ScoreExpansion:
+    """Expand a head's score into what the query side and the key side are made of.
+
+    Softmax does not see what all keys of a query share, so a raw score says little about why this
+    key rather than another: ``against="others"`` expands the score minus its mean over the other keys
+    that the head may look at, and a position expands the difference to that key.
+
+    Args:
+        head: a label. For an MLP-derived head (``L1N7``) leave ``key`` out: it sees its own token.
+        query, key: positions; negative counts from the end.
+        against: None for the score itself, "others", or another key's position.
+        by_source: tell an earlier head's output apart by what it moved: "embed > L0H0" is what L0H0
+            moved of the token embeddings, "... > L0H0" all that came through other heads.
+        keep: how many heads per side are told apart; the others are one term per sublayer.
+
+    Raises:
+        MechInterpError: everything that is wrong: no such head, a position outside the prompt, a key
+            that the mask hides, no other key to compare with, keep below 0.
+    """
+    q = resolve_position(frozen, query)
+    sublayer, bank, index = _find(frozen, head)
+    x = frozen.residuals[sublayer]
+    sides = bank.score_sides(index, x)
+    k = _resolve_key(frozen, sides, head, q, key)
+    weights = _key_weights(sides, head, q, k, None if against is None else against, frozen)
+    if keep < 0:
+        raise MechInterpError(f"keep={keep}; expected 0 or more")
+
+    total_q = (sides.query(x) + sides.query_bias)[q]
+    total_k = weights @ (sides.key(x) + sides.key_bias)
+    query_side = _side(frozen, sublayer, q, sides, total_k, is_query=True, by_source=by_source, keep=keep)
+    key_side = _side(
+        frozen, sublayer, weights, sides, total_q, is_query=False, by_source=by_source, keep=keep
+    )
+    values = query_side.vectors @ key_side.vectors.T
+    total = float(total_q @ total_k)
+    frame = pd.DataFrame(
+        {
+            "query_term": [name for name in query_side.names for _ in key_side.names],
+            "key_term": key_side.names * len(query_side.names),
+            "value": values.double().flatten().cpu().numpy(),
+        }
+    )
+    frame["share"] = frame["value"] / total
+    frame["kind"] = [
+        ("both" if b else "query") if a else ("key" if b else "direct")
+        for a in query_side.through_head
+        for b in key_side.through_head
+    ]
+    order = frame["value"].abs().sort_values(ascending=False, kind="stable").index
+    return ScoreExpansion(
+        frame=frame.loc[order].reset_index(drop=True),
+        receipt=_receipt(frozen, bank, index, sides, x, q, float(values.double().sum()), total),
+        total=total,
+        head=head,
+        query=q,
+        key=k,
+        about=_about(frozen, head, q, k, against),
+    )
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The terms of one side, as vectors in the head's own space ``[term, rank]``."""
+
+    names: list[str]
+    vectors: Float[Tensor, "term rank"]
+    through_head: list[bool]
+
+
+def _side(
+    frozen: Frozen,
+    sublayer: int,
+    at: int | Tensor,
+    sides: ScoreSides,
+    other: Float[Tensor, " rank"],
+    *,
+    is_query: bool,
+    by_source: bool,
+    keep: int,
+) -> _Side:
+    """What one side reads of every part of the stream at a position or a weighting of positions."""
+    linear, bias = (sides.query, sides.query_bias) if is_query else (sides.key, sides.key_bias)
+    x = frozen.residuals[sublayer]
+    weights = at if isinstance(at, Tensor) else torch.eye(len(x)).to(x)[at]
+
+    def reading(part: Float[Tensor, "pos d_model"]) -> Float[Tensor, " rank"]:
+        return weights @ linear(part)
+
+    names = list(frozen.parts)
+    vectors = [reading(frozen.carry(part, 0, sublayer)) for part in frozen.parts.values()]
+    through = [False] * len(names)
+    biases = weights @ bias + sum(reading(extra) for _, _, extra in frozen.biases(sublayer))
+    field = _pullback(linear, weights, other, x)
+    for depth, earlier in enumerate(frozen.sublayers[:sublayer]):
+        direct = frozen.carry_back(field, depth, sublayer)
+        for bank, z in zip(earlier.banks, frozen.held[depth], strict=True):
+            effect = (z * bank.unwrite(direct)).sum((0, -1)).abs()
+            chosen = effect.topk(min(keep, len(effect))).indices.sort().values.tolist()
+            left = len(effect) - len(chosen)
+            for source, z_part in _sources(frozen, bank, depth, z, by_source):
+                terms = [(bank.bank.label(i), _write_one(bank, z_part, i)) for i in chosen]
+                if left:
+                    rest = z_part.clone()
+                    rest[:, chosen] = 0
+                    terms.append((f"{left:,} other {bank.bank.path}", bank.write(rest)))
+                for name, written in terms:
+                    through.append(True)
+                    names.append(f"{source}{name}")
+                    vectors.append(reading(frozen.carry(written, depth, sublayer)))
+    names.append("bias")
+    through.append(False)
+    vectors.append(biases)
+    kept = [i for i, v in enumerate(vectors) if bool(v.any())] or [len(vectors) - 1]
+    return _Side(
+        [names[i] for i in kept], torch.stack([vectors[i] for i in kept]), [through[i] for i in kept]
+    )
+
+
+def _pullback(
+    linear: Callable[[Tensor], Tensor], weights: Tensor, other: Tensor, x: Tensor
+) -> Float[Tensor, "pos d_model"]:
+    """The field whose product with a stream is ``weights @ linear(stream) @ other``."""
+    with torch.enable_grad():
+        probe = torch.zeros_like(x, requires_grad=True)
+        reading = (weights @ linear(probe)) @ other
+        if not reading.requires_grad:
+            return torch.zeros_like(x)
+        return torch.autograd.grad(reading, probe)[0]
+
+
+def _write_one(bank: FrozenBank, z: Tensor, index: int) -> Float[Tensor, "pos d_model"]:
+    pos = torch.arange(len(z), device=z.device)
+    return bank.write_at(z[:, index], torch.full_like(pos, index), pos)
+
+
+def _sources(
+    frozen: Frozen, bank: FrozenBank, depth: int, z: Tensor, by_source: bool
+) -> list[tuple[str, Float[Tensor, "pos head d_head"]]]:
+    """What the heads hold, whole or by the part of the stream that they moved."""
+    if not by_source:
+        return [("", z)]
+    parts = {name: frozen.carry(part, 0, depth) for name, part in frozen.parts.items()}
+    rest = frozen.sublayers[depth].stream - sum(parts.values())
+    moved = [(f"{name} > ", bank.read(part)) for name, part in parts.items()]
+    others = bank.z_bias + (bank.read(rest) if depth else 0)
+    return [*moved, ("... > ", others)] if bool(others.any()) else moved
+
+
+def _find(frozen: Frozen, head: str) -> tuple[int, FrozenBank, int]:
+    own, index = frozen.model.heads.find(head)
+    for depth, sublayer in enumerate(frozen.sublayers):
+        for bank in sublayer.banks:
+            if bank.bank is own:
+                return depth, bank, index
+    raise AssertionError(f"{head} is in no frozen bank")
+
+
+def _resolve_key(frozen: Frozen, sides: ScoreSides, head: str, q: int, key: int | None) -> int:
+    seen = sides.allowed[q].nonzero()[:, 0].tolist()
+    if key is None:
+        if len(seen) > 1:
+            raise MechInterpError(f"{head} is an attention head; give the key's position")
+        return seen[0]
+    k = resolve_position(frozen, key)
+    if k not in seen:
+        raise MechInterpError(f"{head} cannot see position {k} from position {q}; it sees {_ranges(seen)}")
+    return k
+
+
+def _ranges(seen: list[int]) -> str:
+    return f"position {seen[0]}" if len(seen) == 1 else f"positions {seen[0]} to {seen[-1]}"
+
+
+def _key_weights(
+    sides: ScoreSides, head: str, q: int, k: int, against: Contrast, frozen: Frozen
+) -> Float[Tensor, " pos"]:
+    """The weighting of keys whose score is expanded: one key, or one minus others."""
+    weights = torch.zeros_like(sides.key_bias[:, 0])
+    weights[k] = 1
+    if against is None:
+        return weights
+    if against == "others":
+        others = sides.allowed[q].clone()
+        others[k] = False
+        if not bool(others.any()):
+            raise MechInterpError(f"{head} sees no other key from position {q}; leave against out")
+        return weights - others.to(weights.dtype) / others.sum()
+    if isinstance(against, str):
+        raise MechInterpError(f"against={against!r}; expected None, 'others' or a key position")
+    other = _resolve_key(frozen, sides, head, q, against)
+    if other == k:
+        raise MechInterpError(f"key and against are both position {k}; their difference is 0")
+    weights[other] -= 1
+    return weights
+
+
+def _receipt(
+    frozen: Frozen,
+    bank: FrozenBank,
+    index: int,
+    sides: ScoreSides,
+    x: Tensor,
+    q: int,
+    summed: float,
+    total: float,
+) -> Receipt:
+    tolerance = TOLERANCE[x.dtype]
+    scores = (sides.query(x) + sides.query_bias) @ (sides.key(x) + sides.key_bias).T
+    scale = max(float(scores[sides.allowed].abs().max()), 1.0)
+    checks = [Check("terms sum to the score", abs(summed - total), tolerance * scale)]
+    if sides.to_pattern is not None:
+        own = bank.bank.dense_pattern(bank.pattern, index)[q, :-1]
+        error = float((sides.to_pattern(scores)[q] - own).abs().max())
+        checks.append(Check("softmax of the scores gives the frozen pattern", error, tolerance * scale))
+    return Receipt(tuple(checks), frozen.receipt.notes)
+
+
+def _about(frozen: Frozen, head: str, q: int, k: int, against: Contrast) -> str:
+    tokens = frozen.str_tokens
+    text = f"score of {head} from {tokens[q]!r} ({q})"
+    if q == k and against is None and frozen.model.heads.find(head)[0].kind == "mlp":
+        return f"pre-activation of {head} at {tokens[q]!r} ({q})"
+    text += f" to {tokens[k]!r} ({k})"
+    if against is None:
+        return text
+    return f"{text} over " + ("its other keys" if against == "others" else f"key {against}")
