@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 import torch
@@ -259,10 +259,9 @@ class _Sums:
             table = model.heads.frame
             table.insert(0, "order", self.names[order])
             table["estimate"] = torch.cat(banks).numpy() / n
-            exact = [
-                (self.exact.get((order, h), torch.full((2,), math.nan)) / n).tolist() for h in table["head"]
-            ]
-            heads.append(table.assign(alone=[e[0] for e in exact], given_others=[e[1] for e in exact]))
+            unknown = torch.full((2,), math.nan)
+            exact = torch.stack([self.exact.get((order, h), unknown) for h in table["head"]]).numpy() / n
+            heads.append(table.assign(alone=exact[:, 0], given_others=exact[:, 1]))
         check = Check("orders sum to the model's logits (worst prompt)", *self.errors)
         notes = {"dtype": str(model.W_U.dtype).removeprefix("torch."), "tokens": n, "uniform loss": uniform}
         columns = ["order", "layer", "kind", "alone", "given_others"]
@@ -283,8 +282,7 @@ def _running_sum(parts: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 def _prompts(model: AttentionOnlyModel, tokens: str | Sequence[str] | Tensor) -> list[Tensor]:
-    several = isinstance(tokens, Sequence) and not isinstance(tokens, str)
-    texts = list(tokens) if several else [tokens]  # several texts are not padded: one by one
+    texts: list[Any] = [tokens] if isinstance(tokens, str | Tensor) else list(tokens)  # not padded
     prompts = [row for text in texts for row in model.as_tokens(text)]
     short = [i for i, prompt in enumerate(prompts) if len(prompt) < 2]
     if short or not prompts:

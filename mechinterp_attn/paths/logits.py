@@ -24,8 +24,8 @@ class LogitAttribution(Result):
         total: the logit itself, as the model computed it.
         target, against, position: what was attributed: token ids and the position.
         about: the same in words.
-        frame: one row per term: ``head`` (label, or "embed", "position", "L0 attn bias", ...), ``layer, kind,
-            index, value`` (logits) and ``share`` of the total.
+        frame: one row per term: ``head`` (label, or "embed", "position", "L0 attn bias", ...),
+            ``layer, kind, index, value`` (logits) and ``share`` of the total.
     """
 
     title: ClassVar[str] = "Direct logit attribution"
