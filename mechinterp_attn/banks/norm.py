@@ -60,14 +60,14 @@ class FrozenNorm:
         gain: ``[d_model]``, where it is not folded into the weights behind the norm.
     """
 
-    scale: Float[Tensor, "pos 1"] | None
+    scale: Float[Tensor, "*pos 1"] | None
     centred: bool
     gain: Float[Tensor, " d_model"] | None = None
 
-    def apply(self, x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
+    def apply(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         return self.turn(x) if self.scale is None else self.turn(x) / self.scale
 
-    def adjoint(self, y: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
+    def adjoint(self, y: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The transpose of ``apply``."""
         return self.turn_back(y) if self.scale is None else self.turn_back(y) / self.scale
 
