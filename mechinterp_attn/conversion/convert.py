@@ -13,7 +13,7 @@ from mechinterp_attn.conversion.fidelity import check_conversion
 from mechinterp_attn.conversion.fold import attention_only_weights
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.sources.bridge import read_bridge
+from mechinterp_attn.sources.bridge import read_bridge, read_object
 from mechinterp_attn.sources.checkpoint import Checkpoint
 from mechinterp_attn.sources.doors import is_saved, open_source
 from mechinterp_attn.sources.saved import load_saved
@@ -42,7 +42,7 @@ def convert(
         ConversionError: the result differs from the source; names the first sublayer that does.
     """
     _check_mode(mlp)
-    checkpoint = source if isinstance(source, Checkpoint) else _read(source)
+    checkpoint = _read(source)
     model = _build(checkpoint, mlp, own=True)
     if check:
         model.provenance["fidelity"] = check_conversion(model, source).summary()
@@ -75,7 +75,7 @@ def load(
         model = load_saved(Path(source), dtype)
     else:
         opened = open_source(source, dtype)
-        checkpoint = opened if isinstance(opened, Checkpoint) else _read(opened)
+        checkpoint = _read(opened)
         model = _build(checkpoint, mlp, own=False)
         model.provenance["fidelity"] = check_conversion(model, opened).summary()
     return model if device is None else cast(AttentionOnlyModel, model.to(device))
@@ -100,11 +100,16 @@ def _build(checkpoint: Checkpoint, mlp: Mode, *, own: bool) -> AttentionOnlyMode
 
 
 def _read(source: Any) -> Checkpoint:
-    if hasattr(source, "hook_dict") and hasattr(source, "original_model"):
+    if isinstance(source, Checkpoint):
+        return source
+    if hasattr(source, "original_model") and hasattr(source, "adapter"):
         return read_bridge(source)
+    if hasattr(source, "cfg") and callable(getattr(source, "state_dict", None)):
+        return read_object(source)
     raise MechInterpError(
-        f"cannot convert a {type(source).__name__}; give a TransformerBridge or mia.Checkpoint(cfg, "
-        "state_dict), or pass a name or folder to mia.load"
+        f"cannot convert a {type(source).__name__}; give a TransformerBridge, an object with "
+        "HookedTransformer's cfg and state_dict(), or mia.Checkpoint(cfg, state_dict), or pass a name or "
+        "folder to mia.load"
     )
 
 

@@ -117,6 +117,7 @@ def verify(
         expected, streams = run_checkpoint(source, ids)
     else:
         expected, streams = run_bridge(source, ids)
+    streams = {name: stream for name, stream in streams.items() if name in model.hook_dict}
     logits, cache = model.run_with_cache(ids, names_filter=lambda name: name in streams)
     own = {name: cache[name] for name in streams}
     if logits.shape != expected.shape:

@@ -13,32 +13,45 @@ from torch import Tensor
 
 from mechinterp_attn.errors import UnsupportedModelError
 from mechinterp_attn.sources.checkpoint import Checkpoint
+from mechinterp_attn.sources.huggingface import config_of, tensors_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 _ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
-_MLP = ("W_in", "b_in", "W_out", "b_out")
+_MLP = ("W_in", "W_gate", "b_in", "b_gate", "W_out", "b_out")
 _NATIVE = "TransformerLensNative"
 
 
 def read_bridge(bridge: TransformerBridge) -> Checkpoint:
-    """A native bridge's weights (views, nothing copied) and config as a Checkpoint.
+    """A bridge's weights (views wherever possible) and rules as a Checkpoint; nothing is changed.
 
     Raises:
-        UnsupportedModelError: the bridge is not a native one.
+        UnsupportedModelError: with every part that cannot be converted.
     """
-    architecture = getattr(bridge.cfg, "architecture", None)
-    if architecture != _NATIVE:
-        raise UnsupportedModelError(
-            f"the bridge of {architecture}",
-            ["only native bridges (TransformerBridge.boot_native) are supported so far"],
-        )
+    name = str(getattr(bridge.cfg, "model_name", "bridge"))
+    if getattr(bridge.cfg, "architecture", None) == _NATIVE:
+        cfg, tensors = _read_native(bridge)
+    else:
+        cfg = config_of(bridge)
+        if cfg.get("unsupported"):
+            raise UnsupportedModelError(name, cfg["unsupported"])
+        tensors = tensors_of(bridge, cfg)
+    return Checkpoint(
+        cfg=cfg,
+        state_dict={key: tensor.detach() for key, tensor in tensors.items()},
+        tokenizer=getattr(bridge, "tokenizer", None),
+        name=name,
+    )
+
+
+def _read_native(bridge: TransformerBridge) -> tuple[dict[str, Any], dict[str, Tensor]]:
     cfg = {name: value for name, value in vars(bridge.cfg).items() if not name.startswith("_")}
     # The native model scales its scores and turns adjacent pairs whatever the config says, and takes
     # RMS norms in float32.
     cfg["use_attn_scale"] = True
     cfg["rotary_adjacent_pairs"] = True
+    cfg["parallel_attn_mlp"] = False  # accepted and ignored by native models
     cfg["float32_inside"] = "RMS" in str(cfg["normalization_type"]) or bool(cfg["final_rms"])
     tensors = {"embed.W_E": bridge.W_E, "unembed.W_U": bridge.W_U, "unembed.b_U": bridge.b_U}
     if cfg["positional_embedding_type"] == "standard":
@@ -51,12 +64,7 @@ def read_bridge(bridge: TransformerBridge) -> Checkpoint:
         if not cfg["attn_only"]:
             tensors |= _named(block.mlp, f"{at}.mlp", _MLP)
             tensors |= _named(getattr(block, "ln2", None), f"{at}.ln2", ("w", "b"))
-    return Checkpoint(
-        cfg=cfg,
-        state_dict={name: tensor.detach() for name, tensor in tensors.items()},
-        tokenizer=getattr(bridge, "tokenizer", None),
-        name=str(getattr(bridge.cfg, "model_name", "bridge")),
-    )
+    return cfg, tensors
 
 
 def _named(module: Any, at: str, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -64,39 +72,71 @@ def _named(module: Any, at: str, names: tuple[str, ...]) -> dict[str, Tensor]:
     found = {}
     for name in names:
         with contextlib.suppress(AttributeError):
-            found[f"{at}.{name}"] = getattr(module, name)
+            if getattr(module, name) is not None:
+                found[f"{at}.{name}"] = getattr(module, name)
     return found
 
 
-@torch.no_grad()
-def run_bridge(
-    bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and the residual stream after every sublayer by its hook name.
+def read_object(source: Any) -> Checkpoint:
+    """Any object with HookedTransformer's ``cfg`` and ``state_dict()``: TransformerLens 2 and 3
+    models, course models with the same names.
 
-    The bridge is run in eval mode and left as it was, hooks included.
+    A config that leaves the norm, the positions, the activation or eps out means LayerNorm where
+    there are gains, learned positions where there is a W_pos, gelu_new and 1e-5, as in GPT-2; the
+    comparison with the object itself decides whether that was right.
+    """
+    given = source.cfg if isinstance(source.cfg, dict) else vars(source.cfg)
+    cfg = {name: value for name, value in given.items() if not name.startswith("_")}
+    state = {name: t.detach() for name, t in source.state_dict().items()}
+    has_mlp = any(".mlp.W_in" in name for name in state)
+    has_gain = any(name.endswith("ln1.w") for name in state)
+    assumed = {
+        "act_fn": "gelu_new",
+        "normalization_type": "LN" if has_gain else None,
+        "positional_embedding_type": "standard" if "pos_embed.W_pos" in state else None,
+        "attn_only": not has_mlp,
+        "eps": cfg.get("layer_norm_eps", 1e-5),
+    }
+    if "W_gate" in "".join(state):
+        assumed["gated_mlp"] = True
+    return Checkpoint(
+        cfg=assumed | cfg,
+        state_dict=state,
+        tokenizer=getattr(source, "tokenizer", None),
+        name=str(cfg.get("model_name") or type(source).__name__),
+    )
+
+
+@torch.no_grad()
+def run_bridge(module: Any, tokens: Int[Tensor, "batch pos"]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits of a source model, and the residual stream after every sublayer by its hook name.
+
+    Args:
+        module: a bridge, or an object with HookedTransformer's cfg; one without hooks gives no streams.
+            It is run in eval mode and left as it was, hooks included.
     """
     streams = {}
+    points = getattr(module, "hook_dict", {})
     wanted = [
         name
-        for layer in range(bridge.cfg.n_layers)
+        for layer in range(module.cfg.n_layers)
         for name in (f"blocks.{layer}.hook_resid_mid", f"blocks.{layer}.hook_resid_post")
-        if name in bridge.hook_dict
+        if name in points
     ]
     handles = []
     try:
         for name in wanted:  # plain torch hooks: TransformerLens's bookkeeping stays untouched
 
             def keep(_module: Any, _input: Any, output: Tensor, name: str = name) -> None:
-                streams[name] = output.detach()
+                streams[name] = output.detach().unflatten(0, tokens.shape) if output.ndim == 2 else output
 
-            handles.append(bridge.hook_dict[name].register_forward_hook(keep))
-        with _evaluating(bridge):
-            logits = bridge(tokens, return_type="logits")
+            handles.append(points[name].register_forward_hook(keep))
+        with _evaluating(module):
+            logits = module(tokens)
     finally:
         for handle in handles:
             handle.remove()
-    return logits, {name: streams[name] for name in wanted}
+    return logits.detach(), {name: streams[name].detach() for name in wanted if name in streams}
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,14 @@ import torch
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.sources.checkpoint import Checkpoint
 from mechinterp_attn.sources.folder import read_checkpoint, read_config
+from mechinterp_attn.sources.huggingface import boot
 from mechinterp_attn.sources.saved import FORMAT
 from mechinterp_attn.sources.zoo import bundled_folder, bundled_names, read_bundled
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def open_source(
@@ -24,7 +28,8 @@ def open_source(
     """The source model behind a name, with its MLPs, not yet converted.
 
     Args:
-        source: a bundled model's name, or a folder with a TL-convention checkpoint.
+        source: a bundled model's name, a folder with a TL-convention checkpoint or a Hugging Face
+            model, or a Hugging Face id (``owner/name``), which is fetched.
         dtype: of the weights; as stored by default, half precisions widened to float32.
 
     Raises:
@@ -35,15 +40,19 @@ def open_source(
         return read_bundled(name, dtype)
     folder = Path(name)
     if not folder.is_dir():
+        if _HUB_ID.fullmatch(name) and not folder.exists():
+            return boot(name, dtype)
         raise MechInterpError(
-            f"{name!r} is neither a bundled model ({', '.join(bundled_names())}) nor a folder"
+            f"{name!r} is neither a bundled model ({', '.join(bundled_names())}) nor a folder nor a "
+            "Hugging Face id such as 'openai-community/gpt2'"
         )
-    if is_saved(folder):
+    config = read_config(folder)
+    if config.get("format") == FORMAT:
         raise MechInterpError(
             f"{folder} holds a model saved in attention-only form, without its source; give what it "
             "was converted from: a bundled model's name or the source's own folder"
         )
-    return read_checkpoint(folder, dtype)
+    return boot(folder, dtype) if "model_type" in config else read_checkpoint(folder, dtype)
 
 
 def is_saved(source: str | os.PathLike[str]) -> bool:
