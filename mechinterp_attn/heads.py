@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechinterp_attn.errors import MechInterpError
@@ -244,7 +244,7 @@ class HeadBank(nn.Module, ABC):
     def attention_on(
         self,
         pattern: Tensor,
-        pairs: Float[Tensor, "*batch query key"],
+        pairs: Shaped[Tensor, "*batch query key"],
         moved: Float[Tensor, "batch key head"] | None = None,
     ) -> Float[Tensor, " head"]:
         """Sum over the batch and its (query, key) of pattern times ``pairs``, for every head.
@@ -261,8 +261,9 @@ class HeadBank(nn.Module, ABC):
         no distribution, as the gate of a gated neuron."""
 
     @abstractmethod
-    def values(self, cache: Cache) -> Float[Tensor, "batch pos head d_head"]:
-        """What every head moves from every position before W_O, out of a cache with ``hook_v``."""
+    def moved(self, cache: Cache) -> Float[Tensor, "batch pos head"]:
+        """Norm of what every head would write if it attended to one position alone, out of a cache
+        with ``hook_v``."""
 
     @abstractmethod
     def key_read(self, index: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:

@@ -169,8 +169,10 @@ class AttentionBank(HeadBank):
     def entropy(self, pattern: Float[Tensor, "batch head query key"]) -> Tensor:
         return torch.special.entr(pattern).sum(-1).transpose(1, 2)
 
-    def values(self, cache: Cache) -> Tensor:
-        return self._per_head(cache[f"{self.path}.hook_v"])
+    def moved(self, cache: Cache) -> Tensor:
+        v = self._per_head(cache[f"{self.path}.hook_v"])
+        squares = torch.einsum("bphd,hde->bphe", v, self.gram("O").to(v.dtype)) * v
+        return squares.sum(-1).clamp_min(0).sqrt()
 
     def query_read(self, index: int, x: Tensor) -> Tensor:
         return x @ self.weights(index)["W_Q"].detach().to(x.dtype)

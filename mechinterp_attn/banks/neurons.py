@@ -151,16 +151,17 @@ class NeuronBank(HeadBank):
     ) -> Float[Tensor, " head"]:
         own = pairs.diagonal(dim1=-2, dim2=-1)  # a neuron sees no other token
         own = own.to(pattern.dtype).expand(len(pattern), -1)
-        if moved is None:
-            return torch.einsum("bpn,bp->n", pattern, own)
-        return torch.einsum("bpn,bp,bpn->n", pattern, own, moved.to(pattern.dtype))
+        if moved is not None:
+            pattern = pattern * moved
+        return own.flatten() @ pattern.flatten(0, 1)
 
     def entropy(self, pattern: Float[Tensor, "batch pos head"]) -> Tensor:
         entropy = torch.special.entr(pattern) + torch.special.entr(1 - pattern)
         return entropy.where((pattern >= 0) & (pattern <= 1), torch.nan)
 
-    def values(self, cache: Cache) -> Tensor:
-        return cache[f"{self.path}.hook_v"][..., None]
+    def moved(self, cache: Cache) -> Tensor:
+        v = cache[f"{self.path}.hook_v"]
+        return v.abs() * self.stacked("O")[:, 0].norm(dim=-1).to(v.dtype)
 
     def query_read(self, index: int, x: Tensor) -> Tensor:
         w = self.weights(index)

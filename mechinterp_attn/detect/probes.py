@@ -1,4 +1,4 @@
-"""Random tokens repeated, and which (query, key) pairs each kind of head attends to on them.
+"""Random tokens repeated, and which (query, key) pairs each kind of head attends to.
 
 Random tokens carry no statistics of text, so a head that attends to the token after an earlier
 occurrence of its own can only have found it by matching (Olsson et al. 2022, "prefix matching").
@@ -9,13 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mechinterp_attn.detect.batches import Batch
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.model import AttentionOnlyModel
 
 PERIOD, REPEATS = 25, 4  # Olsson et al. 2022: 25 random tokens, 4 times
+ROLES = ("previous_token", "current_token", "first_token", "duplicate_token", "induction")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,20 @@ class Probe:
     bos: bool
     seed: int
 
+    @property
+    def batch(self) -> Batch:
+        return Batch(self.tokens, torch.ones_like(self.tokens, dtype=torch.bool))
+
+    @property
+    def repeated(self) -> Bool[Tensor, "draw pos_minus_1"]:
+        """Of the tokens after the first, those that induction predicts: all after the first pass but
+        the first of the second, of which nobody can know that it starts over."""
+        later = torch.arange(1, self.tokens.shape[1]) > self.bos + self.period
+        return later.to(self.tokens.device).expand(len(self.tokens), -1)
+
+    def __str__(self) -> str:
+        return f"{'BOS + ' if self.bos else ''}{self.period} random tokens x {self.repeats}"
+
 
 def random_repeats(model: AttentionOnlyModel, *, draws: int, seed: int) -> Probe:
     """Draw repeated random tokens from the model's own vocabulary.
@@ -45,6 +61,8 @@ def random_repeats(model: AttentionOnlyModel, *, draws: int, seed: int) -> Probe
     Raises:
         MechInterpError: the context or vocabulary is too small; says the least that would do.
     """
+    if draws < 1:
+        raise MechInterpError(f"draws={draws}; expected at least 1")
     bos = model.bos_token_id
     start = 0 if bos is None else 1
     room, choices = model.spec.n_ctx - start, model.spec.d_vocab - start
@@ -68,34 +86,28 @@ def random_repeats(model: AttentionOnlyModel, *, draws: int, seed: int) -> Probe
     return Probe(tokens, period, repeats, bos is not None, seed)
 
 
-def weights_of(pairs: Bool[Tensor, "query key"]) -> Float[Tensor, "query key"]:
-    """Weights that make ``sum(pattern * weights)`` the mean, over the queries that have a pair, of
-    the attention on their pairs."""
-    queries = pairs.any(-1).sum()
-    return pairs.double() / queries
-
-
-def pairs_by_name(probe: Probe) -> dict[str, Bool[Tensor, "query key"]]:
+def pairs_by_role(batch: Batch) -> dict[str, Bool[Tensor, "batch query key"]]:
     """For each kind of head, which keys it attends to from which queries.
 
     - previous_token: the token just before.
     - current_token: the token itself.
-    - first_token: the first token of the sequence.
+    - first_token: the first token of the sequence (BOS, where there is one).
     - duplicate_token: earlier occurrences of the same token.
     - induction: the tokens after earlier occurrences of the same token (row sums: all of them).
+
+    The first token is no query: it has only itself to look at.
     """
-    n = probe.tokens.shape[1]
-    query = torch.arange(n)[:, None]
-    key = torch.arange(n)[None, :]
-    # Repeated tokens stand a multiple of the period apart; BOS stands for itself.
-    real = (query >= probe.bos) & (key >= probe.bos)
-    same = real & ((query - key) % probe.period == 0) & (key < query)
+    tokens, n = batch.tokens, batch.tokens.shape[1]
+    query = torch.arange(n, device=tokens.device)[:, None]
+    key = torch.arange(n, device=tokens.device)[None, :]
+    real = batch.real[:, :, None] & batch.real[:, None, :]
+    same = real & (tokens[:, :, None] == tokens[:, None, :]) & (key < query)
     after_same = torch.zeros_like(same)
-    after_same[:, 1:] = same[:, :-1]
+    after_same[:, :, 1:] = same[:, :, :-1]
     return {
-        "previous_token": key == query - 1,
-        "current_token": (key == query) & (query > 0),
-        "first_token": (key == 0) & (query > 0),
+        "previous_token": real & (key == query - 1),
+        "current_token": real & (key == query) & (query > 0),
+        "first_token": real & (key == 0) & (query > 0),
         "duplicate_token": same,
         "induction": after_same,
     }

@@ -1,35 +1,46 @@
-"""Scores of every head, attention and MLP-derived alike, from its pattern on random tokens."""
+"""Scores of every head, attention and MLP-derived alike, from its pattern."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.detect.probes import Probe, pairs_by_name, random_repeats, weights_of
+from mechinterp_attn.detect.batches import Batch, Input, as_batch, rows_within
+from mechinterp_attn.detect.measures import HOOKS, Sums, sums_of
+from mechinterp_attn.detect.probes import pairs_by_role, random_repeats
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.heads import Cache
 from mechinterp_attn.model import AttentionOnlyModel
 from mechinterp_attn.results import Check, Receipt, Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+MAX_BYTES = 256 * 2**20
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class HeadScores(Result):
-    """Mean attention of every head on the pairs that define each kind of head.
+    """How every head attends.
 
     Attributes:
-        frame: one row per head: ``head, layer, index, kind``, then ``previous_token,
-            current_token, first_token, duplicate_token, induction``: mean attention in [0, 1].
+        frame: one row per head: ``head, layer, index, kind``, then ``previous_token, current_token,
+            first_token, duplicate_token, induction``: mean attention on the pairs that define each
+            kind of head, in [0, 1]; ``entropy``: of its rows, in nats; and ``previous_token_weighted,
+            ...``: which share of all it moves (attention times the norm of what it writes for that
+            key) it moves along those pairs, in [0, 1], NaN where it moves nothing.
         probe: the tokens they were measured on.
     """
 
-    title: ClassVar[str] = "Head scores on repeated random tokens"
+    title: ClassVar[str] = "Head scores"
     sort_by: ClassVar[str | None] = "induction"
-    probe: Probe
+    probe: Batch
 
     def plot(self, score: str = "induction") -> Figure:
         """A heatmap of one score over attention heads by layer."""
@@ -39,49 +50,210 @@ class HeadScores(Result):
 
 
 @torch.no_grad()
-def score_heads(model: AttentionOnlyModel, *, seed: int = 0, draws: int = 10) -> HeadScores:
+def score_heads(
+    model: AttentionOnlyModel,
+    *,
+    seed: int = 0,
+    draws: int = 10,
+    tokens: Input | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> HeadScores:
     """Score every head as previous-token, current-token, first-token, duplicate or induction head.
 
     On random tokens drawn from the model's vocabulary (25 of them, 4 times, after a BOS where the
     model has one; less where the context is short), averaged over draws. ``induction`` is prefix
     matching in its row-sum form (Olsson et al. 2022): the attention from a token to all tokens that
-    followed its earlier occurrences, averaged over the tokens that have one.
+    followed its earlier occurrences, averaged over the tokens that have one. The weighted scores
+    ask the same of attention times the norm of what is moved (Elhage et al. 2021, "value-weighted").
 
     An MLP-derived head sees only its own token and the bias token, so its current-token score is
     its mean gate and the other scores are zero.
 
     Args:
-        seed: of the random tokens.
-        draws: how many random sequences.
+        seed: of the random tokens;  draws: how many random sequences.
+        tokens: score on these instead: tokens ``[batch, pos]``, a text, or texts of any lengths.
+        max_bytes: of patterns and values held at a time.
 
     Raises:
-        MechInterpError: context or vocabulary too small for repeated tokens.
+        MechInterpError: context or vocabulary too small for repeated tokens; unusable tokens.
     """
-    probe = random_repeats(model, draws=draws, seed=seed)
-    pairs = pairs_by_name(probe)
-    device = model.W_E.device
-    weights = {name: weights_of(p).to(device) for name, p in pairs.items()}
-    columns: dict[str, list[Float[Tensor, " head"]]] = {name: [] for name in pairs}
-    total = []
-    _, cache = model.run_with_cache(
-        probe.tokens, return_type=None, names_filter=lambda name: name.endswith("hook_pattern")
-    )
-    everything = torch.ones_like(weights["current_token"]) / probe.tokens.shape[1]
-    for bank in model.banks:
-        pattern = cache[f"{bank.path}.hook_pattern"]
-        for name, w in weights.items():
-            columns[name].append(bank.attention_on(pattern, w))
-        if bank.kind == "attention":
-            total.append(bank.attention_on(pattern, everything))
+    batch, notes = probe_or(model, tokens, draws=draws, seed=seed)
+    rows = rows_within(model, batch.tokens.shape[1], max_bytes)
+    parts: list[Sums] = []
+    checks: tuple[Check, ...] = ()
+    for part in batch.split(rows):
+        cache = look(model, part)
+        parts.append(sums_of(model, part, cache))
+        checks = checks or (_dense_check(model, part, cache, parts[0]),)
     frame = model.heads.frame[["head", "layer", "index", "kind"]]
-    for name, parts in columns.items():
-        frame[name] = torch.cat(parts).double().cpu().numpy()
-    error = float((torch.cat(total) - 1).abs().max())
-    check = Check("every attention head's row sums to 1", error, 1e-4)
-    notes = {
-        "seed": seed,
-        "draws": draws,
-        "tokens": f"{'BOS + ' if probe.bos else ''}{probe.period} random tokens x {probe.repeats}",
-        "dtype": str(model.W_E.dtype).removeprefix("torch."),
-    }
-    return HeadScores(frame=frame, receipt=Receipt((check,), notes), probe=probe)
+    for name, column in reduce(add, parts).columns().items():
+        frame[name] = column
+    return HeadScores(frame=frame, receipt=Receipt(checks, notes), probe=batch)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Offsets(Result):
+    """Mean attention of every head by relative position (Elhage et al. 2021, "positional heads").
+
+    Attributes:
+        frame: one row per head: ``head, layer, index, kind``, ``offset_0`` (the token itself),
+            ``offset_1`` (the one before), ..., each the mean over the queries that have such a key,
+            and ``at``, the offset with most attention.
+    """
+
+    title: ClassVar[str] = "Attention by relative offset"
+
+
+@torch.no_grad()
+def offsets(
+    model: AttentionOnlyModel,
+    *,
+    up_to: int = 8,
+    seed: int = 0,
+    draws: int = 10,
+    tokens: Input | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> Offsets:
+    """Mean attention of every head to the token ``0, 1, ..., up_to`` positions back.
+
+    Args:
+        up_to: the largest offset.
+        seed, draws, tokens, max_bytes: as for ``score_heads``.
+
+    Raises:
+        MechInterpError: ``up_to`` reaches beyond the tokens.
+    """
+    batch, notes = probe_or(model, tokens, draws=draws, seed=seed)
+    n = batch.tokens.shape[1]
+    if not 0 <= up_to < n:
+        raise MechInterpError(f"up_to={up_to}; expected 0 to {n - 1}, as there are {n} tokens")
+    position = torch.arange(n, device=batch.tokens.device)
+    distance = position[:, None] - position[None, :]
+    sums: Tensor | int = 0
+    counts: Tensor | int = 0
+    for part in batch.split(rows_within(model, n, max_bytes)):
+        cache = look(model, part, hooks=("hook_pattern",))
+        real, width = part.real, part.tokens.shape[1]
+        pairs = [
+            real[:, :, None] & real[:, None, :] & (distance[:width, :width] == offset)
+            for offset in range(up_to + 1)
+        ]
+        pairs[0][:, 0] = False  # the first token has only itself to look at
+        parts = [
+            torch.stack([bank.attention_on(cache[f"{bank.path}.hook_pattern"], p) for p in pairs]).double()
+            for bank in model.banks
+        ]
+        sums = sums + torch.cat(parts, -1)
+        counts = counts + torch.stack([p.sum() for p in pairs]).double()
+    means = (sums / counts[:, None]).cpu()  # type: ignore[index]
+    frame = model.heads.frame[["head", "layer", "index", "kind"]]
+    by_offset = {f"offset_{i}": row.numpy() for i, row in enumerate(means)}
+    frame = pd.concat([frame, pd.DataFrame(by_offset)], axis=1)
+    frame["at"] = means.nan_to_num(-1).argmax(0).numpy()
+    return Offsets(frame=frame, receipt=Receipt((), notes))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Matches(Result):
+    """Share of every head's attention that lies on given pairs.
+
+    Attributes:
+        frame: one row per head: ``head, layer, index, kind, score``, in [0, 1].
+    """
+
+    title: ClassVar[str] = "Share of attention on given pairs"
+    sort_by: ClassVar[str | None] = "score"
+
+
+@torch.no_grad()
+def match(
+    model: AttentionOnlyModel,
+    tokens: Input,
+    pairs: str | Tensor,
+    *,
+    exclude_bos: bool = False,
+    exclude_current_token: bool = False,
+) -> Matches:
+    """Which share of its attention every head puts on a pattern of your own.
+
+    For an original attention head this is TransformerLens's ``head_detector.detect_head`` with
+    ``error_measure="mul"``; MLP-derived heads get the same number, the bias token counted as a key.
+
+    Args:
+        tokens: one prompt, or several for named pairs (the mean over prompts).
+        pairs: ``"previous_token"``, ``"duplicate_token"``, ``"induction"``, ``"current_token"``,
+            ``"first_token"``, or weights ``[pos, pos]``, query by key.
+        exclude_bos: leave attention to the first token out;  exclude_current_token: to the token itself.
+
+    Raises:
+        MechInterpError: pairs of an unknown name or of another shape than the tokens.
+    """
+    batch = as_batch(model, tokens)
+    scores = []
+    for one in batch.split(1):
+        n = one.tokens.shape[1]
+        if isinstance(pairs, str):
+            named = pairs_by_role(one)
+            if pairs not in named:
+                raise MechInterpError(f"pairs={pairs!r}; expected one of {', '.join(named)} or a tensor")
+            wanted = named[pairs][0].double()
+        else:
+            wanted = torch.as_tensor(pairs).double().to(one.tokens.device)
+        if wanted.shape != (n, n):
+            raise MechInterpError(f"pairs of shape {tuple(wanted.shape)}; expected {(n, n)}: query by key")
+        left_out = torch.zeros(n, n, dtype=torch.bool, device=wanted.device)
+        left_out[:, 0] |= exclude_bos
+        left_out |= exclude_current_token & torch.eye(n, dtype=torch.bool, device=wanted.device)
+        cache = look(model, one, hooks=("hook_pattern",))
+        parts = []
+        for bank in model.banks:
+            pattern = cache[f"{bank.path}.hook_pattern"].double()
+            excluded = bank.attention_on(pattern, left_out.double())
+            on_pairs = bank.attention_on(pattern, wanted.masked_fill(left_out, 0))
+            parts.append(on_pairs / (n - excluded))  # every row sums to 1, the bias token included
+        scores.append(torch.cat(parts))
+    frame = model.heads.frame[["head", "layer", "index", "kind"]]
+    frame["score"] = torch.stack(scores).mean(0).cpu().numpy()
+    notes = {"sequences": len(batch), "exclude_bos": exclude_bos}
+    notes["exclude_current_token"] = exclude_current_token
+    return Matches(frame=frame, receipt=Receipt((), notes))
+
+
+def probe_or(
+    model: AttentionOnlyModel, tokens: Input | None, *, draws: int, seed: int
+) -> tuple[Batch, dict[str, Any]]:
+    """The caller's tokens, or random tokens repeated; and what to note in the receipt."""
+    dtype = str(model.W_E.dtype).removeprefix("torch.")
+    if tokens is None:
+        probe = random_repeats(model, draws=draws, seed=seed)
+        return probe.batch, {"tokens": str(probe), "seed": seed, "draws": draws, "dtype": dtype}
+    batch = as_batch(model, tokens)
+    return batch, {"tokens": f"{int(batch.real.sum())} given", "sequences": len(batch), "dtype": dtype}
+
+
+def look(model: AttentionOnlyModel, batch: Batch, hooks: tuple[str, ...] = HOOKS) -> dict[str, Tensor]:
+    """Run a batch and keep some hooks of every bank."""
+    names = {f"{bank.path}.{hook}" for bank in model.banks for hook in hooks}
+    padded: dict[str, Any] = {} if batch.mask is None else {"attention_mask": batch.mask}
+    _, cache = model.run_with_cache(
+        batch.tokens,
+        return_type=None,
+        names_filter=lambda name: name in names,
+        return_cache_object=False,
+        **padded,
+    )
+    return cache
+
+
+def _dense_check(model: AttentionOnlyModel, batch: Batch, cache: Cache, sums: Sums) -> Check:
+    """The first head of every bank again, from its dense picture."""
+    error, at = 0.0, 0
+    for bank in model.banks:
+        pictures = [bank.dense_pattern(bank.cached_pattern(cache, b), 0) for b in range(len(batch))]
+        dense = torch.stack(pictures).double()[:, :, :-1]
+        for i, pairs in enumerate(pairs_by_role(batch).values()):
+            again = (dense * pairs).sum() / max(int(pairs.any(-1).sum()), 1)
+            own = sums.attention[i, at] / sums.queries[i].clamp_min(1)
+            error = max(error, float((again - own).abs()))
+        at += bank.n_heads
+    return Check("scores of a head of every bank from its dense picture", error, 1e-4)

@@ -25,7 +25,7 @@ def known_heads(*, neurons: bool = False, act_fn: str = "relu", tokenizer=None, 
 
     The unembedding reads only the output slot, so logits are what the induction head copies, and
     with ``neurons`` what the planted neuron says: it fires on one token and raises another's logit.
-    Heads that find nothing to attend to rest on the first token.
+    Where the duplicate head finds nothing it rests on the first token.
     """
     W = {
         "embed.W_E": torch.zeros(V, D_MODEL),
@@ -67,7 +67,7 @@ def known_heads(*, neurons: bool = False, act_fn: str = "relu", tokenizer=None, 
     query, key, value, out = (W[f"blocks.1.attn.W_{name}"] for name in "QKVO")
     query[0, TOKEN + token, token] = 80.0
     key[0, PREVIOUS + token, token] = 1.0
-    key[0, POSITION, CONSTANT] = 60.0
+    key[0, POSITION, CONSTANT] = -200.0  # L0H0 could only bring the first token itself there
     value[0, TOKEN + token, token] = 1.0
     out[0, token, OUT + token] = 10.0
     if neurons:

@@ -19,9 +19,8 @@ def test_known_heads_score_one_for_what_they_do_and_near_zero_for_the_rest():
     scores = by_head(known_heads())
     for head, role in ROLES.items():
         assert scores.loc[head, role] == pytest.approx(1, abs=1e-6)
-        # A head that finds nothing to match rests on the first token, which also happens to be the
-        # previous token of one query and the duplicate of a few.
-        rests = {"first_token"} if role in ("duplicate_token", "induction") else set()
+        # The first token also happens to be the previous token of one query and the duplicate of a few.
+        rests = {"first_token"} if role == "duplicate_token" else set()
         others = [kind for kind in KINDS if kind != role and kind not in rests]
         assert scores.loc[head, others].max() <= 1 / V + 1e-6
 
@@ -43,7 +42,7 @@ def test_without_the_previous_token_head_there_is_no_induction_head():
         model.blocks[0].attn.W_O[0] = 0
     scores = by_head(model)
     assert scores.loc["L0H0", "previous_token"] == pytest.approx(1, abs=1e-6)  # it still looks there
-    assert scores.loc["L1H0", "induction"] < 1e-6
+    assert scores.loc["L1H0", "induction"] < 1 / V  # it attends to all tokens alike
 
 
 def test_the_table_has_the_columns_that_others_rely_on():
@@ -82,11 +81,19 @@ def test_scores_are_the_patterns_averaged_one_by_one():
 
 def test_a_real_induction_model(data):
     """A published 2-layer model: L0 attends to the previous token, L1 to what followed."""
-    scores = by_head(mia.load(data / "models" / "indhead_2l"), draws=200)
+    model = mia.load(data / "models" / "indhead_2l")
+    scores = by_head(model, draws=200)
     assert scores.loc["L0H0", "previous_token"] == pytest.approx(1.00, abs=0.005)
     assert scores.loc["L0H0", "induction"] < 0.01
-    assert scores.loc["L1H0", "induction"] == pytest.approx(0.88, abs=0.02)
     assert scores.loc["L1H0", "previous_token"] < 0.2
+    # Its task: the last of 8 tokens occurred once before, and what followed it then comes next.
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.stack([torch.randperm(26, generator=generator)[:8] for _ in range(2000)])
+    earlier = torch.randint(6, (len(tokens),), generator=generator)
+    rows = torch.arange(len(tokens))
+    tokens[rows, 7] = tokens[rows, earlier]
+    scores = by_head(model, tokens=tokens)
+    assert scores.loc["L1H0", "induction"] == pytest.approx(0.91, abs=0.01)  # as published
 
 
 def test_the_seed_decides_the_numbers():
@@ -116,3 +123,112 @@ def test_receipt_and_html():
     assert result.receipt.notes["tokens"] == "8 random tokens x 4"
     assert result.top(1)["head"].item() == "L1H0"
     assert "L1H0" in result._repr_html_()
+
+
+def test_weighted_scores_are_shares_of_what_is_moved():
+    """Attention times the norm of the value read through W_O, with loops over the bridge's cache."""
+    bridge = tiny_bridge(n_ctx=20, d_vocab=7)
+    model = mia.convert(bridge)
+    result = mia.detect.score_heads(model, draws=2)
+    tokens = result.probe.tokens
+    _, cache = model.run_with_cache(tokens)
+    A = cache["blocks.1.attn.hook_pattern"][:, 2]
+    moved = (cache["blocks.1.attn.hook_v"][:, :, 2] @ model["L1H2"].W_O).norm(dim=-1)  # [batch, key]
+    flow = A * moved[:, None, :]
+    some = total = 0.0
+    for b, row in enumerate(tokens.tolist()):
+        for i in range(1, len(row)):
+            same = [j for j in range(i) if row[j] == row[i]]
+            if same:
+                some += sum(float(flow[b, i, j + 1]) for j in same)
+                total += float(flow[b, i].sum())
+    scores = result.frame.set_index("head")
+    assert scores.loc["L1H2", "induction_weighted"] == pytest.approx(some / total, abs=1e-12)
+    entropy = -(A * A.clamp_min(1e-300).log()).sum(-1)[:, 1:].mean()
+    assert scores.loc["L1H2", "entropy"] == pytest.approx(float(entropy), abs=1e-12)
+    gate = cache["blocks.0.neurons.hook_pattern"][:, 1:, 5]
+    binary = -(gate * gate.log() + (1 - gate) * (1 - gate).log()).mean()
+    assert scores.loc["L0N5", "entropy"] == pytest.approx(float(binary), abs=1e-12)
+    assert scores.loc["L0N5", "current_token_weighted"] == pytest.approx(1)
+
+
+def test_offsets_are_means_over_the_queries_that_reach_so_far_back():
+    model = mia.convert(tiny_bridge())
+    result = mia.detect.offsets(model, up_to=5, draws=3)
+    tokens = mia.detect.score_heads(model, draws=3).probe.tokens
+    _, cache = model.run_with_cache(tokens)
+    frame = result.frame.set_index("head")
+    for offset in range(1, 6):
+        expected = cache["blocks.0.attn.hook_pattern"][:, 3].diagonal(-offset, -2, -1).mean()
+        assert frame.loc["L0H3", f"offset_{offset}"] == pytest.approx(float(expected), abs=1e-12)
+        assert frame.loc["L1N3", f"offset_{offset}"] == 0
+    known = mia.detect.offsets(known_heads()).frame.set_index("head")["at"]
+    assert known["L0H0"] == 1
+    assert known["L0H2"] == 0
+    with pytest.raises(MechInterpError, match="up_to=24; expected 0 to 23, as there are 24 tokens"):
+        mia.detect.offsets(model, up_to=24)
+
+
+class Words:
+    """The least of a tokenizer that ``to_tokens`` asks for: one letter, one token."""
+
+    bos_token_id = 0
+    pad_token_id = eos_token_id = None
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [ord(letter) - ord("a") + 1 for letter in text]}
+
+
+@pytest.mark.parametrize("options", [{}, dict(exclude_bos=True), dict(exclude_current_token=True)])
+@pytest.mark.parametrize("role", ["previous_token", "duplicate_token", "induction"])
+def test_match_is_transformer_lens_detect_head(role, options):
+    from transformer_lens.head_detector import detect_head
+
+    model = mia.convert(tiny_bridge())
+    model.tokenizer = Words()
+    texts = ["abcabcab", "aabbaabbccl"]
+    expected = detect_head(model, texts, f"{role}_head", **options)
+    own = mia.detect.match(model, texts, role, **options).frame.query("kind == 'attention'")
+    assert own["score"].tolist() == pytest.approx(expected.flatten().tolist(), abs=1e-7)
+
+
+def test_a_pattern_of_ones_own():
+    from transformer_lens.head_detector import detect_head
+
+    model = mia.convert(tiny_bridge())
+    model.tokenizer = Words()
+    mine = torch.ones(7, 7).tril(-2)
+    expected = detect_head(model, "abcabc", mine)
+    own = mia.detect.match(model, "abcabc", mine).frame.query("kind == 'attention'")
+    assert own["score"].tolist() == pytest.approx(expected.flatten().tolist(), abs=1e-6)
+    with pytest.raises(MechInterpError, match=r"pairs of shape \(7, 7\); expected \(4, 4\)"):
+        mia.detect.match(model, "abc", mine)
+    with pytest.raises(MechInterpError, match="pairs='next'; expected one of previous_token"):
+        mia.detect.match(model, "abc", "next")
+
+
+def test_padding_changes_nothing():
+    """Texts of different lengths together, and in any batches, as one by one."""
+    model = mia.convert(tiny_bridge())
+    model.tokenizer = Words()
+    texts = ["abcabcab", "ab", "aabbaabbccl", "a"]
+    together = mia.detect.score_heads(model, tokens=texts)
+    bounded = mia.detect.score_heads(model, tokens=texts, max_bytes=40_000)
+    assert (
+        together.frame.drop(columns="kind")
+        .set_index("head")
+        .sub(bounded.frame.drop(columns="kind").set_index("head"))
+        .abs()
+        .max(axis=None)
+        < 1e-12
+    )
+    rows = [model.to_tokens(text) for text in texts]
+    patterns = [model.run_with_cache(row)[1]["blocks.1.attn.hook_pattern"][0, 1] for row in rows]
+    previous = torch.cat([A.diagonal(-1) for A in patterns]).mean()
+    assert together.frame.set_index("head").loc["L1H1", "previous_token"] == pytest.approx(float(previous))
+
+
+def test_too_little_memory_names_the_knob():
+    model = mia.convert(tiny_bridge())
+    with pytest.raises(MechInterpError, match=r"one sequence of 24 tokens needs about .* raise max_bytes"):
+        mia.detect.score_heads(model, max_bytes=1000)
