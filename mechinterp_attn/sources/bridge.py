@@ -199,7 +199,7 @@ def to_bridge(checkpoint: Checkpoint) -> TransformerBridge:
         dtype=checkpoint.state_dict["embed.W_E"].dtype,
     )
     bridge = TransformerBridge.boot_native(cfg, tokenizer=checkpoint.tokenizer)
-    bridge = bridge.to(checkpoint.state_dict["embed.W_E"].dtype).eval()
+    bridge = bridge.to(checkpoint.state_dict["embed.W_E"].dtype, print_details=False).eval()
     own = read_bridge(bridge).state_dict  # views: writing to them writes the model
     with torch.no_grad():
         for name, tensor in own.items():
