@@ -1,5 +1,6 @@
 """Run every notebook from a clean kernel and keep its outputs (`make notebooks`)."""
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -29,6 +30,7 @@ def execute(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    os.environ["TQDM_DISABLE"] = "1"  # the kernels inherit it; a finished bar is no output
     chosen = [Path(name) for name in sys.argv[1:]] or sorted(Path(__file__).parent.glob("*.ipynb"))
     for path in chosen:
         print(path)
