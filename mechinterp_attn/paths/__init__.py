@@ -1,17 +1,20 @@
 """One prompt, patterns frozen: where every logit comes from."""
 
 from mechinterp_attn.paths.frozen import Frozen, freeze
+from mechinterp_attn.paths.graph import AttributionGraph, attribution_graph
 from mechinterp_attn.paths.importance import TermImportance, term_importance
 from mechinterp_attn.paths.logits import LogitAttribution, logit_attribution
 from mechinterp_attn.paths.orders import Orders, orders
 from mechinterp_attn.paths.score import ScoreExpansion, expand_score
 
 __all__ = [
+    "AttributionGraph",
     "Frozen",
     "LogitAttribution",
     "Orders",
     "ScoreExpansion",
     "TermImportance",
+    "attribution_graph",
     "expand_score",
     "freeze",
     "logit_attribution",

@@ -94,7 +94,7 @@ def expand_score(
     x = frozen.residuals[sublayer]
     sides = bank.score_sides(index, x)
     k = _resolve_key(frozen, sides, head, q, key)
-    weights = _key_weights(sides, head, q, k, None if against is None else against, frozen)
+    weights = key_weights(sides, head, q, k, None if against is None else against, frozen)
     if keep < 0:
         raise MechInterpError(f"keep={keep}; expected 0 or more")
 
@@ -163,7 +163,7 @@ def _side(
     vectors = [reading(frozen.carry(part, 0, sublayer)) for part in frozen.parts.values()]
     through = [False] * len(names)
     biases = weights @ bias + sum(reading(extra) for _, _, extra in frozen.biases(sublayer))
-    field = _pullback(linear, weights, other, x)
+    field = pullback(linear, weights, other, x)
     for depth, earlier in enumerate(frozen.sublayers[:sublayer]):
         direct = frozen.carry_back(field, depth, sublayer)
         for bank, z in zip(earlier.banks, frozen.held[depth], strict=True):
@@ -189,7 +189,7 @@ def _side(
     )
 
 
-def _pullback(
+def pullback(
     linear: Callable[[Tensor], Tensor], weights: Tensor, other: Tensor, x: Tensor
 ) -> Float[Tensor, "pos d_model"]:
     """The field whose product with a stream is ``weights @ linear(stream) @ other``."""
@@ -244,7 +244,7 @@ def _ranges(seen: list[int]) -> str:
     return f"position {seen[0]}" if len(seen) == 1 else f"positions {seen[0]} to {seen[-1]}"
 
 
-def _key_weights(
+def key_weights(
     sides: ScoreSides, head: str, q: int, k: int, against: Contrast, frozen: Frozen
 ) -> Float[Tensor, " pos"]:
     """The weighting of keys whose score is expanded: one key, or one minus others."""

@@ -1,0 +1,492 @@
+"""Attribution graphs without transcoders: tokens, heads and neurons at positions, exact edges.
+
+Under the frozen pass a target (a logit, or a difference of two) is linear in everything before it.
+The edge from a node to a later one is the sum of all paths to the target that use this step, so the
+graph is a flow: what comes into a node from tokens, earlier nodes and biases is what the node
+contributes, and it leaves the node again through its outgoing edges. Pruning follows the influence
+measure of Ameisen et al. 2025 ("Circuit Tracing", absolute normalised edges); unlike there, nothing
+is replaced by a trained approximation, so there are no error nodes: what pruning cut off is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.paths.frozen import Frozen, sum_tolerance
+from mechinterp_attn.paths.goals import Goal, Target, resolve_goal
+from mechinterp_attn.results import Check, Receipt, Result
+
+if TYPE_CHECKING:
+    from mechinterp_attn.view.graph import GraphView
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class AttributionGraph(Result):
+    """Where a logit comes from: a graph of tokens, heads and neurons at positions.
+
+    Attributes:
+        nodes: one row per node, earliest first: ``node`` (its id, such as ``L0H3@5``), ``label``,
+            ``kind`` ("token", "attention", "mlp", "bias", "score", "logit"), ``layer, index,
+            position, token``, ``value`` (all paths through it, in logits; a score node: the score over
+            the other keys), ``share`` of the total, ``influence`` (0 to 1), ``pruned`` (what comes
+            into it from nodes that are not in the graph).
+        edges: one row per edge: ``source, target, kind, weight, share``. "value" edges are in logits
+            and add up: a node's value is the sum of its incoming "value" edges and ``pruned``.
+            "query" and "key" edges lead to a score node and are in units of the score, a "pattern"
+            edge leads from it to the head: the logits that the head moves from that key.
+        frame: the edges.
+        total: the target itself, as the model computed it.
+        kept: what the target would be from paths that run inside the graph's nodes only, biases
+            included: every other head or neuron writes nothing.
+        kept_influence: share of the candidates' influence that the kept nodes hold.
+        n_candidates: how many (head, position) nodes there are in the whole frozen pass.
+    """
+
+    title: ClassVar[str] = "Attribution graph"
+    nodes: pd.DataFrame = field(repr=False)
+    edges: pd.DataFrame = field(repr=False)
+    total: float
+    kept: float
+    kept_influence: float
+    n_candidates: int
+    target: int
+    against: int | None
+    position: int
+    about: str
+    tokens: list[str]
+    model_name: str
+    probability: float
+    settings: dict[str, float]
+
+    def save_json(self, path: str | Path, *, slug: str | None = None) -> Path:
+        """Write the graph in the JSON that circuit-tracer and Neuronpedia viewers read.
+
+        Args:
+            path: the file; it is written whole or not at all.
+            slug: the graph's name in viewers; by default the file's stem.
+        """
+        from mechinterp_attn.paths.export import save_json
+
+        return save_json(self, Path(path), slug)
+
+    def plot(self) -> GraphView:
+        """An interactive picture: tokens across, layers up; click a node for its inputs and outputs."""
+        from mechinterp_attn.view.graph import graph_view
+
+        return graph_view(self)
+
+    def _repr_html_(self) -> str:
+        return self.plot()._repr_html_()
+
+
+@torch.no_grad()
+def attribution_graph(
+    frozen: Frozen,
+    *,
+    target: Target | None = None,
+    position: int = -1,
+    against: Target | None = None,
+    node_threshold: float = 0.8,
+    edge_threshold: float = 0.98,
+    max_nodes: int = 2000,
+    scores: bool = False,
+    max_bytes: int = 2 << 30,
+) -> AttributionGraph:
+    """Trace a logit back to tokens through heads and neurons, and keep what matters.
+
+    Candidates are the ``max_nodes`` (head or neuron, position) pairs with the largest contribution to
+    the target, over all paths through them. Among them the ``node_threshold`` most influential
+    ones are kept, then the edges up to ``edge_threshold`` of the remaining influence.
+
+    Args:
+        target: the next token (text of one token, or its id); by default the model's own top one.
+        position: where the prediction is made; negative counts from the end.
+        against: a second token: explain ``logit(target) - logit(against)``.
+        node_threshold, edge_threshold: shares of the influence to keep, in (0, 1]; 1 keeps all.
+        scores: also explain where the kept attention heads look: for every head node the key that
+            it takes the most from, and what moved its score there.
+        max_bytes: the largest working memory to take.
+
+    Raises:
+        MechInterpError: the target or position does not exist, an option is out of range, or the work
+            needs more than max_bytes.
+    """
+    goal = resolve_goal(frozen, target=target, against=against, position=position)
+    _check_options(node_threshold, edge_threshold, max_nodes)
+    _check_memory(frozen, max_nodes, max_bytes)
+    fields = _fields(frozen, goal)
+    gradients = fields.sums
+    candidates, n_all = _candidates(frozen, gradients, max_nodes)
+    flow = _flow(frozen, goal, candidates, gradients)
+    influence = _influence(flow)
+    chosen = _most(influence[: len(candidates)], node_threshold)
+    kept_influence = _share(influence[: len(candidates)], chosen)
+    kept = candidates.select(chosen)
+    flow = _flow(frozen, goal, kept, gradients)
+    influence = _influence(flow)
+    weights = _prune_edges(flow, influence, edge_threshold)
+    tables = _Tables(frozen, goal, kept, flow, weights, influence, fields)
+    if scores:
+        tables.add_scores(gradients)
+    inside = _inside(frozen, goal, kept)
+    tolerance = sum_tolerance(frozen)
+    checks = (
+        Check("tokens and biases over all paths sum to the target", tables.error, tolerance),
+        Check("what kept nodes read is what they contribute", flow.error, tolerance),
+    )
+    notes = {
+        **frozen.receipt.notes,
+        "nodes kept": f"{len(kept)} of {n_all:,}",
+        "influence kept": f"{kept_influence:.3f}",
+        "logit inside the graph": f"{inside:.4g} of {goal.total:.4g}",
+    }
+    return AttributionGraph(
+        frame=tables.edges(),
+        receipt=Receipt(checks, notes),
+        nodes=tables.nodes(),
+        edges=tables.edges(),
+        total=goal.total,
+        kept=inside,
+        kept_influence=kept_influence,
+        n_candidates=n_all,
+        target=goal.target,
+        against=goal.against,
+        position=goal.position,
+        about=goal.about,
+        tokens=frozen.str_tokens,
+        model_name=str(frozen.model.provenance.get("name", "unnamed")),
+        probability=float(frozen.logits[goal.position].softmax(-1)[goal.target]),
+        settings={"node_threshold": node_threshold, "edge_threshold": edge_threshold},
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Nodes:
+    """(bank, head, position) triples in the order of the forward pass.
+
+    Attributes:
+        bank: the bank's number in ``frozen.banks``;  depth: its sublayer.
+        value: the node's contribution to the target through all paths.
+    """
+
+    bank: Int[Tensor, " n"]
+    depth: Int[Tensor, " n"]
+    head: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    value: Float[Tensor, " n"]
+
+    def __len__(self) -> int:
+        return len(self.bank)
+
+    def select(self, chosen: Tensor) -> _Nodes:
+        return _Nodes(*(getattr(self, f)[chosen] for f in _Nodes.__dataclass_fields__))
+
+
+@dataclass(frozen=True, eq=False)
+class _Flow:
+    """Edges into every node and into the target. Sources: the nodes, then a token per position.
+
+    Attributes:
+        weights: ``[n + 1, n + pos]``, row n is the target.
+        bias: what comes in from biases, ``[n + 1]``.
+        pruned: what comes in from nodes that are not listed, ``[n + 1]``.
+        error: the largest difference between what a node reads of the whole stream and what it
+            contributes.
+    """
+
+    weights: Float[Tensor, "targets sources"]
+    bias: Float[Tensor, " targets"]
+    pruned: Float[Tensor, " targets"]
+    error: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Fields:
+    """What the streams add to the target, through all frozen paths behind them.
+
+    Attributes:
+        streams: for the stream that every sublayer reads, then the last, ``[pos, d_model]`` each.
+        sums: for the sum in every sublayer (before a norm over the stream, where there is one).
+    """
+
+    streams: list[Float[Tensor, "pos d_model"]]
+    sums: list[Float[Tensor, "pos d_model"]]
+
+
+def _fields(frozen: Frozen, goal: Goal) -> _Fields:
+    at_end = torch.zeros_like(frozen.end)
+    at_end[goal.position] = goal.direction
+    streams = frozen.gradients(at_end)
+    sums = [
+        y if sublayer.out is None else sublayer.out.adjoint(y)
+        for sublayer, y in zip(frozen.sublayers, streams[1:], strict=True)
+    ]
+    return _Fields(streams, sums)
+
+
+def _candidates(frozen: Frozen, gradients: list[Tensor], max_nodes: int) -> tuple[_Nodes, int]:
+    """The nodes with the largest contributions over all paths, and how many nodes there are."""
+    found = []
+    n_all, number = 0, 0
+    for depth, sublayer in enumerate(frozen.sublayers):
+        for bank, held in zip(sublayer.banks, frozen.held[depth], strict=True):
+            values = (held * bank.unwrite(gradients[depth])).sum(-1).flatten()
+            n_all += values.numel()
+            best = values.abs().topk(min(max_nodes, len(values))).indices.sort().values
+            n_heads = bank.bank.n_heads
+            same = torch.full_like(best, number)
+            found.append(
+                _Nodes(same, torch.full_like(best, depth), best % n_heads, best // n_heads, values[best])
+            )
+            number += 1
+    merged = _Nodes(*(torch.cat([getattr(f, name) for f in found]) for name in _Nodes.__dataclass_fields__))
+    best = merged.value.abs().topk(min(max_nodes, len(merged))).indices.sort().values
+    return merged.select(best), n_all
+
+
+def _flow(frozen: Frozen, goal: Goal, nodes: _Nodes, gradients: list[Tensor]) -> _Flow:
+    """All edges among some nodes, the tokens, the biases and the target."""
+    n, pos = len(nodes), len(frozen.tokens)
+    weights = frozen.end.new_zeros(n + 1, n + pos)
+    bias = frozen.end.new_zeros(n + 1)
+    values = torch.cat([nodes.value, nodes.value.new_tensor([goal.total])])
+    error = 0.0
+    for depth, earlier, outputs, biases in _walk(frozen, nodes):
+        positions = torch.cat([nodes.position[earlier], torch.arange(pos, device=earlier.device)])
+        columns = torch.cat([earlier, n + torch.arange(pos, device=earlier.device)])
+        for rows, w, v, own in _readings(frozen, goal, nodes, gradients, depth):
+            weights[rows[:, None], columns] = (v @ outputs.T) * w[:, positions]
+            bias[rows] = own + torch.einsum("tp,pd,td->t", w, biases, v)
+            whole = own + torch.einsum("tp,pd,td->t", w, frozen.residuals[depth], v)
+            error = max([error, *(whole - values[rows]).abs().tolist()])
+    return _Flow(weights, bias, values - weights.sum(-1) - bias, error)
+
+
+def _walk(frozen: Frozen, nodes: _Nodes) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """For each sublayer, then the end: which nodes are earlier, what they and the tokens wrote as it is
+    in the stream read there ``[sources, d_model]``, and the biases ``[pos, d_model]``."""
+    earlier = nodes.bank[:0]
+    outputs = frozen.end.new_zeros(0, frozen.end.shape[-1])
+    tokens, biases = frozen.start, torch.zeros_like(frozen.start)
+    number = 0
+    for depth, sublayer in enumerate(frozen.sublayers):
+        yield depth, earlier, torch.cat([outputs, tokens]), biases
+        for bank, held in zip(sublayer.banks, frozen.held[depth], strict=True):
+            own = (nodes.bank == number).nonzero()[:, 0]
+            head, position = nodes.head[own], nodes.position[own]
+            written = bank.write_at(held[position, head], head, position)
+            earlier, outputs = torch.cat([earlier, own]), torch.cat([outputs, written])
+            biases = biases + bank.bias
+            number += 1
+        if sublayer.out is not None:
+            outputs = sublayer.out.at(nodes.position[earlier]).apply(outputs)
+            tokens, biases = sublayer.out.apply(tokens), sublayer.out.apply(biases)
+        if sublayer.out_bias is not None:
+            biases = biases + sublayer.out_bias
+    yield len(frozen.sublayers), earlier, torch.cat([outputs, tokens]), biases
+
+
+def _readings(
+    frozen: Frozen, goal: Goal, nodes: _Nodes, gradients: list[Tensor], depth: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """What the nodes of one sublayer (or the target, behind the last) read: their rows, weights over
+    positions, the vector they read along, and what their own bias gives."""
+    pos = len(frozen.tokens)
+    if depth == len(frozen.sublayers):
+        at = frozen.end.new_zeros(1, pos)
+        at[0, goal.position] = 1
+        row = torch.tensor([len(nodes)], device=at.device)
+        yield row, at, goal.direction[None], at.new_tensor([goal.offset])
+        return
+    number = sum(len(sublayer.banks) for sublayer in frozen.sublayers[:depth])
+    for i, bank in enumerate(frozen.sublayers[depth].banks, start=number):
+        rows = (nodes.bank == i).nonzero()[:, 0]
+        head, position = nodes.head[rows], nodes.position[rows]
+        at = frozen.end.new_zeros(len(rows), pos)
+        at[torch.arange(len(rows), device=at.device), position] = 1
+        y = gradients[depth]
+        own = (bank.z_bias * bank.unwrite(y)).sum(-1)[position, head]
+        yield rows, bank.spread(at, head), bank.pull(y[position], head), own
+
+
+def _influence(flow: _Flow) -> Float[Tensor, " sources"]:
+    """Share of the target's input, by absolute size, that passes through every node and token."""
+    targets = len(flow.weights)
+    size = flow.weights.abs()
+    size = size / (size.sum(-1) + flow.bias.abs() + flow.pruned.abs()).clamp_min(1e-30)[:, None]
+    influence = size[-1].clone()
+    for row in range(targets - 2, -1, -1):  # nodes stand in the order of the pass
+        influence += influence[row] * size[row]
+    return influence
+
+
+def _most(influence: Float[Tensor, " n"], share: float) -> Int[Tensor, " kept"]:
+    """The fewest entries that hold a share of the sum, in their old order."""
+    order = influence.argsort(descending=True, stable=True)
+    so_far = influence[order].cumsum(0)
+    enough = len(order) if share >= 1 else int((so_far < share * so_far[-1:]).sum()) + 1
+    return order[:enough].sort().values
+
+
+def _share(influence: Tensor, chosen: Tensor) -> float:
+    whole = float(influence.sum())
+    return float(influence[chosen].sum()) / whole if whole else 1.0
+
+
+def _prune_edges(flow: _Flow, influence: Tensor, threshold: float) -> Tensor:
+    """The weights with the least influential edges set to zero."""
+    size = flow.weights.abs()
+    size = size / (size.sum(-1) + flow.bias.abs() + flow.pruned.abs()).clamp_min(1e-30)[:, None]
+    reach = torch.cat([influence[: len(size) - 1], influence.new_ones(1)])
+    kept = _most((size * reach[:, None]).flatten(), threshold)
+    weights = torch.zeros_like(flow.weights)
+    weights.view(-1)[kept] = flow.weights.reshape(-1)[kept]
+    return weights
+
+
+def _inside(frozen: Frozen, goal: Goal, nodes: _Nodes) -> float:
+    """The target by paths through the given nodes only: a frozen pass with all others silent."""
+    x = frozen.start
+    number = 0
+    for sublayer in frozen.sublayers:
+        written = torch.zeros_like(x)
+        for bank in sublayer.banks:
+            own = nodes.bank == number
+            head, position = nodes.head[own], nodes.position[own]
+            z = bank.read(x) + bank.z_bias
+            kept = torch.zeros_like(z)
+            kept[position, head] = z[position, head]
+            written = written + bank.write(kept) + bank.bias
+            number += 1
+        x = x + written
+        x = x if sublayer.out is None else sublayer.out.apply(x)
+        x = x if sublayer.out_bias is None else x + sublayer.out_bias
+    return float(x[goal.position] @ goal.direction) + goal.offset
+
+
+class _Tables:
+    """Nodes and edges as data frames."""
+
+    def __init__(
+        self,
+        frozen: Frozen,
+        goal: Goal,
+        nodes: _Nodes,
+        flow: _Flow,
+        weights: Tensor,
+        influence: Tensor,
+        fields: _Fields,
+    ):
+        self.frozen, self.goal, self.kept = frozen, goal, nodes
+        self._fields, gradients = fields.streams, fields.sums
+        banks = [bank.bank for bank in frozen.banks]
+        owners = [banks[i] for i in nodes.bank.tolist()]
+        heads, positions = nodes.head.tolist(), nodes.position.tolist()
+        labels = [bank.label(h) for bank, h in zip(owners, heads, strict=True)]
+        n = len(nodes)
+        self.ids = [f"{label}@{p}" for label, p in zip(labels, positions, strict=True)]
+        tokens = frozen.str_tokens
+        sources = self.ids + [f"token@{p}" for p in range(len(tokens))]
+        targets = [*self.ids, "logit"]
+        row, column = weights.nonzero(as_tuple=True)
+        values = weights[row, column].double().tolist()
+        self._edges: list[tuple[str, str, str, float]] = [
+            (sources[c], targets[r], "value", v)
+            for r, c, v in zip(row.tolist(), column.tolist(), values, strict=True)
+        ]
+        self._edges += [
+            ("bias", targets[r], "value", float(b)) for r, b in enumerate(flow.bias.double()) if b != 0
+        ]
+        pruned = (flow.pruned + (flow.weights - weights).sum(-1)).double().tolist()
+        reach = influence.double().tolist()
+        token_values = self._token_values()
+        self._nodes: list[tuple[Any, ...]] = [
+            (f"token@{p}", repr(t), "token", None, None, p, t, token_values[p], reach[n + p], 0.0)
+            for p, t in enumerate(tokens)
+        ]
+        bias_total = self._bias_value(gradients)
+        self.error = abs(sum(token_values) + bias_total - goal.total)
+        self._nodes.append(("bias", "biases", "bias", None, None, None, "", bias_total, None, 0.0))
+        self._nodes += [
+            (self.ids[i], labels[i], owners[i].kind, owners[i].layer, heads[i], p, tokens[p], value, *rest)
+            for i, (p, value, *rest) in enumerate(
+                zip(positions, nodes.value.double().tolist(), reach[:n], pruned[:n], strict=True)
+            )
+        ]
+        last = (goal.position, tokens[goal.position], goal.total, 1.0, pruned[-1])
+        self._logit = ("logit", goal.about, "logit", None, goal.target, *last)
+
+    def _bias_value(self, gradients: list[Tensor]) -> float:
+        """All paths from a bias to the target."""
+        total = self.goal.offset
+        for depth, sublayer in enumerate(self.frozen.sublayers):
+            written = sum(bank.constant + bank.bias for bank in sublayer.banks)
+            total += float((written * gradients[depth]).sum())
+            if sublayer.out_bias is not None:
+                total += float((sublayer.out_bias * self._fields[depth + 1]).sum())
+        return total
+
+    def _token_values(self) -> list[float]:
+        """All paths from the token (and the position) at every place to the target."""
+        return (self._fields[0] * self.frozen.start).sum(-1).double().tolist()
+
+    def add_scores(self, gradients: list[Tensor]) -> None:
+        """A node for where each kept attention head looks, with the edges into its score."""
+        from mechinterp_attn.paths.score_edges import score_edges
+
+        nodes, edges = score_edges(self.frozen, self.kept, self.ids, gradients)
+        self._nodes += nodes
+        self._edges += edges
+
+    def nodes(self) -> pd.DataFrame:
+        columns = [
+            "node", "label", "kind", "layer", "index", "position", "token", "value", "influence", "pruned",
+        ]  # fmt: skip
+        frame = pd.DataFrame([*self._nodes, self._logit], columns=columns)
+        frame = frame.astype({"layer": "Int64", "index": "Int64", "position": "Int64", "influence": float})
+        share = (frame["value"] / self.goal.total).where(frame["kind"] != "score")
+        frame.insert(8, "share", share)
+        return frame
+
+    def edges(self) -> pd.DataFrame:
+        frame = pd.DataFrame(self._edges, columns=["source", "target", "kind", "weight"])
+        in_logits = frame["kind"].isin(["value", "pattern"])
+        frame["share"] = (frame["weight"] / self.goal.total).where(in_logits)
+        frame["size"] = frame["weight"].abs()
+        frame = frame.sort_values(["kind", "size"], ascending=False, kind="stable")  # "value" first
+        return frame.drop(columns="size").reset_index(drop=True)
+
+
+def _check_options(node_threshold: float, edge_threshold: float, max_nodes: int) -> None:
+    wrong = [
+        f"{name}={value}; expected a share in (0, 1]"
+        for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold))
+        if not 0 < value <= 1
+    ]
+    if max_nodes < 1:
+        wrong.append(f"max_nodes={max_nodes}; expected 1 or more")
+    if wrong:
+        raise MechInterpError("; ".join(wrong))
+
+
+def _check_memory(frozen: Frozen, max_nodes: int, max_bytes: int) -> None:
+    """What every head holds, and the edges among the candidates (with two copies on the way)."""
+    pos, size = len(frozen.tokens), frozen.end.element_size()
+    held = sum(bank.z_bias.numel() for bank in frozen.banks)
+    candidates = min(max_nodes, sum(pos * bank.bank.n_heads for bank in frozen.banks))
+    edges = (candidates + 1) * (candidates + pos)
+    need = size * (2 * held + 4 * edges)
+    if need > max_bytes:
+        raise MechInterpError(
+            f"the graph needs about {need / 2**30:.2f} GiB ({pos} tokens, {candidates:,} candidates), more "
+            f"than max_bytes={max_bytes:,}; give a smaller max_nodes, a shorter prompt or more max_bytes"
+        )

@@ -1,0 +1,111 @@
+"""The interactive picture of an attribution graph: one script, no network, safe against token text."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from mechinterp_attn.view.text import inert_json, number, shown
+
+if TYPE_CHECKING:
+    from mechinterp_attn.paths.graph import AttributionGraph
+
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+
+
+@dataclass(frozen=True)
+class GraphView:
+    """A picture of an attribution graph for notebooks and files.
+
+    Attributes:
+        data: what ``drawAttributionGraph`` in ``assets/graph.js`` draws, as JSON holds it.
+    """
+
+    data: dict[str, Any]
+
+    def page(self) -> str:
+        """A whole HTML page that needs nothing but itself."""
+        return (
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+            f"<title>{html.escape(self.data['title'])}</title><style>{_asset('graph.css')}</style></head>"
+            f"<body><h2>{html.escape(self.data['title'])}</h2><p>{html.escape(self.data['note'])}</p>"
+            f'<div id="graph"></div>'
+            f'<script type="application/json" id="data">{inert_json(self.data)}</script>'
+            f"<script>{_asset('graph.js')}\n"
+            'drawAttributionGraph(document.getElementById("graph"), '
+            'JSON.parse(document.getElementById("data").textContent));</script></body></html>'
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page to a file, whole or not at all."""
+        from mechinterp_attn.sources.saved import write_atomic
+
+        path = Path(path)
+        write_atomic(path, lambda file: file.write_text(self.page(), encoding="utf-8"))
+        return path
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, so that nothing in it meets the notebook."""
+        page = html.escape(self.page(), quote=True)
+        return (
+            f'<iframe srcdoc="{page}" sandbox="allow-scripts" title="attribution graph" width="100%" '
+            'height="780" frameborder="0"></iframe>'
+        )
+
+    def __repr__(self) -> str:
+        nodes, edges = len(self.data["nodes"]), len(self.data["edges"])
+        return f"{self.data['title']}: {nodes} nodes, {edges} edges ({self.data['note']})"
+
+
+def graph_view(graph: AttributionGraph) -> GraphView:
+    """The picture of a graph; ``.data`` is what a page that embeds it needs."""
+    return GraphView(graph_data(graph))
+
+
+def graph_data(graph: AttributionGraph) -> dict[str, Any]:
+    """Nodes, edges, tokens and rows for ``drawAttributionGraph``."""
+    rows: dict[int, str] = {}
+    nodes = []
+    for n in cast(Iterable[Any], graph.nodes.itertuples()):
+        row = None
+        if n.kind in ("attention", "mlp"):
+            row = 2 * int(n.layer) + (n.kind == "mlp")
+            rows[row] = f"L{n.layer} {'MLP' if n.kind == 'mlp' else 'heads'}"
+        nodes.append(
+            {
+                "id": n.node,
+                "label": shown(n.label),
+                "kind": n.kind,
+                "row": row,
+                "position": None if n.kind == "bias" else int(n.position),
+                "value": number(n.value),
+                "share": number(n.share) if n.share == n.share else None,
+                "pruned": number(n.pruned),
+                "head": n.node.split("<-")[0] if n.kind == "score" else None,
+            }
+        )
+    edges = [
+        {"source": e.source, "target": e.target, "kind": e.kind, "weight": number(e.weight)}
+        for e in cast(Iterable[Any], graph.edges.itertuples())
+        if e.kind != "pattern"
+    ]
+    return {
+        "title": f"Where {shown(graph.about)} = {graph.total:.3f} comes from",
+        "note": (
+            f"{sum(n['kind'] in ('attention', 'mlp') for n in nodes)} of {graph.n_candidates:,} heads and "
+            f"neurons at positions; paths inside the graph give {graph.kept:.3f} of {graph.total:.3f}"
+        ),
+        "tokens": [shown(token) for token in graph.tokens],
+        "rows": {str(row): name for row, name in rows.items()},
+        "nodes": nodes,
+        "edges": edges,
+    }
+
+
+def _asset(name: str) -> str:
+    return (files("mechinterp_attn.view") / "assets" / name).read_text(encoding="utf-8")
