@@ -41,6 +41,11 @@ def number(value: Any, digits: int = 6) -> float | str | None:
     return float(f"{x:.{digits}g}")
 
 
+def signed(x: float) -> str:
+    """A number with its sign, to two decimals, the minus as wide as the plus."""
+    return f"{x:+.2f}".replace("-", "−")
+
+
 def inert_json(data: Any) -> str:
     """JSON for a ``<script type="application/json">`` block: pure ASCII without ``<``, ``>``, ``&``,
     so that nothing in it can end the block or be read as markup."""

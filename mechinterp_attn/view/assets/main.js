@@ -12,7 +12,7 @@ for (const figure of document.querySelectorAll("[data-chart]")) {
     const [from, to] = [picture, copy].map((svg) => [svg, ...svg.querySelectorAll("*")]);
     from.forEach((node, i) => {
       const style = getComputedStyle(node);
-      for (const name of ["fill", "stroke", "stroke-width", "stroke-dasharray", "font-size", "font-family"])
+      for (const name of ["fill", "stroke", "stroke-width", "stroke-dasharray", "paint-order", "font-size", "font-family"])
         to[i].setAttribute(name, style.getPropertyValue(name));
     });
     const { width, height } = picture.viewBox.baseVal;

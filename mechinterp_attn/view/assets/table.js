@@ -46,7 +46,7 @@ function drawTable(host, block) {
     if (c.kind === "number" || x === null || !Number.isFinite(x)) return el("td", {}, text);
     const fill = el("i", { class: x < 0 ? "minus" : "" });
     fill.style.width = 100 * Math.min(1, Math.abs(x) / (largest[c.key] || 1)) + "%";
-    return el("td", {}, el("span", { class: "bar", "aria-hidden": "true" }, fill), text);
+    return el("td", {}, el("span", { class: "bar", "aria-hidden": "true" }, fill), el("span", { class: "figure" }, text));
   }
 
   const left = (c) => ["head", "kind", "token", "text"].includes(c.kind);
@@ -77,7 +77,7 @@ function drawTable(host, block) {
 
   function choice(key, label) {
     const values = [...new Set(data[key])].sort((a, b) => (typeof a === "number" ? a - b : String(a).localeCompare(b)));
-    const select = el("select", { onchange: () => {
+    const select = el("select", { "aria-label": label, onchange: () => {
       const wanted = select.value;
       if (wanted === "") delete state.tests[key];
       else state.tests[key] = (i) => String(data[key][i]) === wanted;
@@ -87,7 +87,7 @@ function drawTable(host, block) {
   }
 
   function byLabel() {
-    const input = el("input", { type: "search", placeholder: "such as L1H", oninput: () => {
+    const input = el("input", { type: "search", "aria-label": "Head", placeholder: "such as L1H", oninput: () => {
       const wanted = input.value.trim().toLowerCase();
       if (wanted === "") delete state.tests.head;
       else state.tests.head = (i) => data.head[i].toLowerCase().startsWith(wanted);

@@ -8,10 +8,8 @@ from typing import Any
 
 from mechinterp_attn import circuits
 from mechinterp_attn.view.report.blocks import Block, chart, column, facts, pattern, section, table
-from mechinterp_attn.view.report.study import SCORES, Study
-from mechinterp_attn.view.text import number, shown
-
-CLEAR = 0.3  # a score above this is called a head of that kind in the summary
+from mechinterp_attn.view.report.study import CLEAR, SCORES, Study
+from mechinterp_attn.view.text import number, shown, signed
 
 
 def token(text: str) -> dict[str, str]:
@@ -82,8 +80,8 @@ def _largest(study: Study) -> list[Any]:
     frame = study.attribution.frame
     top = frame[frame["kind"].isin(("attention", "mlp"))].nlargest(4, "value")
     spans: list[Any] = []
-    for i, row in enumerate(top.itertuples()):
-        spans += [", " if i else "", head(str(row.head)), f" ({row.value:+.2f})"]
+    for label, value in zip(top["head"], top["value"], strict=True):
+        spans += [", " if spans else "", head(label), f" ({signed(value)})"]
     return [*spans, f", of {study.attribution.total:.2f} in all."]
 
 
@@ -173,6 +171,7 @@ def fidelity(study: Study) -> Block:
 def loss(study: Study) -> Block:
     """Loss by path order."""
     frame = study.orders.frame
+    first = frame["change"].astype(object).where(frame.index > 0, None)  # nothing comes before order 0
     lead = [
         [
             "Every logit is a sum over paths from a token through heads to the output. Order 0 "
@@ -184,7 +183,7 @@ def loss(study: Study) -> Block:
         table(
             "orders",
             "Loss with the paths up to each order",
-            frame,
+            frame.assign(change=first),
             [
                 column("order", "Order", "text"),
                 column("loss", "Loss (nats)"),
@@ -328,7 +327,7 @@ def neurons(study: Study) -> Block | None:
             "What every neuron, read as a head, writes straight to the logit of ",
             token(study.token(study.attribution.target)),
             f" after token {study.attribution.position + 1}. All MLP-derived heads together: "
-            f"{frame['value'].sum():+.2f} of {study.attribution.total:.2f}.",
+            f"{signed(frame['value'].sum())} of {study.attribution.total:.2f}.",
         ]
     ]
     bars = list(zip(top["head"][:15], top["value"][:15], strict=True))

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from mechinterp_attn import detect, paths
+from mechinterp_attn.view.text import signed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from mechinterp_attn.paths.frozen import Frozen
 
 LOGIT_BYTES = 2**30  # of the logits by order: long prompts keep fewer orders apart
+
+CLEAR = 0.3  # a score from here on makes a head one of that kind
 
 # What a head's name in the score table means in words.
 SCORES = {
@@ -116,12 +119,16 @@ class Study:
     def _candidates(self, kind: str, k: int) -> Iterator[tuple[str, str]]:
         effect = self.attribution.frame
         effect = effect[effect["kind"] == kind].nlargest(k, "value", keep="first")
-        strongest = [(row.head, f"{row.value:+.2f} to the logit") for row in effect.itertuples()]
+        strongest = [
+            (label, f"{signed(value)} to the logit")
+            for label, value in zip(effect["head"], effect["value"], strict=True)
+        ]
         if kind == "attention":
             yield from strongest[:1]
             for score, words in SCORES.items():
-                for row in self.ranked(score).itertuples():
-                    yield row.head, f"{words} {getattr(row, score):.2f}"
+                best = self.ranked(score).iloc[0]
+                if best[score] >= CLEAR:
+                    yield best["head"], f"{words} {best[score]:.2f}"
         else:
             yield from strongest[: k - 3]
             for row in self.own_weight.nlargest(3, "weight").itertuples():

@@ -7,6 +7,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from mechinterp_attn.view.text import signed
+
 WIDTH = 720
 
 
@@ -28,13 +30,13 @@ def _short(value: object) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 
-def _frame(chart: dict[str, Any], height: float, *children: Markup) -> Markup:
+def _frame(chart: dict[str, Any], height: int, *children: Markup) -> Markup:
     return tag(
         "svg",
         tag("title", chart["caption"]),
         *children,
         xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {WIDTH} {height:.0f}",
+        viewBox=f"0 0 {WIDTH} {height}",
         role="img",
         aria_label=f"{chart['caption']}; the table beside it holds the same numbers",
         class_="chart",
@@ -44,7 +46,7 @@ def _frame(chart: dict[str, Any], height: float, *children: Markup) -> Markup:
 def ticks(low: float, high: float, n: int = 5) -> list[float]:
     """Round numbers from about ``low`` to about ``high``."""
     span = high - low or abs(high) or 1.0
-    step = 10 ** math.floor(math.log10(span / n))
+    step = 10.0 ** math.floor(math.log10(span / n))
     step *= min((m for m in (1, 2, 5, 10) if span / (step * m) <= n), default=10)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
@@ -117,7 +119,7 @@ def _bars(chart: dict[str, Any]) -> Markup:
     def x(v: float) -> float:
         return left + (v - low) * (WIDTH - left - right) / (high - low or 1)
 
-    parts = []
+    zero, parts = x(0.0), []
     for mark in marks:
         parts.append(tag("line", x1=x(mark), x2=x(mark), y1=top, y2=height - bottom, class_="grid"))
         parts.append(
@@ -129,21 +131,20 @@ def _bars(chart: dict[str, Any]) -> Markup:
         y = top + row * i
         parts.append(tag("text", label, x=left - 10, y=y + 16, text_anchor="end", class_="value"))
         if v is None:
-            parts.append(tag("text", f"× {chart['values'][i]}", x=x(0) + 6, y=y + 16, class_="value"))
+            parts.append(tag("text", f"× {chart['values'][i]}", x=zero + 6, y=y + 16, class_="value"))
             continue
         box = tag(
             "rect",
             tag("title", f"{label}: {v:+.4f}"),
-            x=min(x(0), x(v)),
+            x=min(zero, x(v)),
             y=y + 4,
-            width=max(abs(x(v) - x(0)), 0.5),
+            width=max(abs(x(v) - zero), 0.5),
             height=row - 8,
             rx=2,
             class_="plus" if v >= 0 else "minus",
         )
-        anchor, at = ("start", x(v) + 6) if v >= 0 else ("end", x(v) - 6)
-        parts += [box, tag("text", f"{v:+.2f}", x=at, y=y + 16, text_anchor=anchor, class_="note")]
-    parts.append(tag("line", x1=x(0), x2=x(0), y1=top, y2=height - bottom, class_="zero"))
+        parts += [box, tag("text", signed(v), x=max(zero, x(v)) + 6, y=y + 16, class_="note")]
+    parts.append(tag("line", x1=zero, x2=zero, y1=top, y2=height - bottom, class_="zero"))
     middle = (left + WIDTH - right) / 2
     parts.append(tag("text", chart["x"], x=middle, y=height - 8, text_anchor="middle", class_="axis"))
     return _frame(chart, height, *parts)

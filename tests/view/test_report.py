@@ -1,0 +1,195 @@
+"""The report's data against the results it shows, and its page as text."""
+
+import base64
+import json
+import re
+import zlib
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import mechinterp_attn as mia
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.view.report.blocks import ABOVE, BELOW, NOT_A_NUMBER, SCALE, pattern
+from mechinterp_attn.view.report.sections import SECTIONS
+from mechinterp_attn.view.text import inert_json, number, shown
+from tests.view.conftest import PROMPT
+
+
+def blocks(report, kind):
+    return {b["id"]: b for s in report.data["sections"] for b in s["blocks"] if b["type"] == kind}
+
+
+def as_frame(block):
+    return pd.DataFrame(block["data"])
+
+
+def test_every_section_is_there_with_its_receipts(report):
+    assert [s["id"] for s in report.data["sections"]] == list(SECTIONS)
+    receipts = [r for s in report.data["sections"] for r in s["receipts"]]
+    assert {"frozen model", "logit", "orders", "scores", "attribution"} <= {r["of"] for r in receipts}
+    assert all(r["ok"] and r["checks"] for r in receipts)
+
+
+def test_the_head_table_is_score_heads_of_every_kind(report, model):
+    shown_heads = as_frame(blocks(report, "table")["heads"])
+    scores = mia.detect.score_heads(model, seed=0).frame
+    assert list(shown_heads["head"]) == list(scores["head"])
+    assert len(shown_heads) == model.n_heads
+    for name in ("induction", "previous_token", "current_token"):
+        np.testing.assert_allclose(shown_heads[name], scores[name], rtol=1e-5, atol=1e-12)  # 6 digits
+
+
+def test_loss_by_order_ends_at_the_models_own_loss(report, model):
+    losses = as_frame(blocks(report, "table")["orders"])["loss"]
+    chart = blocks(report, "chart")["loss-by-order"]
+    assert chart["values"] == list(losses)
+    assert losses.iloc[-1] == pytest.approx(model(PROMPT, return_type="loss").item(), rel=1e-4)
+
+
+def test_neuron_effects_are_those_of_the_attribution(report, model):
+    frozen = mia.paths.freeze(model, PROMPT)
+    exact = mia.paths.logit_attribution(frozen).frame.set_index("head")["value"]
+    neurons = as_frame(blocks(report, "table")["neurons"])
+    np.testing.assert_allclose(neurons["value"], exact[neurons["head"]], rtol=1e-5, atol=1e-7)
+    largest = exact[exact.index.str.contains("N")].abs().max()
+    assert neurons["value"].abs().max() == pytest.approx(largest, rel=1e-5)
+
+
+def test_patterns_are_the_cached_ones(report, model):
+    _, cache = model.run_with_cache(PROMPT)
+    n = len(model.as_tokens(PROMPT)[0])
+    groups = blocks(report, "patterns")["patterns"]["groups"]
+    assert [g["kind"] for g in groups] == ["attention", "mlp"]
+    for head in (h for g in groups for h in g["heads"]):
+        codes = np.frombuffer(zlib.decompress(base64.b64decode(head["weights"])), np.uint8)
+        exact = model[head["head"]].pattern(cache).numpy()
+        error = np.abs(codes.reshape(n, n + 1) / SCALE - exact)
+        assert error.max() <= 0.5 / SCALE + 1e-6  # rounded to the nearest of 252 steps
+
+
+def test_ov_and_qk_tables_are_those_of_the_best_heads(report, model):
+    best = mia.detect.score_heads(model).frame.query("kind == 'attention'").nlargest(1, "induction")
+    label = best["head"].iloc[0]
+    table = as_frame(blocks(report, "table")[f"ov-{label}"])
+    expected = mia.circuits.ov_top(model, label, top_k=20).frame
+    assert list(table["token"]) == [shown(t) for t in expected["token"]]
+    np.testing.assert_allclose(table["value"], expected["value"], rtol=1e-5)
+
+
+def test_a_pattern_keeps_what_a_colour_cannot_show():
+    codes = zlib.decompress(base64.b64decode(pattern(np.array([0, 0.5, 1, 1.2, -0.3, np.nan, 1 + 1e-7]))))
+    assert list(codes) == [0, SCALE // 2, SCALE, ABOVE, BELOW, NOT_A_NUMBER, SCALE]
+
+
+def test_target_and_position_are_the_readers_choice(model):
+    page = mia.report(model, PROMPT, target=" the", position=3, sections=["summary"], progress=False)
+    spans = page.data["sections"][0]["lead"][0]
+    assert {"token": " the"} in spans
+    assert spans[0].startswith("After 4 tokens")
+
+
+def test_a_model_without_tokenizer_or_mlps(data):
+    model = mia.load(data / "models" / "indhead_2l")
+    page = mia.report(model, [3, 7, 9, 1, 3], progress=False)
+    assert "neurons" not in [s["id"] for s in page.data["sections"]]
+    assert page.data["prompt"] == ["<3>", "<7>", "<9>", "<1>", "<3>"]
+    text = json.dumps(page.data["sections"][0]["lead"])
+    assert "The clearest induction head is" in text
+    assert "L1H0" in text  # the published induction head of this model
+
+
+def test_a_prompt_of_one_token_has_no_loss(model):
+    page = mia.report(model, torch.tensor([5]), progress=False)
+    assert "loss-by-order" not in blocks(page, "chart")
+    assert "<html" in page.html()
+
+
+def test_a_part_that_cannot_be_had_leaves_the_rest(report, model, monkeypatch):
+    def refuse(study):
+        raise MechInterpError("no <i>such</i> thing")
+
+    monkeypatch.setitem(SECTIONS, "heads", refuse)
+    page = mia.report(model, PROMPT, sections=["heads", "fidelity"], progress=False)
+    assert [s["id"] for s in page.data["sections"]] == ["heads", "fidelity"]
+    assert "no &lt;i&gt;such&lt;/i&gt; thing" in page.html()
+
+
+def test_the_page_holds_no_address_and_one_policy(report):
+    html = report.html()
+    assert "<b>&amp;" not in html  # the model's name, escaped
+    assert "tiny &lt;b&gt;&amp;amp; random" in html
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', html)[1]
+    assert "default-src &#39;none&#39;" in policy
+    assert "unsafe" not in policy
+    hosts = set(re.findall(r"https?://[^\s\"'<)]+", html))
+    assert hosts <= {"http://www.w3.org/2000/svg"}  # a name space, not an address
+
+
+def test_same_input_same_bytes(report, model):
+    assert mia.report(model, PROMPT, progress=False).html() == report.html()
+
+
+def test_in_a_notebook_the_page_stands_in_a_frame_of_its_own(report):
+    frame = report._repr_html_()
+    assert frame.startswith("<iframe srcdoc=")
+    assert "allow-same-origin" not in frame
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (" the", " the"),
+        ("\n", "↵"),
+        ("a\tb", "a⇥b"),
+        ("\u202eabc", "⟨U+202E⟩abc"),
+        ("\u2028", "⟨U+2028⟩"),
+        ("\ud800", "⟨U+D800⟩"),
+        ("\xa0", "⟨U+00A0⟩"),
+        ("<b>", "<b>"),
+    ],
+)
+def test_nothing_invisible_is_printed(text, expected):
+    assert shown(text) == expected
+
+
+def test_json_that_cannot_end_its_block():
+    data = {"</script>": ["<!--<script>", "&", "\u2028", "\ud800"]}
+    text = inert_json(data)
+    assert not set("<>&") & set(text)
+    assert text.isascii()
+    assert json.loads(text) == data
+
+
+def test_numbers_that_json_has_no_name_for():
+    assert [number(x) for x in (float("nan"), float("inf"), -float("inf"), None)] == [
+        "nan",
+        "inf",
+        "-inf",
+        None,
+    ]
+    assert number(1 / 3) == 0.333333
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "empty"),
+        ("word " * 80, {}, "more than this model's context of 64"),
+        (PROMPT, {"target": " two words here"}, "tokens, not one"),
+        (PROMPT, {"position": 99}, "outside the prompt"),
+        (PROMPT, {"sections": ["hedas"]}, "no section .*hedas.* summary, provenance"),
+    ],
+)
+def test_bad_input_is_named(model, prompt, options, message):
+    with pytest.raises(MechInterpError, match=message):
+        mia.report(model, prompt, progress=False, **options)
+
+
+def test_where_it_cannot_be_written(report, tmp_path):
+    with pytest.raises(MechInterpError, match="does not exist"):
+        report.save(tmp_path / "nowhere" / "page.html")
+    with pytest.raises(MechInterpError, match="is a folder"):
+        report.save(tmp_path)
