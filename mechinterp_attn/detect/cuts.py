@@ -1,0 +1,188 @@
+"""Runs with heads cut out: what each cut does to every token's loss and logit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp_attn.detect.batches import Batch
+from mechinterp_attn.detect.scores import look
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.heads import HeadBank
+from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.paths.frozen import freeze
+
+Target = str | tuple[str, ...]
+Replace = Literal["zero", "mean"]
+ByPath = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What is cut in one run.
+
+    Attributes:
+        name: as a table shows it.
+        whole: heads whose output is replaced, by the path of their bank.
+        parts: what is taken out of a head's ``z`` and nothing else, ``[batch, pos, d_head]``, by
+            path and index: what a virtual head brings there.
+    """
+
+    name: str
+    whole: Mapping[str, list[int]] = field(default_factory=dict)
+    parts: Mapping[tuple[str, int], Float[Tensor, "batch pos d_head"]] = field(default_factory=dict)
+
+    def at(self, path: str) -> bool:
+        return path in self.whole or any(own == path for own, _ in self.parts)
+
+    def __add__(self, other: Cut) -> Cut:
+        paths = (*self.whole, *other.whole)
+        whole = {path: [*self.whole.get(path, ()), *other.whole.get(path, ())] for path in paths}
+        parts = dict(self.parts)
+        for key, part in other.parts.items():
+            parts[key] = parts[key] + part if key in parts else part
+        return Cut(f"{self.name} + {other.name}", whole, parts)
+
+
+def cut_of(model: AttentionOnlyModel, target: Target, batch: Batch) -> Cut:
+    """The cut that a label, or a chain of labels (a virtual head), stands for.
+
+    Raises:
+        MechInterpError: unknown labels, or a chain in which a head cannot read the one before.
+    """
+    if isinstance(target, str):
+        bank, index = model.heads.find(target)
+        return Cut(target, {bank.path: [index]})
+    chain = [model.heads.find(label) for label in target]
+    if len(chain) < 2:
+        raise MechInterpError(f"a virtual head is at least two heads, got {target!r}")
+    for (first, i), (then, j) in pairwise(chain):
+        if then.step <= first.step:
+            raise MechInterpError(f"{then.label(j)} cannot read {first.label(i)}: it does not come later")
+    last, index = chain[-1]
+    name = " > ".join(target)
+    return Cut(name, parts={(last.path, index): brought(model, chain, batch)})
+
+
+def brought(
+    model: AttentionOnlyModel, chain: Sequence[tuple[HeadBank, int]], batch: Batch
+) -> Float[Tensor, "batch pos d_head"]:
+    """What the last head of a chain holds (``z``) that came through the heads before it, with the
+    patterns and norms of the plain run (Elhage et al. 2021, "virtual attention heads")."""
+    last, _ = chain[-1]
+    out = torch.zeros(*batch.tokens.shape, last.d_head, dtype=model.W_E.dtype, device=model.W_E.device)
+    for row, (tokens, real) in enumerate(zip(batch.tokens, batch.real, strict=True)):
+        frozen = freeze(model, tokens[real])
+        n = len(frozen.tokens)
+        at = {
+            bank.bank.path: (i, j)
+            for i, sublayer in enumerate(frozen.sublayers)
+            for j, bank in enumerate(sublayer.banks)
+        }
+        position = torch.arange(n, device=tokens.device)
+        place, j = at[chain[0][0].path]
+        z = frozen.held[place][j][:, chain[0][1]]
+        for (bank, head), (reader, reading) in pairwise(chain):
+            i, j = at[bank.path]
+            written = frozen.sublayers[i].banks[j].write_at(z, torch.full_like(position, head), position)
+            i_next, j = at[reader.path]
+            z = frozen.sublayers[i_next].banks[j].read(frozen.carry(written, i, i_next))[:, reading]
+        out[row, :n] = z
+    return out
+
+
+@torch.no_grad()
+def run_cuts(
+    model: AttentionOnlyModel,
+    batch: Batch,
+    cuts: Sequence[Cut],
+    *,
+    replacement: ByPath | None,
+    patterns: ByPath | None,
+) -> tuple[Float[Tensor, "cut batch pos_minus_1"], Float[Tensor, "cut batch pos_minus_1"]]:
+    """Loss and logit of every next token, with each of the cuts made in a run of its own.
+
+    Args:
+        replacement: what heads that are cut whole hold instead, ``[head, ...]`` by path; None: zero.
+        patterns: patterns to hold all heads to, by path; None: patterns follow the cut.
+    """
+    n = len(cuts)
+    hooks: list[tuple[str, Callable[..., Tensor]]] = []
+    for bank in model.banks:
+        path = bank.path
+        if any(cut.at(path) for cut in cuts):
+            hooks.append((f"{path}.hook_z", _cutting(path, cuts, replacement)))
+        if patterns is not None:
+            hooks.append((f"{path}.hook_pattern", _holding(patterns[path], n)))
+    many = batch.repeat(n)
+    padded: dict[str, Any] = {} if many.mask is None else {"attention_mask": many.mask}
+    with model.hooks(fwd_hooks=hooks):
+        logits = model(many.tokens, **padded)
+    loss, logit = next_token(logits, many)
+    return loss.unflatten(0, (n, -1)), logit.unflatten(0, (n, -1))
+
+
+def next_token(
+    logits: Float[Tensor, "batch pos d_vocab"], batch: Batch
+) -> tuple[Float[Tensor, "batch pos_minus_1"], Float[Tensor, "batch pos_minus_1"]]:
+    """Loss (nats) and logit of every next token; zero on padding.
+
+    Raises:
+        MechInterpError: fewer than two tokens, or outputs that are no next tokens.
+    """
+    if batch.tokens.shape[1] < 2:
+        raise MechInterpError("a loss needs at least 2 tokens, got 1: there is no next token")
+    if logits.shape[-1] <= int(batch.tokens.max()):
+        raise MechInterpError(
+            f"this model gives {logits.shape[-1]} logits for {int(batch.tokens.max()) + 1} or more "
+            "tokens: its outputs are not next tokens, and have no next-token loss"
+        )
+    logits = logits[:, :-1]
+    logit = logits.gather(-1, batch.tokens[:, 1:, None])[..., 0]
+    loss = logits.logsumexp(-1) - logit
+    return loss * batch.predicts, logit * batch.predicts
+
+
+def saved_patterns(model: AttentionOnlyModel, batch: Batch) -> dict[str, Tensor]:
+    """The pattern of every bank, by path."""
+    cache = look(model, batch, hooks=("hook_pattern",))
+    return {bank.path: cache[f"{bank.path}.hook_pattern"] for bank in model.banks}
+
+
+@torch.no_grad()
+def mean_z(model: AttentionOnlyModel, parts: Iterator[Batch]) -> dict[str, Tensor]:
+    """What every head holds on average over real tokens, ``[head, ...]`` by path."""
+    sums: dict[str, Tensor] = {}
+    count = 0
+    for part in parts:
+        cache = look(model, part, hooks=("hook_z",))
+        count += int(part.real.sum())
+        for bank in model.banks:
+            z = cache[f"{bank.path}.hook_z"][part.real].double().sum(0)
+            sums[bank.path] = sums.get(bank.path, 0) + z
+    return {path: total / count for path, total in sums.items()}
+
+
+def _cutting(path: str, cuts: Sequence[Cut], replacement: ByPath | None) -> Callable[..., Tensor]:
+    def hook(z: Tensor, hook: Any) -> Tensor:
+        z = z.clone().unflatten(0, (len(cuts), -1))
+        for run, cut in enumerate(cuts):
+            heads = cut.whole.get(path)
+            if heads:
+                z[run][:, :, heads] = 0 if replacement is None else replacement[path][heads].to(z.dtype)
+            for (own, index), part in cut.parts.items():
+                if own == path:
+                    z[run, :, :, index] -= part.reshape(z[run, :, :, index].shape)
+        return z.flatten(0, 1)
+
+    return hook
+
+
+def _holding(pattern: Tensor, n: int) -> Callable[..., Tensor]:
+    return lambda own, hook: pattern.repeat(n, *[1] * (pattern.ndim - 1))

@@ -1,0 +1,240 @@
+"""Heads cut out: against the source model with hooks, by hand, and the estimate against the exact."""
+
+import pytest
+import torch
+
+import mechinterp_attn as mia
+from mechinterp_attn.errors import MechInterpError
+from tests.conftest import random_tokens, tiny_bridge
+from tests.detect.constructed import FIRES_ON, PLANTED, SPEAKS_FOR, known_heads
+
+
+@pytest.fixture(scope="module")
+def bridge():
+    return tiny_bridge()
+
+
+@pytest.fixture(scope="module")
+def model(bridge):
+    return mia.convert(bridge)
+
+
+@torch.no_grad()
+def loss_with(bridge, tokens, hooks, where=slice(None)):
+    logits = bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+    logp = logits[:, :-1].log_softmax(-1)
+    return -logp.gather(-1, tokens[:, 1:, None])[..., 0][:, where]
+
+
+def setting(index, value=0.0):
+    """A hook on the source: one head's z, or one neuron's activation, set to a value."""
+
+    def hook(x, hook):
+        x = x.clone()
+        x[:, :, index] = value
+        return x
+
+    return hook
+
+
+def test_cutting_a_head_or_neuron_is_zeroing_it_in_the_source(model, bridge):
+    tokens = random_tokens(model, batch=3)
+    heads = ["L0H2", "L1H0", "L0N7", "L1N23"]
+    names = [
+        "blocks.0.attn.hook_z",
+        "blocks.1.attn.hook_z",
+        "blocks.0.mlp.hook_post",
+        "blocks.1.mlp.hook_post",
+    ]
+    result = mia.detect.ablate(model, tokens, heads=heads)
+    assert result.receipt.ok
+    assert list(result.frame["head"]) == heads
+    plain = loss_with(bridge, tokens, [])
+    assert result.loss == pytest.approx(float(plain.mean()), abs=1e-6)
+    for row, (name, index) in enumerate(zip(names, [2, 0, 7, 23], strict=True)):
+        expected = loss_with(bridge, tokens, [(name, setting(index))]) - plain
+        assert result.loss_changes[row].double().sub(expected).abs().max() < 1e-6  # kept as float32
+        assert result.frame["loss_change"][row] == pytest.approx(float(expected.mean()), abs=1e-6)
+
+
+def test_heads_cut_together(model, bridge):
+    tokens = random_tokens(model)
+    result = mia.detect.ablate(model, tokens, heads=["L0H2", "L0H3", "L1N5"], together=True)
+    hooks = [("blocks.0.attn.hook_z", setting([2, 3])), ("blocks.1.mlp.hook_post", setting(5))]
+    expected = loss_with(bridge, tokens, hooks).mean() - loss_with(bridge, tokens, []).mean()
+    assert result.frame["head"].item() == "L0H2 + L0H3 + L1N5"
+    assert result.frame["loss_change"].item() == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_mean_ablation(model, bridge):
+    tokens, other = random_tokens(model), random_tokens(model, batch=4, pos=9, seed=5)
+    plain = loss_with(bridge, tokens, []).mean()
+    for reference, source in ((None, tokens), (other, other)):
+        _, cache = bridge.run_with_cache(source)
+        z = cache["blocks.0.attn.hook_z"][:, :, 1].mean((0, 1))
+        post = cache["blocks.0.mlp.hook_post"][:, :, 9].mean()
+        result = mia.detect.ablate(
+            model, tokens, heads=["L0H1", "L0N9"], replace="mean", reference=reference
+        )
+        for row, hook in enumerate(
+            [("blocks.0.attn.hook_z", setting(1, z)), ("blocks.0.mlp.hook_post", setting(9, post))]
+        ):
+            expected = loss_with(bridge, tokens, [hook]).mean() - plain
+            assert result.frame["loss_change"][row] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_pattern_preserving_ablation_holds_every_pattern(bridge):
+    """In an attention-only source: TransformerLens's own patterns put back while a head is zeroed."""
+    source = tiny_bridge(attn_only=True, d_mlp=None)
+    model = mia.convert(source)
+    tokens = random_tokens(model)
+    _, cache = source.run_with_cache(tokens)
+    saved = cache["blocks.1.attn.hook_pattern"]
+    hooks = [
+        ("blocks.0.attn.hook_z", setting(0)),
+        ("blocks.1.attn.hook_pattern", lambda p, hook: saved),
+    ]
+    expected = loss_with(source, tokens, hooks).mean() - loss_with(source, tokens, []).mean()
+    kept = mia.detect.ablate(model, tokens, heads=["L0H0"], keep_patterns=True)
+    full = mia.detect.ablate(model, tokens, heads=["L0H0"])
+    assert kept.frame["loss_change"].item() == pytest.approx(float(expected), abs=1e-6)
+    assert abs(kept.frame["loss_change"].item() - full.frame["loss_change"].item()) > 1e-4
+
+
+def test_gates_are_patterns_too(model):
+    """With every pattern held and no norms in the way, cutting is linear: effects on logits add up."""
+    linear = mia.convert(tiny_bridge(normalization_type=None))
+    tokens = random_tokens(linear)
+    one, two, both = (
+        mia.detect.ablate(linear, tokens, heads=heads, together=True, keep_patterns=True)
+        for heads in (["L0H1"], ["L0H3"], ["L0H1", "L0H3"])
+    )
+    assert (one.logit_changes + two.logit_changes - both.logit_changes).abs().max() < 1e-5
+
+
+def test_the_planted_neuron_is_what_raises_its_token():
+    model = known_heads(neurons=True)
+    tokens = torch.tensor([[1, FIRES_ON, SPEAKS_FOR, 2, FIRES_ON, SPEAKS_FOR, 0]])
+    result = mia.detect.ablate(model, tokens, exact=16)
+    assert len(result.frame) == len(model.heads)
+    changes = result.frame.set_index("head")["logit_change"]
+    after = tokens[0, :-1] == FIRES_ON
+    row = list(result.frame["head"]).index(PLANTED)
+    assert result.logit_changes[row, 0][after].tolist() == [-20.0, -20.0]  # relu(5) * 4 on each
+    assert (result.logit_changes[row, 0][~after] == 0).all()
+    neurons = changes[[head for head in changes.index if "N" in head and head != PLANTED]]
+    assert (neurons == 0).all()
+
+
+def test_induction_by_ablation():
+    """Without the induction head, or the previous-token head it reads, repeats are not predicted."""
+    model = known_heads()
+    probe = mia.detect.random_repeats(model, draws=3, seed=0)
+    heads = ["L0H0", "L1H0", "L0H1", "L0H3", ("L0H0", "L1H0")]
+    frame = mia.detect.ablate(model, probe.tokens, heads=heads, where=probe.repeated).frame
+    change = frame.set_index("head")["loss_change"]
+    assert change["L1H0"] == pytest.approx(torch.tensor(8.0).log().item(), abs=1e-2)  # back to uniform
+    assert change["L0H0"] > 1
+    assert change[["L0H1", "L0H3"]].abs().max() < 1e-6
+    # The previous-token head acts through the induction head's keys, not its values.
+    assert change["L0H0 > L1H0"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "chain", [("L0H1", "L1H2"), ("L0N3", "L1H2"), ("L0H1", "L0N4"), ("L0H0", "L0N3", "L1H1", "L1N5")]
+)
+def test_a_virtual_head_is_cut_out_of_the_last_heads_output(model, chain):
+    """By hand: what the first head writes, read through the frozen heads, taken out of the last."""
+    tokens = random_tokens(model, batch=1)
+    _, cache = model.run_with_cache(tokens)
+    x = None
+    for label in chain:
+        head = model[label]
+        A = head.pattern(cache)[:, :-1]
+        if x is None:
+            z = cache[f"{head.bank.path}.hook_z"][0][:, head.index].reshape(len(A), -1)
+        else:
+            norm = cache[f"blocks.{head.layer}.{'ln1' if head.kind == 'attention' else 'ln2'}.hook_scale"][
+                0
+            ]
+            z = A @ (((x - x.mean(-1, keepdim=True)) / norm) @ head.W_V)
+        x = z @ head.W_O
+    place = "attn_out" if head.kind == "attention" else "mlp_out"
+
+    def without(out, hook):
+        return out - x
+
+    logits = model.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{head.layer}.hook_{place}", without)])
+    expected = model.loss_fn(logits, tokens) - model(tokens, return_type="loss")
+    result = mia.detect.ablate(model, tokens, heads=[chain])
+    row = result.frame.iloc[0]
+    assert row["head"] == " > ".join(chain)
+    assert row["kind"] == "virtual"
+    assert row["loss_change"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_the_estimate_is_the_derivative(model):
+    """Scaling a head's output down a little changes the loss by the estimate, to first order."""
+    tokens = random_tokens(model)
+    estimate = mia.detect.ablate(model, tokens, exact=0).frame.set_index("head")["estimate"]
+    plain, step = model(tokens, return_type="loss"), 1e-6
+    for label, name, index in (("L0H1", "blocks.0.attn.hook_z", 1), ("L1N4", "blocks.1.mlp.hook_post", 4)):
+
+        def shrink(z, hook, index=index):
+            z = z.clone()
+            z[:, :, index] *= 1 - step
+            return z
+
+        loss = model.run_with_hooks(tokens, return_type="loss", fwd_hooks=[(name, shrink)])
+        assert float((loss - plain) / step) == pytest.approx(estimate[label], rel=1e-4, abs=1e-8)
+
+
+def test_estimates_rank_heads_as_cutting_does():
+    model = mia.load("gelu-2l", dtype=torch.float64)
+    tokens = random_tokens(model, batch=2, pos=48)
+    result = mia.detect.ablate(model, tokens, exact=40)
+    both = result.frame.dropna()
+    assert len(both) == 40
+    rank = result.receipt.notes["rank correlation of estimate and exact"]
+    assert rank == pytest.approx(both["loss_change"].corr(both["estimate"], method="spearman"), abs=1e-3)
+    assert rank > 0.5
+
+
+def test_batches_and_bounds_change_nothing(model):
+    tokens = random_tokens(model, batch=3)
+    heads = ["L0H1", "L1N3", ("L0H1", "L1H2")]
+    for options in ({}, dict(keep_patterns=True), dict(replace="mean")):
+        whole = mia.detect.ablate(model, tokens, heads=heads, **options)
+        bounded = mia.detect.ablate(model, tokens, heads=heads, max_bytes=100_000, **options)
+        assert (whole.loss_changes - bounded.loss_changes).abs().max() < 1e-6
+        assert whole.frame["estimate"].tolist() == pytest.approx(
+            bounded.frame["estimate"].tolist(), nan_ok=True
+        )
+
+
+def test_the_model_is_left_as_it_was(model):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    mia.detect.ablate(model, random_tokens(model), exact=3, keep_patterns=True)
+    assert not any(point.has_hooks() for point in model.hook_dict.values())
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(heads=["L0H9"]), r"no head L0H9; this model has L0H0\.\.L0H3"),
+        (dict(heads=[("L1H0", "L0H1")]), "L0H1 cannot read L1H0: it does not come later"),
+        (dict(heads=[("L1H0",)]), "a virtual head is at least two heads"),
+        (dict(replace="median"), "replace='median'; expected 'zero' or 'mean'"),
+        (dict(where=torch.ones(2, 5).bool()), r"where has shape \(2, 5\); expected \(2, 11\)"),
+        (dict(where=torch.zeros(2, 11).bool()), "no next token to count"),
+    ],
+)
+def test_bad_requests_say_what_to_do(model, options, message, as_users_run_it):
+    with pytest.raises(MechInterpError, match=message):
+        mia.detect.ablate(model, random_tokens(model), **options)
+
+
+def test_one_token_has_no_loss(model):
+    with pytest.raises(MechInterpError, match="at least 2 tokens"):
+        mia.detect.ablate(model, torch.tensor([3]))
