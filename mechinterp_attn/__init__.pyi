@@ -1,10 +1,12 @@
 from . import circuits as circuits
 from . import detect as detect
 from . import paths as paths
+from . import theorems as theorems
 from .conversion.convert import convert as convert
 from .conversion.convert import load as load
 from .conversion.fidelity import Fidelity as Fidelity
 from .conversion.fidelity import verify as verify
+from .conversion.modes import mixtures as mixtures
 from .errors import MechInterpError as MechInterpError
 from .heads import Head as Head
 from .model import AttentionOnlyModel as AttentionOnlyModel

@@ -49,9 +49,14 @@ class AttentionOnlyModel(TokenDoor, HookedRootModule):
         *,
         tokenizer: Any = None,
         provenance: Mapping[str, Any] | None = None,
+        shared: bool = False,
     ):
-        """Takes the tensors over as they are (no copy); names as ``state_dict()`` gives them."""
+        """Takes the tensors over as they are (no copy); names as ``state_dict()`` gives them.
+
+        ``shared``: somebody else holds some of them as well, so that training must copy them first.
+        """
         super().__init__()
+        self._shared = False  # set at the end: ``eval`` below calls ``train``
         self.spec = spec
         self.tokenizer = tokenizer
         self.provenance = dict(provenance or {})
@@ -64,9 +69,9 @@ class AttentionOnlyModel(TokenDoor, HookedRootModule):
             self.embed_norm = Norm(
                 spec.embed_norm, spec.eps, weights["embed_norm.w"], weights.get("embed_norm.b")
             )
-        rule = rule_for(spec, self.provenance)
         self.blocks = nn.ModuleList(
-            Block(spec, layer, rule, _nested(weights, f"blocks.{layer}.")) for layer in range(spec.n_layers)
+            Block(spec, layer, rule_for(spec, layer), _nested(weights, f"blocks.{layer}."))
+            for layer in range(spec.n_layers)
         )
         if spec.prediction_head:
             act = GATES[cast(str, spec.act_fn)].act
@@ -77,6 +82,15 @@ class AttentionOnlyModel(TokenDoor, HookedRootModule):
         self._cfg = _transformer_lens_config(spec, self.provenance, tokenizer)
         self.eval()
         self.setup()
+        self._shared = shared
+
+    def train(self, mode: bool = True) -> AttentionOnlyModel:
+        """Training mode. Weights that are shared with the source are copied before they can change."""
+        if mode and self._shared:
+            for parameter in self.parameters():
+                parameter.data = parameter.data.clone()
+            self._shared = False
+        return cast(AttentionOnlyModel, super().train(mode))
 
     def forward(
         self,

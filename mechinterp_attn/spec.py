@@ -10,6 +10,7 @@ from mechinterp_attn.errors import MechInterpError
 
 NormKind = Literal["LN", "RMS"] | None
 Positions = Literal["standard", "rotary"] | None
+Mixture = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]  # slopes, offsets, values
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Spec:
         rotary_adjacent: rotary pairs are (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2+1), ...
         rotary_frequencies: radians per token of every pair, where they do not follow from the base.
         rotary_factor: what the rotary tables are multiplied by.
+        mixtures: the softmax heads that stand in for every neuron of each layer; empty: one head
+            with the activation's own gate.
         float32_inside: the source computes parts of itself in float32 even when it runs in float64.
     """
 
@@ -73,6 +76,7 @@ class Spec:
     logit_cap: float | None = None
     rotary_frequencies: tuple[float, ...] = ()
     rotary_factor: float = 1.0
+    mixtures: tuple[Mixture, ...] = ()
 
     def window(self, layer: int) -> int | None:
         """How many tokens back a layer sees, itself included; None for all."""
@@ -98,5 +102,10 @@ class Spec:
         wrong += [f"unknown field {name!r}" for name in sorted(set(data) - known)]
         if wrong:
             raise MechInterpError("the model's spec cannot be read: " + "; ".join(wrong))
-        plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items()}
+        plain: dict[str, Any] = {name: _frozen(value) for name, value in data.items()}
         return cls(**plain)
+
+
+def _frozen(value: Any) -> Any:
+    """JSON's lists as the tuples they were."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -8,9 +8,8 @@ gated MLP the value is another reading ``u`` of the stream and the weight on it 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,12 +120,15 @@ class Rule:
         return out
 
 
-def rule_for(spec: Spec, provenance: Mapping[str, Any]) -> Rule | None:
-    """The rule of a model's neurons in the mode it was converted with; None without an MLP."""
+def rule_for(spec: Spec, layer: int) -> Rule | None:
+    """What a layer's neurons are made of; None without an MLP."""
     if spec.act_fn is None:
         return None
-    gate, gated = GATES[spec.act_fn], spec.gated
-    if gated:
+    gate = GATES[spec.act_fn]
+    if spec.mixtures:
+        slopes, offsets, values = spec.mixtures[layer]
+        return Rule(torch.sigmoid, slopes, offsets, values, is_softmax=True)
+    if spec.gated:
         return Rule(gate.act, (1.0,), (0.0,), (1.0,), gate.is_softmax_gated)
     assert gate.weight is not None
     return Rule(gate.weight, (1.0,), (0.0,), (1.0,), gate.is_softmax, gate.act)

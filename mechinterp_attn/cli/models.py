@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mechinterp_attn.model import AttentionOnlyModel
+
+Mode = Literal["exact", "silu", "mixture"]
+MLPMode = Annotated[Mode, typer.Option(help="How MLP neurons become heads.")]
+Components = Annotated[int, typer.Option(help="Heads per neuron in mode 'mixture'.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -31,11 +35,13 @@ def models(as_json: AsJson = False, csv: CsvFile = None) -> None:
 def convert(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder to write the converted model to.")],
+    mlp: MLPMode = "exact",
+    components: Components = 8,
 ) -> None:
     """Convert a model to attention-only form and save it; the folder is printed."""
     import mechinterp_attn as mia
 
-    converted = mia.load(model)
+    converted = mia.load(model, mlp=mlp, components=components)
     converted.save(out)
     typer.echo(f"{converted}", err=True)
     typer.echo(str(out))
@@ -46,6 +52,8 @@ def verify(
     text: Annotated[
         Path, typer.Option(help="Text to compare on; token ids, one sequence a line, without a tokenizer.")
     ],
+    mlp: MLPMode = "exact",
+    components: Components = 8,
     max_tokens: Annotated[int, typer.Option(help="How many tokens of the text to use at most.")] = 4096,
     as_json: AsJson = False,
 ) -> None:
@@ -56,7 +64,7 @@ def verify(
     from mechinterp_attn.sources.doors import open_source
 
     source = open_source(model)
-    converted = mia.convert(source, check=False)
+    converted = mia.convert(source, mlp=mlp, components=components, check=False)
     tokens = windows(converted, read_text(text), max_tokens)
     fidelity = mia.verify(converted, source, tokens)
     if as_json:

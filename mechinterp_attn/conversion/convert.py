@@ -3,50 +3,58 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from mechinterp_attn.conversion.fidelity import check_conversion
+from mechinterp_attn.conversion.fidelity import check_conversion, random_tokens, verify
 from mechinterp_attn.conversion.fold import attention_only_weights
+from mechinterp_attn.conversion.modes import Mode, check_mode, mixtures_for
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.model import AttentionOnlyModel
 from mechinterp_attn.sources.bridge import read_bridge, read_object
 from mechinterp_attn.sources.checkpoint import Checkpoint
 from mechinterp_attn.sources.doors import is_saved, open_source
 from mechinterp_attn.sources.saved import load_saved
+from mechinterp_attn.spec import Spec
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-Mode = Literal["exact"]
-
 
 @torch.no_grad()
 def convert(
-    source: TransformerBridge | Checkpoint, *, mlp: Mode = "exact", check: bool = True
+    source: TransformerBridge | Checkpoint | Any,
+    *,
+    mlp: Mode = "exact",
+    components: int = 8,
+    check: bool = True,
 ) -> AttentionOnlyModel:
-    """Rewrite a model so that every MLP neuron is an attention head (Huben & Morris 2023).
+    """Rewrite a model so that every MLP neuron is one or more attention heads (Huben & Morris 2023).
 
     Args:
-        source: a native TransformerBridge, or a ``mia.Checkpoint``. It is left as it was, and the
-            result shares no memory with it.
+        source: a TransformerBridge (raw or in compatibility mode), a ``mia.Checkpoint``, or any
+            object with HookedTransformer's ``cfg`` and ``state_dict()``. It is left as it was. Weights
+            that no norm touches are shared with it, not copied, until ``model.train()``.
         mlp: ``"exact"``: one head per neuron, its pattern the activation's own gate; no error.
-        check: run source and result on random tokens and compare logits and residual streams.
+            ``"silu"``: one softmax head per neuron, the paper's generalised SiLU; exact for SiLU.
+            ``"mixture"``: ``components`` softmax heads per neuron, fitted to the activation.
+        components: how many heads per neuron in mode ``"mixture"``; ``mia.mixtures()`` lists the fits.
+        check: run source and result on random tokens and compare logits and residual streams. In the
+            modes that approximate, the exact form is checked and the mode's own error recorded in
+            ``model.provenance["fidelity"]``.
 
     Raises:
         UnsupportedModelError: with every part of the model that cannot be converted.
         CheckpointError: with every missing, misshapen, unknown or non-finite tensor.
         ConversionError: the result differs from the source; names the first sublayer that does.
     """
-    _check_mode(mlp)
+    check_mode(mlp, components)
     checkpoint = _read(source)
-    model = _build(checkpoint, mlp, own=True)
-    if check:
-        model.provenance["fidelity"] = check_conversion(model, source).summary()
-    return model
+    return _build(checkpoint, source, mlp, components, check=check, shared=True)
 
 
 @torch.no_grad()
@@ -54,6 +62,7 @@ def load(
     source: str | os.PathLike[str],
     *,
     mlp: Mode = "exact",
+    components: int = 8,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> AttentionOnlyModel:
@@ -61,42 +70,52 @@ def load(
 
     Args:
         source: the name of a bundled model (``mia.models()`` lists them), a folder made by
-            ``model.save``, or a folder with a TL-convention checkpoint (config.json and
-            model.safetensors).
-        mlp: see ``convert``; a saved model keeps the mode it was converted with.
+            ``model.save``, a folder with a TL-convention checkpoint (config.json and
+            model.safetensors) or with a Hugging Face model, or a Hugging Face id (``owner/name``).
+        mlp, components: see ``convert``; a saved model keeps the mode it was converted with.
         dtype: of the weights; as stored by default, half precisions widened to float32.
 
     Raises:
         MechInterpError: no such model; the message lists the bundled names.
         UnsupportedModelError, CheckpointError, ConversionError: see ``convert``.
     """
-    _check_mode(mlp)
+    check_mode(mlp, components)
     if is_saved(source):
         model = load_saved(Path(source), dtype)
     else:
         opened = open_source(source, dtype)
-        checkpoint = _read(opened)
-        model = _build(checkpoint, mlp, own=False)
-        model.provenance["fidelity"] = check_conversion(model, opened).summary()
+        model = _build(_read(opened), opened, mlp, components, check=True, shared=False)
     return model if device is None else cast(AttentionOnlyModel, model.to(device))
 
 
-def _build(checkpoint: Checkpoint, mlp: Mode, *, own: bool) -> AttentionOnlyModel:
-    """``own``: copy the tensors that folding left as they were, so that the caller's stay apart."""
+def _build(
+    checkpoint: Checkpoint, source: Any, mlp: Mode, components: int, *, check: bool, shared: bool
+) -> AttentionOnlyModel:
     spec = checkpoint.spec()
     weights = attention_only_weights(spec, checkpoint.state_dict)
-    if own:
-        given = {t.data_ptr() for t in checkpoint.state_dict.values()}
-        weights = {n: t.clone() if t.data_ptr() in given else t for n, t in weights.items()}
-    provenance = {
+    mixtures = mixtures_for(spec, weights, mlp=mlp, components=components, name=checkpoint.name)
+    packages = ("mechinterp_attn", "transformer_lens", "transformers", "torch")
+    provenance: dict[str, Any] = {
         "name": checkpoint.name,
         "mlp": mlp,
         "act_fn": spec.act_fn,
-        "versions": {
-            package: version(package) for package in ("mechinterp_attn", "transformer_lens", "torch")
-        },
+        "versions": {package: version(package) for package in packages},
     }
-    return AttentionOnlyModel(spec, weights, tokenizer=checkpoint.tokenizer, provenance=provenance)
+    if mixtures:
+        provenance["components"] = len(mixtures[0][0])
+
+    def made(spec: Spec) -> AttentionOnlyModel:
+        return AttentionOnlyModel(
+            spec, weights, tokenizer=checkpoint.tokenizer, provenance=provenance, shared=shared
+        )
+
+    fidelity = check_conversion(made(spec), source) if check else None
+    model = made(replace(spec, mixtures=mixtures))
+    if check and mixtures:
+        fidelity = verify(model, source, random_tokens(model))
+    if fidelity is not None:
+        model.provenance["fidelity"] = fidelity.summary()
+    return model
 
 
 def _read(source: Any) -> Checkpoint:
@@ -111,8 +130,3 @@ def _read(source: Any) -> Checkpoint:
         "HookedTransformer's cfg and state_dict(), or mia.Checkpoint(cfg, state_dict), or pass a name or "
         "folder to mia.load"
     )
-
-
-def _check_mode(mlp: str) -> None:
-    if mlp != "exact":
-        raise MechInterpError(f"mlp={mlp!r} is not a conversion mode; use 'exact'")

@@ -134,10 +134,7 @@ def check_conversion(model: AttentionOnlyModel, source: TransformerBridge | Chec
     Raises:
         ConversionError: names the first sublayer after which the residual streams differ.
     """
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, min(model.spec.n_ctx, 64))
-    tokens = torch.randint(model.spec.d_vocab, shape, generator=generator)
-    fidelity = verify(model, source, tokens)
+    fidelity = verify(model, source, random_tokens(model))
     if not fidelity.ok:
         raise ConversionError(
             f"the converted {model.cfg.model_name} does not compute what its source computes "
@@ -146,6 +143,13 @@ def check_conversion(model: AttentionOnlyModel, source: TransformerBridge | Chec
             " If the source was edited by hooks, remove them; otherwise please report its config"
         )
     return fidelity
+
+
+def random_tokens(model: AttentionOnlyModel) -> Int[Tensor, "batch pos"]:
+    """Two sequences of up to 64 tokens, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, min(model.spec.n_ctx, 64))
+    return torch.randint(model.spec.d_vocab, shape, generator=generator)
 
 
 def _compare(
