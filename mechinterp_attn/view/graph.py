@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 from mechinterp_attn.view.text import inert_json, number, shown
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from mechinterp_attn.paths.graph import AttributionGraph
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
@@ -33,8 +35,9 @@ class GraphView:
             '<!doctype html><html lang="en"><head><meta charset="utf-8">'
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
             f"<title>{html.escape(self.data['title'])}</title><style>{_asset('graph.css')}</style></head>"
-            f"<body><h2>{html.escape(self.data['title'])}</h2><p>{html.escape(self.data['note'])}</p>"
-            f'<div id="graph"></div>'
+            f'<body class="graph-page"><h2>{html.escape(self.data["title"])}</h2>'
+            f"<p>{html.escape(self.data['note'])}</p>"
+            '<div id="graph"></div>'
             f'<script type="application/json" id="data">{inert_json(self.data)}</script>'
             f"<script>{_asset('graph.js')}\n"
             'drawAttributionGraph(document.getElementById("graph"), '
@@ -54,7 +57,7 @@ class GraphView:
         page = html.escape(self.page(), quote=True)
         return (
             f'<iframe srcdoc="{page}" sandbox="allow-scripts" title="attribution graph" width="100%" '
-            'height="780" frameborder="0"></iframe>'
+            'height="640" frameborder="0"></iframe>'
         )
 
     def __repr__(self) -> str:
@@ -62,16 +65,22 @@ class GraphView:
         return f"{self.data['title']}: {nodes} nodes, {edges} edges ({self.data['note']})"
 
 
-def graph_view(graph: AttributionGraph) -> GraphView:
-    """The picture of a graph; ``.data`` is what a page that embeds it needs."""
-    return GraphView(graph_data(graph))
+def graph_view(graph: AttributionGraph, *, most: int = 60) -> GraphView:
+    """The picture of a graph; ``.data`` is what a page that embeds it needs.
+
+    Args:
+        most: how many heads and neurons to draw, the most influential ones.
+    """
+    return GraphView(graph_data(graph, most=most))
 
 
-def graph_data(graph: AttributionGraph) -> dict[str, Any]:
+def graph_data(graph: AttributionGraph, *, most: int = 60) -> dict[str, Any]:
     """Nodes, edges, tokens and rows for ``drawAttributionGraph``."""
+    table, links, inside = _drawn(graph, most)
+    n_kept = int(graph.nodes["kind"].isin(["attention", "mlp"]).sum())
     rows: dict[int, str] = {}
     nodes = []
-    for n in cast(Iterable[Any], graph.nodes.itertuples()):
+    for n in cast(Iterable[Any], table.itertuples()):
         row = None
         if n.kind in ("attention", "mlp"):
             row = 2 * int(n.layer) + (n.kind == "mlp")
@@ -85,26 +94,43 @@ def graph_data(graph: AttributionGraph) -> dict[str, Any]:
                 "position": None if n.kind == "bias" else int(n.position),
                 "value": number(n.value),
                 "share": number(n.share) if n.share == n.share else None,
-                "pruned": number(n.pruned),
+                "rest": number(n.rest),
                 "head": n.node.split("<-")[0] if n.kind == "score" else None,
             }
         )
     edges = [
         {"source": e.source, "target": e.target, "kind": e.kind, "weight": number(e.weight)}
-        for e in cast(Iterable[Any], graph.edges.itertuples())
+        for e in cast(Iterable[Any], links.itertuples())
         if e.kind != "pattern"
     ]
     return {
         "title": f"Where {shown(graph.about)} = {graph.total:.3f} comes from",
         "note": (
-            f"{sum(n['kind'] in ('attention', 'mlp') for n in nodes)} of {graph.n_candidates:,} heads and "
-            f"neurons at positions; paths inside the graph give {graph.kept:.3f} of {graph.total:.3f}"
+            f"{n_kept:,} of {graph.n_candidates:,} heads "
+            f"and neurons at positions are in the graph, the {inside} most influential are drawn; paths "
+            f"inside the graph give {graph.kept:.3f} of {graph.total:.3f}"
         ),
         "tokens": [shown(token) for token in graph.tokens],
         "rows": {str(row): name for row, name in rows.items()},
         "nodes": nodes,
         "edges": edges,
     }
+
+
+def _drawn(graph: AttributionGraph, most: int) -> tuple[pd.DataFrame, pd.DataFrame, int]:
+    """The nodes and edges to draw; what is not drawn goes into each node's ``rest``."""
+    nodes, edges = graph.nodes, graph.edges
+    heads = nodes[nodes["kind"].isin(["attention", "mlp"])].nlargest(most, "influence")["node"]
+    others = nodes[nodes["kind"].isin(["token", "bias", "logit"])]["node"]
+    names = {*heads, *others}
+    of_drawn = nodes["node"].map(lambda node: str(node).split("<-")[0] in names)
+    names |= set(nodes["node"][of_drawn & (nodes["kind"] == "score")])
+    nodes = nodes[nodes["node"].isin(names)]
+    edges = edges[edges["source"].isin(names) & edges["target"].isin(names)]
+    into = edges[edges["kind"] == "value"].groupby("target")["weight"].sum()
+    rest = nodes["value"] - nodes["node"].map(into).fillna(0.0)
+    rest = rest.where(nodes["kind"].isin(["attention", "mlp", "logit"]), 0.0)
+    return nodes.assign(rest=rest), edges, len(heads)
 
 
 def _asset(name: str) -> str:

@@ -3,7 +3,7 @@
 // Text from the model only ever becomes textContent or an attribute value.
 function drawAttributionGraph(host, data) {
   const SVG = "http://www.w3.org/2000/svg";
-  const SLOT = 17, PAD = 10, ROW = 46, LEFT = 64;
+  const SLOT = 17, PAD = 8, ROW = 46, LEFT = 64, ACROSS = 5;
   const byId = new Map(data.nodes.map((n) => [n.id, n]));
   const drawn = data.nodes.filter((n) => n.kind !== "score");
   const edges = data.edges.filter((e) => e.kind === "value" && byId.has(e.source) && byId.has(e.target));
@@ -35,24 +35,24 @@ function drawAttributionGraph(host, data) {
   const wide = new Map(columns.map((c) => [c, 34]));
   for (const [key, list] of cells) {
     const c = Number(key.split(":")[0]);
-    wide.set(c, Math.max(wide.get(c), Math.min(list.length, 12) * SLOT + 2 * PAD));
+    wide.set(c, Math.max(wide.get(c), Math.min(list.length, ACROSS) * SLOT + 2 * PAD));
   }
   const x0 = new Map();
   let x = LEFT;
   for (const c of columns) { x0.set(c, x); x += wide.get(c); }
   const tall = rows.map((r) => {
     const most = Math.max(1, ...[...cells].filter(([k]) => Number(k.split(":")[1]) === r).map(([, l]) => l.length));
-    return ROW + (Math.ceil(most / 12) - 1) * SLOT;
+    return ROW + (Math.ceil(most / ACROSS) - 1) * SLOT;
   });
   const height = tall.reduce((a, b) => a + b, 0) + 70;
   const y0 = new Map();
   let y = height - 40;
-  rows.forEach((r, i) => { y -= tall[i]; y0.set(r, y + tall[i] / 2); });
+  rows.forEach((r, i) => { y -= tall[i]; y0.set(r, y + tall[i] - ROW / 2); });
   for (const [key, list] of cells) {
     const [c, r] = key.split(":").map(Number);
     list.forEach((n, i) => {
-      const line = Math.floor(i / 12), inLine = Math.min(12, list.length - line * 12);
-      n.x = x0.get(c) + wide.get(c) / 2 + ((i % 12) - (inLine - 1) / 2) * SLOT;
+      const line = Math.floor(i / ACROSS), inLine = Math.min(ACROSS, list.length - line * ACROSS);
+      n.x = x0.get(c) + wide.get(c) / 2 + ((i % ACROSS) - (inLine - 1) / 2) * SLOT;
       n.y = y0.get(r) - line * SLOT;
     });
   }
@@ -131,7 +131,7 @@ function drawAttributionGraph(host, data) {
     const share = n.share === null ? "" : ` \u00b7 ${(100 * n.share).toFixed(1)} % of the target`;
     make("p", {}, panel, `${signed(n.value)} logits over all paths${share}`);
     list("comes in from", edges.filter((e) => e.target === id), "source");
-    if (Math.abs(n.pruned || 0) > 1e-9) make("p", { class: "graph-more" }, panel, `${signed(n.pruned)} from what was pruned`);
+    if (Math.abs(n.rest || 0) > 1e-9) make("p", { class: "graph-more" }, panel, `${signed(n.rest)} from what is not drawn`);
     list("goes out to", edges.filter((e) => e.source === id), "target");
     for (const s of data.nodes.filter((m) => m.kind === "score" && m.head === id)) {
       make("h4", {}, panel, `${s.label}: score ${signed(s.value)} over its other keys`);
