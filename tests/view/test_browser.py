@@ -146,3 +146,15 @@ def test_nothing_sticks_out(saved, watched, width):
     watched.page.set_viewport_size({"width": width, "height": 800})
     page = watched.open(saved)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_same_heads_in_circuitsvis(saved, watched):
+    page = watched.open(saved)
+    assert page.evaluate("typeof CircuitsVis") == "undefined"  # nothing of it runs before it is asked for
+    page.get_by_text("heads in CircuitsVis").click()
+    page.wait_for_selector("#circuitsvis-mlp canvas", timeout=60_000)
+    assert page.locator(".circuitsvis canvas").count() >= 2
+    assert page.locator("#circuitsvis").count() == 1
+    assert watched.requests == []
+    assert watched.dialogs == []
+    assert [e for e in watched.errors if "WebGL" not in e] == []  # it tries for a GPU first

@@ -20,6 +20,37 @@ function ramp(kind) {
   return colours;
 }
 
+/* The same heads in CircuitsVis, whose bundle runs only once somebody asks for it. Its AttentionHeads
+   keeps tokens as text (AttentionPatterns reads them as markup and is not used). */
+function inCircuitsVis(block) {
+  const bundle = document.getElementById("circuitsvis");
+  if (!bundle) return null;
+  const views = el("div", { class: "panels" });
+  const box = el("details", { class: "twin", ontoggle: () => {
+    if (!box.open || views.childElementCount) return;
+    if (!window.CircuitsVis) {
+      const script = el("script");
+      script.textContent = bundle.textContent;
+      document.head.append(script);
+    }
+    const n = block.tokens.length;
+    for (const group of block.groups) {
+      const mlp = group.kind === "mlp"; // the bias token joins as a last row that looks at itself
+      const size = mlp ? n + 1 : n;
+      const weight = (codes, q, k) => (q === n ? Number(k === n) : codes[q * (n + 1) + k] === NOT_A_NUMBER ? NaN : Math.min(1, codes[q * (n + 1) + k] / SCALE));
+      const attention = group.heads.slice(0, 4).map((head) =>
+        Array.from({ length: size }, (_, q) => Array.from({ length: size }, (_, k) => weight(head.codes, q, k))));
+      const id = "circuitsvis-" + group.kind;
+      views.append(el("div", { class: "panel circuitsvis", id }));
+      CircuitsVis.render(id, CircuitsVis.AttentionHeads, {
+        attention, tokens: mlp ? [...block.tokens, "⟨bias⟩"] : block.tokens,
+        attentionHeadNames: group.heads.slice(0, 4).map((head) => head.head), maskUpperTri: !mlp,
+      });
+    }
+  } }, el("summary", {}, "The first of these heads in CircuitsVis (takes a few seconds)"), views);
+  return box;
+}
+
 function drawPatterns(host, block) {
   const n = block.tokens.length, width = n + 1;
   const name = (k) => (k === n ? "the bias token" : `${block.tokens[k]} (${k})`);
@@ -152,7 +183,7 @@ function drawPatterns(host, block) {
     for (const group of block.groups) for (const head of group.heads) head.codes = await inflate(head.weights);
     const row = el("div", { class: "panels" });
     for (const group of block.groups) { const it = panel(group); panels.push(it); row.append(it.root); }
-    host.append(row);
+    host.append(row, inCircuitsVis(block) || "");
     const everything = () => { panels.forEach((it) => it.draw()); block.groups.forEach((g) => g.heads.forEach((h) => h.thumb())); };
     everything();
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", everything);

@@ -21,12 +21,17 @@ from mechinterp_attn.view.text import inert_json
 _SCRIPTS = ("core.js", "table.js", "patterns.js", "main.js")
 _STYLES = ("report.css",)
 
+# CircuitsVis draws a few hundred rows at most: at 128 tokens it holds the browser for over 30 s.
+CIRCUITSVIS_TOKENS = 64
+
 
 def page(data: dict[str, Any]) -> str:
     """The HTML of a report."""
     style, script = _asset(_STYLES), _asset(_SCRIPTS)
+    bundle = _circuitsvis() if len(data["prompt"]) <= CIRCUITSVIS_TOKENS and _has_patterns(data) else ""
+    scripts = " ".join(_hash(text) for text in (script, bundle) if text)
     policy = (
-        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data: blob:; "
+        f"default-src 'none'; script-src {scripts}; style-src {_hash(style)}; img-src data: blob:; "
         "base-uri 'none'; form-action 'none'"
     )
     return _template().render(
@@ -34,6 +39,7 @@ def page(data: dict[str, Any]) -> str:
         data=Markup(inert_json(data)),
         style=Markup(style),
         script=Markup(script),
+        circuitsvis=Markup(bundle),
         policy=policy,
     )
 
@@ -52,6 +58,17 @@ def _template() -> jinja2.Template:
 def _asset(names: tuple[str, ...]) -> str:
     folder = files("mechinterp_attn.view") / "assets"
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
+
+
+def _has_patterns(data: dict[str, Any]) -> bool:
+    return any(block["type"] == "patterns" for part in data["sections"] for block in part["blocks"])
+
+
+@cache
+def _circuitsvis() -> str:
+    """The CircuitsVis bundle, once for all its views; nothing in it can end its script block."""
+    bundle = (files("circuitsvis") / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
+    return bundle.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def _hash(text: str) -> str:
