@@ -6,6 +6,8 @@ from mechinterp_attn.paths.importance import TermImportance, term_importance
 from mechinterp_attn.paths.logits import LogitAttribution, logit_attribution
 from mechinterp_attn.paths.orders import Orders, orders
 from mechinterp_attn.paths.score import ScoreExpansion, expand_score
+from mechinterp_attn.paths.search import TopPaths, top_paths
+from mechinterp_attn.paths.virtual import VirtualTerm, virtual_head
 
 __all__ = [
     "AttributionGraph",
@@ -14,10 +16,14 @@ __all__ = [
     "Orders",
     "ScoreExpansion",
     "TermImportance",
+    "TopPaths",
+    "VirtualTerm",
     "attribution_graph",
     "expand_score",
     "freeze",
     "logit_attribution",
     "orders",
     "term_importance",
+    "top_paths",
+    "virtual_head",
 ]

@@ -90,7 +90,7 @@ def expand_score(
             that the mask hides, no other key to compare with, keep below 0.
     """
     q = resolve_position(frozen, query)
-    sublayer, bank, index = _find(frozen, head)
+    sublayer, bank, index = find_bank(frozen, head)
     x = frozen.residuals[sublayer]
     sides = bank.score_sides(index, x)
     k = _resolve_key(frozen, sides, head, q, key)
@@ -219,7 +219,12 @@ def _sources(
     return [*moved, ("... > ", others)] if bool(others.any()) else moved
 
 
-def _find(frozen: Frozen, head: str) -> tuple[int, FrozenBank, int]:
+def find_bank(frozen: Frozen, head: str) -> tuple[int, FrozenBank, int]:
+    """The sublayer, frozen bank and index of a head.
+
+    Raises:
+        MechInterpError: no such head.
+    """
     own, index = frozen.model.heads.find(head)
     for depth, sublayer in enumerate(frozen.sublayers):
         for bank in sublayer.banks:

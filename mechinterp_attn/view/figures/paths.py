@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import html
 from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from mechinterp_attn.view.figures.style import DIVERGING, KIND_COLOURS, figure
+from mechinterp_attn.view.figures.style import DIVERGING, KIND_COLOURS, SEQUENTIAL, figure, safe_text
 
 if TYPE_CHECKING:
     from mechinterp_attn.paths.importance import TermImportance
     from mechinterp_attn.paths.logits import LogitAttribution
     from mechinterp_attn.paths.orders import Orders
     from mechinterp_attn.paths.score import ScoreExpansion
+    from mechinterp_attn.paths.search import TopPaths
+    from mechinterp_attn.paths.virtual import VirtualTerm
 
 
-def safe(text: str) -> str:
-    """Text of the model's for a plotly label, which would read tags in it as formatting."""
-    return html.escape(text, quote=False)
+ORDER_COLOURS = {"0 heads": "#4d7c3a", "1 head": "#8fb3de", "2 heads": "#3b6fb6", "3 heads": "#1d3f75"}
 
 
 def loss_by_order(orders: Orders) -> go.Figure:
@@ -47,18 +46,45 @@ def attribution_bars(attribution: LogitAttribution, k: int = 20) -> go.Figure:
     The bars add up to the logit, so nothing is out of sight.
     """
     top = attribution.top(k)
-    names, values, kinds = list(top["head"]), list(top["value"]), list(top["kind"])
-    others = len(attribution.frame) - len(top)
-    if others:
-        names.append(f"{others:,} others")
-        values.append(attribution.total - sum(values))
-        kinds.append("bias")
-    fig = figure(
-        title=f"{safe(attribution.about)} = {attribution.total:.3f}",
-        x="contribution (logits)",
-        y="",
-        height=140 + 22 * len(names),
+    return _bars(
+        title=f"{safe_text(attribution.about)} = {attribution.total:.3f}",
+        names=list(top["head"]),
+        values=list(top["value"]),
+        kinds=list(top["kind"]),
+        total=attribution.total,
+        n_others=len(attribution.frame) - len(top),
     )
+
+
+def path_bars(paths: TopPaths, k: int = 20) -> go.Figure:
+    """The ``k`` largest paths to a logit as signed bars, and all others as one bar."""
+    top = paths.frame.head(k)
+    return _bars(
+        title=f"{safe_text(paths.about)} = {paths.total:.3f}",
+        names=[safe_text(path) for path in top["path"]],
+        values=list(top["contribution"]),
+        kinds=[f"{order} heads" if order != 1 else "1 head" for order in top["order"]],
+        total=paths.total,
+        n_others=None,
+    )
+
+
+def _bars(
+    *,
+    title: str,
+    names: list[str],
+    values: list[float],
+    kinds: list[str],
+    total: float,
+    n_others: int | None,
+) -> go.Figure:
+    """Signed bars by kind, largest on top, with all that is left in one bar."""
+    if n_others is None or n_others:
+        names = [*names, "all others" if n_others is None else f"{n_others:,} others"]
+        kinds = [*kinds, "others"]
+        values = [*values, total - sum(values)]
+    fig = figure(title=title, x="contribution (logits)", y="", height=140 + 22 * len(names))
+    colours = KIND_COLOURS | ORDER_COLOURS
     for kind in dict.fromkeys(kinds):
         own = [i for i, other in enumerate(kinds) if other == kind]
         fig.add_trace(
@@ -67,7 +93,7 @@ def attribution_bars(attribution: LogitAttribution, k: int = 20) -> go.Figure:
                 y=[names[i] for i in own],
                 orientation="h",
                 name=kind,
-                marker_color=KIND_COLOURS.get(kind, KIND_COLOURS["bias"]),
+                marker_color=colours.get(kind, KIND_COLOURS["bias"]),
                 hovertemplate="%{y}: %{x:.4f}<extra></extra>",
             )
         )
@@ -101,7 +127,7 @@ def score_terms(expansion: ScoreExpansion, k: int = 12) -> go.Figure:
     table = table.loc[rows, columns]
     bound = float(table.abs().to_numpy().max()) or 1.0
     fig = figure(
-        title=f"{safe(expansion.about)} = {expansion.total:.3f}",
+        title=f"{safe_text(expansion.about)} = {expansion.total:.3f}",
         x="key side",
         y="query side",
         height=180 + 28 * len(rows),
@@ -115,6 +141,23 @@ def score_terms(expansion: ScoreExpansion, k: int = 12) -> go.Figure:
             zmin=-bound,
             zmax=bound,
             hovertemplate="%{y} x %{x}: %{z:.4f}<extra></extra>",
+        )
+    )
+    return fig.update_yaxes(autorange="reversed")
+
+
+def virtual_pattern(term: VirtualTerm) -> go.Figure:
+    """The composed attention pattern of a virtual head."""
+    tokens = [f"{safe_text(token)} ({i})" for i, token in enumerate(term.frame["token"])]
+    title = f"Pattern of {' then '.join(term.heads)}"
+    fig = figure(title=title, x="key", y="query", height=160 + 22 * len(tokens))
+    fig.add_trace(
+        go.Heatmap(
+            z=term.pattern.double().cpu().numpy(),
+            x=tokens,
+            y=tokens,
+            colorscale=SEQUENTIAL,
+            hovertemplate="%{y} from %{x}: %{z:.4f}<extra></extra>",
         )
     )
     return fig.update_yaxes(autorange="reversed")

@@ -1,0 +1,433 @@
+"""The strongest end-to-end paths: token, heads and neurons on the way, logit.
+
+Under the frozen pass a logit is the sum of all its paths. A path read backwards is a rank-one field
+on the stream (weights over positions times one vector), so a path is extended by one head at the
+cost of one small product, whether that head is an attention head or a neuron. The search goes
+best-first by the exact sum of everything that a partial path still carries, and cuts where no
+completion can beat the paths already found (norms multiplied along the path bound it).
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.heads import FrozenBank
+from mechinterp_attn.paths.frozen import Frozen, sum_tolerance
+from mechinterp_attn.paths.goals import Goal, Target, resolve_goal
+from mechinterp_attn.results import Check, Receipt, Result
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+Positions = Literal["source", "apart", "summed"]
+WIDTH = 1000  # partial paths that one expansion may add to the queue
+CHUNK = 4096  # complete paths evaluated at once
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TopPaths(Result):
+    """The paths with the largest contributions to a logit, by absolute value.
+
+    Attributes:
+        total: the logit (or difference) itself.
+        explained: the sum of the listed paths;  remainder: what all other paths add up to.
+        proven: no path that is not listed is larger than the smallest listed one.
+        bound: no path that the search did not look at is larger than this (0 where it looked at all).
+        expansions: how many partial paths were opened.
+        target, against, position, about: what was explained.
+        frame: one row per path, largest first: ``path, order`` (heads on it), ``contribution,
+            share``, ``source`` ("embed", "position", or the bias it starts from),
+            ``source_position, token``.
+    """
+
+    title: ClassVar[str] = "Top paths"
+    sort_by: ClassVar[str | None] = "contribution"
+    total: float
+    explained: float
+    remainder: float
+    proven: bool
+    bound: float
+    expansions: int
+    target: int
+    against: int | None
+    position: int
+    about: str
+
+    def plot(self, k: int = 20) -> Figure:
+        """The ``k`` largest paths as signed bars, and all others as one bar."""
+        from mechinterp_attn.view.figures.paths import path_bars
+
+        return path_bars(self, k)
+
+
+@torch.no_grad()
+def top_paths(
+    frozen: Frozen,
+    *,
+    target: Target | None = None,
+    position: int = -1,
+    against: Target | None = None,
+    k: int = 20,
+    positions: Positions = "source",
+    max_expansions: int = 1000,
+    progress: bool = True,
+) -> TopPaths:
+    """Find the ``k`` strongest paths from tokens (and biases) to a logit.
+
+    Args:
+        target: the next token (text of one token, or its id); by default the model's own top one.
+        position: where the prediction is made; negative counts from the end.
+        against: a second token: explain ``logit(target) - logit(against)``.
+        k: how many paths.
+        positions: "source" tells paths apart by their heads and the position they start at,
+            "apart" also by the position of every head on the way, "summed" by their heads only.
+        max_expansions: how many partial paths to open. If the search ends before, the list is proven;
+            if not, ``proven`` and ``bound`` say what it is worth.
+        progress: show a progress bar.
+
+    Raises:
+        MechInterpError: the target or position does not exist, or an option is out of range.
+    """
+    goal = resolve_goal(frozen, target=target, against=against, position=position)
+    wrong = [
+        f"{name}={value}; expected 1 or more"
+        for name, value in (("k", k), ("max_expansions", max_expansions))
+        if value < 1
+    ]
+    if positions not in ("source", "apart", "summed"):
+        wrong.append(f"positions={positions!r}; expected 'source', 'apart' or 'summed'")
+    if wrong:
+        raise MechInterpError("; ".join(wrong))
+    search = _Search(frozen, goal, k, positions)
+    with tqdm(total=max_expansions, desc="paths", disable=not progress, delay=2) as bar:
+        while search.queue and search.expansions < max_expansions:
+            search.step()
+            bar.update()
+    found = search.found()
+    explained = sum(path.value for path in found)
+    error = max((abs(_replay(frozen, goal, path) - path.value) for path in found), default=0.0)
+    proven = search.left_out() <= search.threshold
+    notes = {
+        **frozen.receipt.notes,
+        "share explained": f"{explained / goal.total:.3f}" if goal.total else "undefined",
+        "top k": "proven" if proven else f"heuristic: a path left out may reach {search.left_out():.3g}",
+    }
+    check = Check("listed paths, run forward one by one", error, sum_tolerance(frozen))
+    return TopPaths(
+        frame=_frame(frozen, goal, found, positions),
+        receipt=Receipt((check,), notes),
+        total=goal.total,
+        explained=explained,
+        remainder=goal.total - explained,
+        proven=proven,
+        bound=search.left_out(),
+        expansions=search.expansions,
+        target=goal.target,
+        against=goal.against,
+        position=goal.position,
+        about=goal.about,
+    )
+
+
+class _Step(NamedTuple):
+    """A head on a path: its sublayer, its bank there, its index, its position (None: summed)."""
+
+    depth: int
+    bank: int
+    head: int
+    position: int | None
+
+
+class _Path(NamedTuple):
+    """A complete path: where it starts, at which position (None: summed), its heads, earliest first.
+
+    A source is a part of the stream's start, a sublayer's bias, or the value bias of the first head.
+    """
+
+    value: float
+    source: str
+    position: int | None
+    steps: tuple[_Step, ...]
+
+
+class _Partial(NamedTuple):
+    """The end of a path: a head to enter, and the field behind it. ``step`` None is the target."""
+
+    w: Float[Tensor, " pos"]
+    v: Float[Tensor, " d_model"]
+    step: _Step | None
+    tail: tuple[_Step, ...]
+    bound: float
+
+
+class _Search:
+    """Best-first search over the ends of paths."""
+
+    def __init__(self, frozen: Frozen, goal: Goal, k: int, positions: Positions):
+        self.frozen, self.k, self.mode = frozen, k, positions
+        self.expansions = 0
+        self._best: list[tuple[float, int, _Path]] = []  # a heap: the smallest of the k largest first
+        self._count = itertools.count()
+        self._dropped = 0.0
+        self._reach = _reaches(frozen, summed=positions != "apart")
+        at = frozen.end.new_zeros(len(frozen.tokens))
+        at[goal.position] = 1
+        root = _Partial(at, goal.direction, None, (), float("inf"))
+        self.queue: list[tuple[float, int, _Partial]] = [(-float("inf"), next(self._count), root)]
+        if goal.offset:
+            self._add(goal.offset, "unembedding bias", None, ())
+
+    @property
+    def threshold(self) -> float:
+        """What a path must exceed to be listed."""
+        return self._best[0][0] if len(self._best) == self.k else 0.0
+
+    def found(self) -> list[_Path]:
+        return [path for _, _, path in sorted(self._best, key=lambda entry: (-entry[0], entry[1]))]
+
+    def left_out(self) -> float:
+        """No path that was not looked at is larger than this."""
+        return max([self._dropped, *(partial.bound for _, _, partial in self.queue)])
+
+    def step(self) -> None:
+        """Open the partial path that carries the most."""
+        partial = heapq.heappop(self.queue)[2]
+        if partial.bound <= self.threshold:  # nothing in it can be listed any more
+            self._dropped = max(self._dropped, partial.bound)
+            return
+        self.expansions += 1
+        frozen, tail = self.frozen, partial.tail
+        w, v = partial.w, partial.v
+        depth = len(frozen.sublayers)
+        if partial.step is not None:
+            step = partial.step
+            bank = frozen.sublayers[step.depth].banks[step.bank]
+            head = torch.tensor([step.head], device=w.device)
+            at = None if step.position is None else torch.tensor([step.position], device=w.device)
+            w, v = (t[0] for t in _in_front(bank, head, at, w[None], v[None]))
+            depth, tail = partial.step.depth, (partial.step, *tail)
+        for j in range(depth - 1, -1, -1):
+            sublayer = frozen.sublayers[j]
+            if sublayer.out_bias is not None:
+                name = f"L{sublayer.banks[-1].bank.layer} norm bias"
+                self._add_source(name, w * (sublayer.out_bias @ v), tail)
+            if sublayer.out is not None:
+                w, v = sublayer.out.weigh(w), sublayer.out.turn_back(v)
+            for i, bank in enumerate(sublayer.banks):
+                heads = bank.bank
+                self._add_source(f"L{heads.layer} {heads.part} bias", w * (bank.bias @ v), tail)
+                self._extend(j, i, w, v, tail)
+        for name, part in frozen.parts.items():
+            self._add_source(name, w * (part @ v), tail)
+
+    def _extend(self, j: int, i: int, w: Tensor, v: Tensor, tail: tuple[_Step, ...]) -> None:
+        """All heads of a bank in front of a partial path."""
+        bank = self.frozen.sublayers[j].banks[i]
+        held = bank.hold(v[None])
+        weights = bank.weigh_out(w)[:, None]  # [pos, 1]
+        carried = weights * (self.frozen.held[j][i] * held).sum(-1)  # [pos, head]
+        own = weights * (bank.z_bias * held).sum(-1)
+        bound = w.abs()[:, None] * self._reach[j][i] * bank.pull_norms(held)
+        if self.mode != "apart":
+            carried, own, bound = carried.sum(0, True), own.sum(0, True), bound.sum(0, True)
+        n_heads = carried.shape[1]
+
+        def step(flat: int) -> _Step:
+            position = flat // n_heads if self.mode == "apart" else None
+            return _Step(j, i, flat % n_heads, position)
+
+        largest = own.abs().flatten().topk(min(self.k, own.numel()))
+        for size, flat in zip(*(t.tolist() for t in largest), strict=True):
+            if size > self.threshold:
+                self._add(float(own.flatten()[flat]), "value bias", None, (step(flat), *tail))
+        # A bound is a product of rounded norms: rounding must not cut what equals the threshold.
+        bound, carried = bound.flatten() * (1 + 1e-4), carried.flatten()
+        live = (bound > self.threshold).nonzero()[:, 0]
+        if j == 0:
+            for chunk in live.split(CHUNK):
+                self._finish(bank, chunk, n_heads, w, v, lambda flat: (step(flat), *tail))
+            return
+        if len(live) > WIDTH:
+            order = carried[live].abs().argsort(descending=True)
+            self._dropped = max(self._dropped, float(bound[live[order[WIDTH:]]].max()))
+            live = live[order[:WIDTH]]
+        sizes, bounds = carried[live].abs().tolist(), bound[live].tolist()
+        for flat, size, limit in zip(live.tolist(), sizes, bounds, strict=True):
+            partial = _Partial(w, v, step(flat), tail, limit)
+            heapq.heappush(self.queue, (-size, next(self._count), partial))
+
+    def _finish(
+        self,
+        bank: FrozenBank,
+        chosen: Int[Tensor, " n"],
+        n_heads: int,
+        w: Tensor,
+        v: Tensor,
+        steps: Callable[[int], tuple[_Step, ...]],
+    ) -> None:
+        """Heads that read the start of the stream: their paths are complete, many at once."""
+        n = len(chosen)
+        position = chosen // n_heads if self.mode == "apart" else None
+        ws, vs = _in_front(bank, chosen % n_heads, position, w.expand(n, -1), v.expand(n, -1))
+        for name, part in self.frozen.parts.items():
+            values = ws * (vs @ part.T)  # [n, pos]
+            values = values.sum(-1, keepdim=True) if self.mode == "summed" else values
+            flat = values.flatten()
+            largest = flat.abs().topk(min(self.k, len(flat))).indices
+            for index, value in zip(largest.tolist(), flat[largest].tolist(), strict=True):
+                if abs(value) <= self.threshold:
+                    break
+                row, source = divmod(index, values.shape[1])
+                at = None if self.mode == "summed" else source
+                self._add(value, name, at, steps(int(chosen[row])))
+
+    def _add_source(self, name: str, values: Float[Tensor, " pos"], tail: tuple[_Step, ...]) -> None:
+        """Complete a path with a part of the stream at every position, or over all."""
+        if self.mode == "summed":
+            self._add(float(values.sum()), name, None, tail)
+            return
+        for position in values.abs().topk(min(self.k, len(values))).indices.tolist():
+            self._add(float(values[position]), name, position, tail)
+
+    def _add(self, value: float, source: str, position: int | None, steps: tuple[_Step, ...]) -> None:
+        if abs(value) <= self.threshold or value == 0:
+            return
+        entry = (abs(value), -next(self._count), _Path(value, source, position, steps))
+        if len(self._best) == self.k:
+            heapq.heapreplace(self._best, entry)
+        else:
+            heapq.heappush(self._best, entry)
+
+
+def _in_front(
+    bank: FrozenBank, head: Int[Tensor, " n"], position: Int[Tensor, " n"] | None, w: Tensor, v: Tensor
+) -> tuple[Float[Tensor, "n pos"], Float[Tensor, "n d_model"]]:
+    """The fields in front of heads of one bank, given the fields behind them."""
+    if position is not None:
+        rows = torch.arange(len(w), device=w.device)
+        alone = torch.zeros_like(w)
+        alone[rows, position] = w[rows, position]
+        w = alone
+    return bank.spread(w, head), bank.pull(v, head)
+
+
+def _reaches(frozen: Frozen, *, summed: bool) -> list[list[Float[Tensor, "pos head"]]]:
+    """For every bank: how much of the largest vector that any single path can deliver reaches a head's
+    query position. Norms multiply along a path, so this bounds all its completions."""
+    norms = [part.norm(dim=-1) for part in frozen.parts.values()]
+    m = torch.stack(norms).amax(0)
+    reaches = []
+    for sublayer in frozen.sublayers:
+        delivered = [m]
+        own = []
+        for bank in sublayer.banks:
+            reach = bank.reach(m, summed=summed)
+            own.append(reach)
+            delivered += [
+                (reach * bank.norms()).amax(1),
+                bank.write_norms(bank.z_bias).amax(1),
+                bank.bias.norm(dim=-1),
+            ]
+        reaches.append(own)
+        m = torch.stack(delivered).amax(0)
+        if sublayer.out is not None:
+            gain = sublayer.out.gain
+            m = sublayer.out.weigh(m) * (1.0 if gain is None else float(gain.abs().max()))
+        if sublayer.out_bias is not None:
+            m = m.clamp_min(float(sublayer.out_bias.norm()))
+    return reaches
+
+
+def _replay(frozen: Frozen, goal: Goal, path: _Path) -> float:
+    """Run one path forward: its source alone, through its heads alone."""
+    depth, x = _source(frozen, path)
+    if x is None:
+        return goal.offset
+    steps = path.steps
+    if path.source == "value bias":  # it starts inside the first head
+        first, steps = steps[0], steps[1:]
+        bank = frozen.sublayers[first.depth].banks[first.bank]
+        x, depth = _through(frozen, first, bank.z_bias), first.depth
+    for step in steps:
+        bank = frozen.sublayers[step.depth].banks[step.bank]
+        x = _through(frozen, step, bank.read(frozen.carry(x, depth, step.depth)))
+        depth = step.depth
+    return float(frozen.carry(x, depth, len(frozen.sublayers))[goal.position] @ goal.direction)
+
+
+def _through(
+    frozen: Frozen, step: _Step, z: Float[Tensor, "pos head d_head"]
+) -> Float[Tensor, "pos d_model"]:
+    """What one head writes, at one position or at all."""
+    bank = frozen.sublayers[step.depth].banks[step.bank]
+    kept = torch.zeros_like(z)
+    where = slice(None) if step.position is None else step.position
+    kept[where, step.head] = z[where, step.head]
+    return bank.write(kept)
+
+
+def _source(frozen: Frozen, path: _Path) -> tuple[int, Tensor | None]:
+    """The stream that a path starts as, and the sublayer it is in; None for b_U."""
+    sources = dict(_sources(frozen))
+    if path.source == "value bias":
+        return 0, frozen.start
+    depth, x = sources[path.source]
+    if x is None or path.position is None:
+        return depth, x
+    alone = torch.zeros_like(x)
+    alone[path.position] = x[path.position]
+    return depth, alone
+
+
+def _sources(frozen: Frozen) -> Iterator[tuple[str, tuple[int, Tensor | None]]]:
+    yield "unembedding bias", (0, None)
+    for name, part in frozen.parts.items():
+        yield name, (0, part)
+    for j, sublayer in enumerate(frozen.sublayers):
+        for bank in sublayer.banks:
+            yield f"L{bank.bank.layer} {bank.bank.part} bias", (j, bank.bias)
+        if sublayer.out_bias is not None:
+            bias = sublayer.out_bias.expand_as(sublayer.stream)
+            yield f"L{sublayer.banks[-1].bank.layer} norm bias", (j + 1, bias)
+
+
+def _frame(frozen: Frozen, goal: Goal, found: list[_Path], positions: Positions) -> pd.DataFrame:
+    tokens = frozen.str_tokens
+
+    def at(position: int | None) -> str:
+        return "" if position is None else f"@{position}"
+
+    def start(path: _Path) -> str:
+        if path.source == "embed" and path.position is not None:
+            return f"{tokens[path.position]!r}{at(path.position)}"
+        return f"{path.source}{at(path.position)}"
+
+    def label(step: _Step) -> str:
+        bank = frozen.sublayers[step.depth].banks[step.bank].bank
+        return f"{bank.label(step.head)}{at(step.position)}"
+
+    rows = [
+        (
+            " > ".join([start(path), *map(label, path.steps), "logit"]),
+            len(path.steps),
+            path.value,
+            path.value / goal.total if goal.total else float("nan"),
+            path.source,
+            path.position,
+            None if path.position is None else tokens[path.position],
+        )
+        for path in found
+    ]
+    columns = ["path", "order", "contribution", "share", "source", "source_position", "token"]
+    return pd.DataFrame(rows, columns=columns).astype({"source_position": "Int64"})

@@ -1,0 +1,139 @@
+"""A virtual head on a prompt: two or more heads read one after the other, as one head.
+
+Heads h1, ..., hn compose to the frozen head with pattern ``A_n ... A_1`` and OV ``OV_1 ... OV_n``
+(Elhage et al. 2021, "virtual attention heads"); neurons compose the same way, their pattern being a
+diagonal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.paths.frozen import Frozen, sum_tolerance
+from mechinterp_attn.paths.goals import Target, resolve_goal
+from mechinterp_attn.paths.score import find_bank
+from mechinterp_attn.results import Check, Receipt, Result
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class VirtualTerm(Result):
+    """What a virtual head attends to and writes on a prompt.
+
+    Attributes:
+        heads: the labels, earliest first.
+        pattern: the product of the frozen patterns ``[query, key]``; rows need not sum to 1 (a
+            neuron keeps its gate's share).
+        logits: what the term adds to all logits, ``[pos, d_vocab_out]``, value biases not included.
+        loss_change: mean next-token loss of the prompt with the term minus without it, all else
+            frozen (nats); NaN for a single token.
+        about: the target in words.
+        frame: one row per source position: ``position, token, weight`` (the pattern's entry at
+            the target's position), ``value`` (the term's contribution to the target from there).
+    """
+
+    title: ClassVar[str] = "Virtual head"
+    sort_by: ClassVar[str | None] = "value"
+    heads: tuple[str, ...]
+    pattern: Float[Tensor, "query key"] = field(repr=False)
+    logits: Float[Tensor, "pos d_vocab"] = field(repr=False)
+    loss_change: float
+    about: str
+
+    def plot(self) -> Figure:
+        """The composed pattern."""
+        from mechinterp_attn.view.figures.paths import virtual_pattern
+
+        return virtual_pattern(self)
+
+
+@torch.no_grad()
+def virtual_head(
+    frozen: Frozen,
+    *heads: str,
+    target: Target | None = None,
+    position: int = -1,
+    against: Target | None = None,
+) -> VirtualTerm:
+    """The term of the path expansion that goes from the embeddings through these very heads.
+
+    Args:
+        heads: labels, earliest first; attention heads and neurons alike.
+        target, position, against: the logit (difference) that ``frame`` breaks down by source
+            position; by default the model's top prediction at the last position.
+
+    Raises:
+        MechInterpError: no heads, an unknown label, or a head that is not earlier than the next one.
+    """
+    if not heads:
+        raise MechInterpError("give at least one head, such as virtual_head(frozen, 'L0H3', 'L1H0')")
+    found = [find_bank(frozen, head) for head in heads]
+    late = [
+        f"{heads[i]} is not earlier than {heads[i + 1]}"
+        for i in range(len(found) - 1)
+        if found[i][0] >= found[i + 1][0]
+    ]
+    if late:
+        raise MechInterpError("; ".join(late) + ": a head only reads what earlier sublayers wrote")
+    goal = resolve_goal(frozen, target=target, against=against, position=position)
+
+    x, depth = frozen.start, 0
+    for own, bank, index in found:
+        z = bank.read(frozen.carry(x, depth, own))[:, index]
+        pos = torch.arange(len(z), device=z.device)
+        x, depth = bank.write_at(z, torch.full_like(pos, index), pos), own
+    term = frozen.carry(x, depth, len(frozen.sublayers))
+
+    # The same term read backwards from the target, which tells its sources apart.
+    w = torch.zeros_like(frozen.end[None, :, 0])
+    w[0, goal.position] = 1
+    v, depth = goal.direction[None], len(frozen.sublayers)
+    pattern = torch.eye(len(frozen.tokens), dtype=w.dtype, device=w.device)
+    for own, bank, index in reversed(found):
+        w, v = _back(frozen, w, v, own, depth)
+        at = torch.tensor([index], device=w.device)
+        w, v, depth = bank.spread(w, at), bank.pull(v, at), own
+        pattern = pattern @ bank.bank.dense_pattern(bank.pattern, index)[:, :-1]
+    w, v = _back(frozen, w, v, 0, depth)
+    values = w[0] * (frozen.start @ v[0])
+
+    logits = frozen.read_out(term)
+    error = abs(float(values.sum() - term[goal.position] @ goal.direction))
+    loss = float("nan")
+    if len(frozen.tokens) > 1:
+        loss = float(frozen.loss(frozen.logits) - frozen.loss(frozen.logits - logits))
+    frame = pd.DataFrame(
+        {
+            "position": range(len(frozen.tokens)),
+            "token": frozen.str_tokens,
+            "weight": pattern[goal.position].double().cpu().numpy(),
+            "value": values.double().cpu().numpy(),
+        }
+    )
+    check = Check("sources sum to the term run forward", error, sum_tolerance(frozen))
+    return VirtualTerm(
+        frame=frame,
+        receipt=Receipt((check,), frozen.receipt.notes),
+        heads=heads,
+        pattern=pattern,
+        logits=logits,
+        loss_change=loss,
+        about=goal.about,
+    )
+
+
+def _back(frozen: Frozen, w: Tensor, v: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Carry a rank-one field from the stream that ``stop`` reads to the sum in sublayer ``start``."""
+    for sublayer in reversed(frozen.sublayers[start:stop]):
+        if sublayer.out is not None:
+            w, v = sublayer.out.weigh(w), sublayer.out.turn_back(v)
+    return w, v
