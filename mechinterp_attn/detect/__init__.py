@@ -1,18 +1,27 @@
-"""Which head does what."""
+"""Which head does what: by its pattern, by its weights, by cutting it out, over a corpus."""
 
 from mechinterp_attn.detect.ablation import Ablations, ablate
+from mechinterp_attn.detect.induction import Induction, induction
+from mechinterp_attn.detect.losses import InContextLearning, in_context_learning
 from mechinterp_attn.detect.probes import Probe, random_repeats
 from mechinterp_attn.detect.scores import HeadScores, Matches, Offsets, match, offsets, score_heads
+from mechinterp_attn.detect.weights import WeightScores, score_weights
 
 __all__ = [
     "Ablations",
     "HeadScores",
+    "InContextLearning",
+    "Induction",
     "Matches",
     "Offsets",
     "Probe",
+    "WeightScores",
     "ablate",
+    "in_context_learning",
+    "induction",
     "match",
     "offsets",
     "random_repeats",
     "score_heads",
+    "score_weights",
 ]

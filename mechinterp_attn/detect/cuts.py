@@ -113,13 +113,9 @@ def run_cuts(
         patterns: patterns to hold all heads to, by path; None: patterns follow the cut.
     """
     n = len(cuts)
-    hooks: list[tuple[str, Callable[..., Tensor]]] = []
-    for bank in model.banks:
-        path = bank.path
-        if any(cut.at(path) for cut in cuts):
-            hooks.append((f"{path}.hook_z", _cutting(path, cuts, replacement)))
-        if patterns is not None:
-            hooks.append((f"{path}.hook_pattern", _holding(patterns[path], n)))
+    hooks = cutting(model, cuts, replacement)
+    if patterns is not None:
+        hooks += [(f"{path}.hook_pattern", _holding(pattern, n)) for path, pattern in patterns.items()]
     many = batch.repeat(n)
     padded: dict[str, Any] = {} if many.mask is None else {"attention_mask": many.mask}
     with model.hooks(fwd_hooks=hooks):
@@ -167,6 +163,17 @@ def mean_z(model: AttentionOnlyModel, parts: Iterator[Batch]) -> dict[str, Tenso
             z = cache[f"{bank.path}.hook_z"][part.real].double().sum(0)
             sums[bank.path] = sums.get(bank.path, 0) + z
     return {path: total / count for path, total in sums.items()}
+
+
+def cutting(
+    model: AttentionOnlyModel, cuts: Sequence[Cut], replacement: ByPath | None = None
+) -> list[tuple[str, Callable[..., Tensor]]]:
+    """Hooks that make each cut in its own share of a batch, one share after the other."""
+    return [
+        (f"{bank.path}.hook_z", _cutting(bank.path, cuts, replacement))
+        for bank in model.banks
+        if any(cut.at(bank.path) for cut in cuts)
+    ]
 
 
 def _cutting(path: str, cuts: Sequence[Cut], replacement: ByPath | None) -> Callable[..., Tensor]:

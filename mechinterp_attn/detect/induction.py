@@ -1,0 +1,204 @@
+"""The induction circuit of a model, found three ways: by behaviour, by weights, by intervention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pandas as pd
+import torch
+
+from mechinterp_attn.detect.ablation import Ablations, ablate
+from mechinterp_attn.detect.batches import Batch
+from mechinterp_attn.detect.cuts import cut_of, cutting
+from mechinterp_attn.detect.losses import token_losses
+from mechinterp_attn.detect.measures import sums_of
+from mechinterp_attn.detect.probes import random_repeats
+from mechinterp_attn.detect.scores import MAX_BYTES, HeadScores, look, score_heads
+from mechinterp_attn.detect.weights import WeightScores, score_weights
+from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.results import Check, Receipt, Result
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+ATTENDS = 0.4  # least attention on a role's pairs
+STANDS_OUT = 5.0  # least standard deviations of a trace above random heads
+MATTERS = 0.02  # least loss on repeats, in shares of what repetition is worth
+MATTERS_NATS = 0.1  # and in nats
+VIEWS = ("by_behaviour", "by_weights", "by_intervention")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Induction(Result):
+    """The induction circuit and the evidence for it.
+
+    Attributes:
+        frame: one row per head that a view names, and per neuron that was cut: ``head, layer, index,
+            kind``; ``role``: "induction", "previous_token" or "" ; ``by_behaviour, by_weights,
+            by_intervention``: which views name it, and ``views``, how many; then the evidence:
+            ``induction``, ``previous_token`` (attention), ``trace_z``, ``partner`` (the K-composed QK
+            circuit and the head at its other end), ``copying_z``, ``loss_change`` (nats on repeated
+            tokens when it is cut).
+        edges: one row per previous-token and induction head that compose: ``src, dst, trace_z,
+            matching, attention, attention_without``: induction attention of ``dst``, whole and with
+            ``src`` cut.
+        gain: what repetition is worth: loss on random tokens minus loss on their repeats (nats).
+        scores, weights, ablations: the three views, whole.
+    """
+
+    title: ClassVar[str] = "Induction circuit"
+    gain: float
+    edges: pd.DataFrame
+    scores: HeadScores
+    weights: WeightScores
+    ablations: Ablations
+
+    @property
+    def found(self) -> bool:
+        """Whether at least two views name an induction head and a previous-token head that compose."""
+        return not self.edges.empty
+
+    def heads(self, role: str, *, views: int = 2) -> list[str]:
+        """Labels of the heads with a role that at least so many views name."""
+        frame = self.frame[(self.frame["role"] == role) & (self.frame["views"] >= views)]
+        return list(frame["head"])
+
+    def spec(self) -> dict[str, Any]:
+        """The circuit as ``assert_circuit`` takes it."""
+        roles = self.frame.set_index("head")["role"]
+        members = [*self.edges["src"].unique(), *self.edges["dst"].unique()]
+        return {
+            "heads": {head: roles[head] for head in members},
+            "edges": [f"{src} -K-> {dst}" for src, dst in self.edges[["src", "dst"]].to_numpy()],
+            "behaviour": "induction",
+        }
+
+    def __str__(self) -> str:
+        if not self.found:
+            return f"no induction circuit found; repetition is worth {self.gain:.2f} nats"
+        lines = []
+        for dst, group in self.edges.groupby("dst"):
+            row = self.frame[self.frame["head"] == dst].iloc[0]
+            views = [view.removeprefix("by_") for view in VIEWS if row[view]]
+            lines.append(f"{', '.join(group['src'])} -> {dst} ({', '.join(views)})")
+        return "; ".join(lines) + f"; repetition is worth {self.gain:.2f} nats"
+
+    def plot(self) -> Figure:
+        """Induction attention, and its loss when each head is cut, side by side."""
+        from mechinterp_attn.view.figures.detectors import induction_views
+
+        return induction_views(self)
+
+
+def induction(
+    model: AttentionOnlyModel,
+    *,
+    seed: int = 0,
+    draws: int = 10,
+    neurons: int = 8,
+    max_bytes: int = MAX_BYTES,
+) -> Induction:
+    """Find the induction circuit: previous-token heads, induction heads, neurons that matter to it.
+
+    Three views, on the same random tokens repeated (Olsson et al. 2022):
+
+    - behaviour: at least 0.4 of a head's attention lies on the pairs of its role;
+    - weights: the trace of the K-composed QK circuit of a pair is at least 5 standard deviations
+      above random heads in the earlier one's place, and its eigenvalues are mostly positive
+      (Elhage et al. 2021);
+    - intervention: the loss on repeated tokens rises by at least 0.1 nats, and by a fiftieth of what
+      repetition is worth, when the head is cut. Heads that stand in for one another can hide from
+      this view.
+
+    Args:
+        seed, draws: of the random tokens.
+        neurons: how many MLP-derived heads to cut, by their estimates.
+        max_bytes: of what is held at a time.
+
+    Raises:
+        MechInterpError: context or vocabulary too small for repeated tokens.
+    """
+    probe = random_repeats(model, draws=draws, seed=seed)
+    scores = score_heads(model, seed=seed, draws=draws, max_bytes=max_bytes)
+    weights = score_weights(model, seed=seed)
+    estimate = ablate(model, probe.tokens, exact=0, where=probe.repeated, max_bytes=max_bytes).frame
+    mixing = [label for bank in model.banks if bank.mixes_positions for label in bank.labels()]
+    others = estimate[~estimate["head"].isin(mixing)].head(neurons)["head"]
+    cut = [*mixing, *others]
+    ablations = ablate(model, probe.tokens, heads=cut, where=probe.repeated, max_bytes=max_bytes)
+    losses = token_losses(model, probe.batch, max_bytes=max_bytes)
+    first = losses[:, : probe.period - 1 + probe.bos].mean()
+    gain = float(first) - ablations.loss
+    frame = _evidence(scores, weights, ablations, least=max(MATTERS * gain, MATTERS_NATS))
+    edges = _edges(model, probe.batch, frame, weights.pairs, max_bytes)
+    named = frame["role"].ne("") | frame["by_intervention"] | frame["head"].isin(set(others))
+    frame = frame[named].sort_values(["views", "loss_change"], ascending=False).reset_index(drop=True)
+    checks = (*scores.receipt.checks, *weights.receipt.checks, *ablations.receipt.checks)
+    agree = all(frame[frame["role"] != ""]["views"] == 3)
+    notes = {"tokens": str(probe), "seed": seed, "draws": draws, "all views agree": agree}
+    return Induction(
+        frame=frame,
+        receipt=Receipt(tuple[Check, ...](checks), notes),
+        gain=gain,
+        edges=edges,
+        scores=scores,
+        weights=weights,
+        ablations=ablations,
+    )
+
+
+def _evidence(
+    scores: HeadScores, weights: WeightScores, ablations: Ablations, *, least: float
+) -> pd.DataFrame:
+    frame = scores.frame[["head", "layer", "index", "kind", "induction", "previous_token"]]
+    frame = frame.merge(weights.frame[["head", "copying_z"]], on="head")
+    frame = frame.merge(ablations.frame[["head", "loss_change"]], on="head", how="left")
+    pairs = weights.pairs
+    pairs = pairs[(pairs["trace_z"] >= STANDS_OUT) & (pairs["matching"] > 0)]
+    pairs = pairs.sort_values("trace_z", ascending=False)
+    later = pairs.drop_duplicates("dst").set_index("dst")
+    earlier = pairs.drop_duplicates("src").set_index("src")
+    reads = (frame["induction"] >= ATTENDS) | frame["head"].isin(later.index)
+    brings = (frame["previous_token"] >= ATTENDS) | frame["head"].isin(earlier.index)
+    frame["role"] = ""
+    frame.loc[brings, "role"] = "previous_token"
+    frame.loc[reads & (frame["induction"] >= frame["previous_token"]), "role"] = "induction"
+    dst, src = frame["role"] == "induction", frame["role"] == "previous_token"
+    frame["by_behaviour"] = (dst & (frame["induction"] >= ATTENDS)) | (
+        src & (frame["previous_token"] >= ATTENDS)
+    )
+    frame["by_weights"] = (dst & frame["head"].isin(later.index)) | (
+        src & frame["head"].isin(earlier.index)
+    )
+    frame["by_intervention"] = frame["loss_change"] >= least
+    frame["views"] = frame[list(VIEWS)].sum(axis=1)
+    ends = (frame["head"].map(later["trace_z"]), frame["head"].map(earlier["trace_z"]))
+    frame["trace_z"] = ends[0].where(dst, ends[1])
+    frame["partner"] = frame["head"].map(later["src"]).where(dst, frame["head"].map(earlier["dst"]))
+    order = ["head", "layer", "index", "kind", "role", *VIEWS, "views", "induction", "previous_token"]
+    return frame[[*order, "trace_z", "partner", "copying_z", "loss_change"]]
+
+
+@torch.no_grad()
+def _edges(
+    model: AttentionOnlyModel, batch: Batch, frame: pd.DataFrame, pairs: pd.DataFrame, max_bytes: int
+) -> pd.DataFrame:
+    """Pairs that stand out by weights, between heads that two views name; with ``src`` cut."""
+    strong = frame[frame["views"] >= 2]
+    sources = strong[strong["role"] == "previous_token"]["head"]
+    targets = strong[strong["role"] == "induction"]["head"]
+    edges = pairs[
+        pairs["src"].isin(sources) & pairs["dst"].isin(targets) & (pairs["trace_z"] >= STANDS_OUT)
+    ][["src", "dst", "trace_z", "matching"]].reset_index(drop=True)
+    edges["attention"] = edges["dst"].map(frame.set_index("head")["induction"])
+    place = {label: i for i, label in enumerate(model.heads)}
+    without = {}
+    for src in edges["src"].unique():
+        with model.hooks(fwd_hooks=cutting(model, [cut_of(model, src, batch)])):
+            sums = sums_of(model, batch, look(model, batch))
+        without[src] = sums.columns()["induction"]
+    edges["attention_without"] = [
+        float(without[src][place[dst]]) for src, dst in edges[["src", "dst"]].to_numpy()
+    ]
+    return edges

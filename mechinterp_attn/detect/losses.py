@@ -1,0 +1,113 @@
+"""How the loss falls along the context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechinterp_attn.detect.batches import Batch, Input, as_batch, rows_within
+from mechinterp_attn.detect.cuts import next_token
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.results import Receipt, Result
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+EARLY, LATE = 50, 500  # Olsson et al. 2022, in contexts of 512
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class InContextLearning(Result):
+    """Loss by position.
+
+    Attributes:
+        frame: one row per position: ``position`` (of the predicted token, from 1), ``loss`` (mean,
+            nats), ``error`` (standard error of the mean), ``count``.
+        score: loss at position ``late`` minus loss at ``early``: below zero where context helps.
+        losses: every token's loss, ``[batch, pos - 1]``, zero on padding.
+        counted: which of them are real.
+    """
+
+    title: ClassVar[str] = "Loss by position"
+    score: float
+    early: int
+    late: int
+    losses: Float[Tensor, "batch pos_minus_1"]
+    counted: Bool[Tensor, "batch pos_minus_1"]
+
+    def plot(self) -> Figure:
+        """Loss against position, the two positions of the score marked."""
+        from mechinterp_attn.view.figures.detectors import loss_by_position
+
+        return loss_by_position(self)
+
+
+@torch.no_grad()
+def in_context_learning(
+    model: AttentionOnlyModel,
+    tokens: Input,
+    *,
+    early: int | None = None,
+    late: int | None = None,
+    max_bytes: int = 2**30,
+) -> InContextLearning:
+    """Loss by position, and the in-context-learning score (Olsson et al. 2022).
+
+    Args:
+        tokens: tokens ``[batch, pos]``, a text, or texts; many, for the mean to mean something.
+        early, late: positions of the score; 50 and 500, in shorter contexts the same shares of them.
+        max_bytes: of what is held at a time.
+
+    Raises:
+        MechInterpError: positions outside the tokens.
+    """
+    batch = as_batch(model, tokens)
+    losses = token_losses(model, batch, max_bytes=max_bytes)
+    last = losses.shape[1]
+    early = early or max(1, min(EARLY, round(EARLY / 512 * (last + 1))))
+    late = late or max(1, min(LATE, round(LATE / 512 * (last + 1))))
+    if not 1 <= early < late <= last:
+        raise MechInterpError(f"early={early} and late={late}; expected 1 <= early < late <= {last}")
+    counted = batch.predicts.cpu()
+    count = counted.sum(0)
+    mean = losses.sum(0) / count
+    spread = (((losses - mean) ** 2 * counted).sum(0) / (count - 1).clamp_min(1) / count).sqrt()
+    frame = pd.DataFrame(
+        {
+            "position": range(1, last + 1),
+            "loss": mean.double().numpy(),
+            "error": spread.double().numpy(),
+            "count": count.numpy(),
+        }
+    )
+    score = float(mean[late - 1] - mean[early - 1])
+    notes = {"score": round(score, 4), "early": early, "late": late, "sequences": len(batch)}
+    return InContextLearning(
+        frame=frame,
+        receipt=Receipt((), notes),
+        score=score,
+        early=early,
+        late=late,
+        losses=losses,
+        counted=counted,
+    )
+
+
+@torch.no_grad()
+def token_losses(
+    model: AttentionOnlyModel, batch: Batch, *, max_bytes: int
+) -> Float[Tensor, "batch pos_minus_1"]:
+    """Every next token's loss (nats), zero on padding, on the CPU."""
+    rows = rows_within(model, batch.tokens.shape[1], max_bytes)
+    losses = torch.zeros(len(batch), max(batch.tokens.shape[1] - 1, 0))
+    for at, part in zip(range(0, len(batch), rows), batch.split(rows), strict=True):
+        logits = model(part.tokens) if part.mask is None else model(part.tokens, attention_mask=part.mask)
+        loss, _ = next_token(logits, part)
+        losses[at : at + len(part), : loss.shape[1]] = loss.cpu()
+    return losses

@@ -1,0 +1,184 @@
+"""What the weights alone say: which heads copy, which previous-token and induction heads compose.
+
+Eigenvalues are those of matrices over the vocabulary, vocabulary x vocabulary of rank d_head, taken
+from their d_head x d_head products: eig(AB) = eig(BA). Norm gains are folded in, norm scales and
+positions are left out. float64 throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pandas as pd
+import torch
+from jaxtyping import Complex, Float
+from torch import Generator, Tensor
+
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.heads import HeadBank
+from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.results import Check, Receipt, Result
+
+NULL_DRAWS = 100
+PAIR_COLUMNS = ("src", "dst", "composition", "trace", "trace_z", "matching", "matching_z")
+COPY_TOKENS = 25  # Olsson et al. 2022: copying is scored among 25 random tokens
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class WeightScores(Result):
+    """Copying by every head, and K-composition of pairs of heads into induction circuits.
+
+    Attributes:
+        frame: one row per head: ``head, layer, index, kind``; ``copying``: sum of the eigenvalues
+            of ``W_E W_OV W_U`` over the sum of their sizes, in [-1, 1], ``copying_z``: in standard
+            deviations of random heads of the same shape; ``copying_size``: the sum of their sizes
+            divided by the vocabulary; ``pure_copying``: the head's OV alone on random tokens, the
+            share of the attended token in what is raised, scaled to [-1, 1]; ``induction``,
+            ``induction_z``, ``from_head``: the largest ``matching`` over earlier heads, and which.
+        pairs: one row per pair of an earlier and a later head that move between positions:
+            ``src, dst``; ``composition``: ``|W_QK W_OV^T| / (|W_QK| |W_OV|)``; ``trace``: of
+            ``W_E W_QK W_OV^T W_E^T`` divided by the vocabulary: how much a token's score rises on
+            what it preceded; ``matching``: trace over the sum of the eigenvalues' sizes, in
+            [-1, 1]; ``trace_z, matching_z``: against random heads in the place of ``src``.
+    """
+
+    title: ClassVar[str] = "What the weights of heads say"
+    sort_by: ClassVar[str | None] = "copying_z"
+    pairs: pd.DataFrame
+
+
+@torch.no_grad()
+def score_weights(model: AttentionOnlyModel, *, seed: int = 0, draws: int = 10) -> WeightScores:
+    """Score every head by its weights: copying, and induction by K-composition.
+
+    Copying is the eigenvalue score of Elhage et al. 2021 ("Detecting copying behavior") and the
+    pure-OV copying of Olsson et al. 2022: logits of 25 random tokens through the head's OV, mean
+    removed, negative ones dropped, the attended token's share. For an MLP-derived head, whose OV
+    has rank 1, the eigenvalue score can only be 1 or -1: read its ``copying_size``.
+
+    The K-composed QK circuit asks which token attends to which through the earlier head's output
+    (Elhage et al. 2021, "two-layer models"; Olsson et al. 2022, "trace of QK"): an induction head
+    has a large positive trace with its previous-token head. A neuron has no key, so no row in
+    ``pairs``: as ``src`` it moves nothing between positions.
+
+    Args:
+        seed: of random tokens and random heads;  draws: of 25 random tokens for ``pure_copying``.
+
+    Raises:
+        MechInterpError: inputs and outputs have different vocabularies, so nothing can be copied.
+    """
+    if model.spec.d_vocab != model.spec.d_vocab_out:
+        raise MechInterpError(
+            f"copying needs one vocabulary for inputs and outputs; this model reads {model.spec.d_vocab} "
+            f"tokens and gives {model.spec.d_vocab_out} logits"
+        )
+    W_E, W_U = model.W_E.detach().double(), model.W_U.detach().double()
+    generator = torch.Generator().manual_seed(seed)
+    heads = [_copying(bank, W_E, W_U, draws=draws, generator=generator) for bank in model.banks]
+    frame = pd.concat(
+        [model.heads.frame[["head", "layer", "index", "kind"]], pd.concat(heads, ignore_index=True)], axis=1
+    )
+    pairs, check = _pairs(model, W_E, generator)
+    best = pairs.sort_values("trace_z", ascending=False).drop_duplicates("dst").set_index("dst")
+    for column, source in (("induction", "matching"), ("induction_z", "trace_z"), ("from_head", "src")):
+        frame[column] = frame["head"].map(best[source])
+    notes = {"dtype": "float64", "null": f"{NULL_DRAWS} random heads of the same shape", "seed": seed}
+    return WeightScores(frame=frame, receipt=Receipt((check,), notes), pairs=pairs)
+
+
+def eigenvalue_score(eigenvalues: Complex[Tensor, "*head rank"]) -> Float[Tensor, "*head"]:
+    """Sum of eigenvalues over the sum of their sizes, in [-1, 1]; 0 where all are zero."""
+    size = eigenvalues.abs().sum(-1)
+    return eigenvalues.real.sum(-1) / size.where(size > 0, 1)
+
+
+def _copying(bank: HeadBank, W_E: Tensor, W_U: Tensor, *, draws: int, generator: Generator) -> pd.DataFrame:
+    W_V, W_O = bank.stacked("V").double(), bank.stacked("O").double()
+    across = W_U @ W_E  # [d_model, d_model]: from the output direction back to the input
+    eigenvalues = torch.linalg.eigvals(W_O @ across @ W_V)
+    null = []
+    for _ in range(NULL_DRAWS):
+        V, out = (torch.randn(W.shape[1:], generator=generator, dtype=W.dtype).to(W) for W in (W_V, W_O))
+        null.append(eigenvalue_score(torch.linalg.eigvals(out @ across @ V)))
+    mean, deviation = torch.stack(null).mean(), torch.stack(null).std()
+    score = eigenvalue_score(eigenvalues)
+    columns = {
+        "copying": score,
+        "copying_z": (score - mean) / deviation,
+        "copying_size": eigenvalues.abs().sum(-1) / len(W_E),
+        "pure_copying": _pure_copying(W_V, W_O, W_E, W_U, draws=draws, generator=generator),
+    }
+    return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
+
+
+def _pure_copying(
+    W_V: Tensor, W_O: Tensor, W_E: Tensor, W_U: Tensor, *, draws: int, generator: Generator
+) -> Float[Tensor, " head"]:
+    n = min(COPY_TOKENS, len(W_E))
+    shares = []
+    for _ in range(draws):
+        chosen = torch.randperm(len(W_E), generator=generator)[:n].to(W_E.device)
+        read, write = W_E[chosen] @ W_V, W_O @ W_U[:, chosen]  # [head, n, d_head], [head, d_head, n]
+        logits = read @ write  # [head, attended, raised]
+        raised = (logits - logits.mean(-1, keepdim=True)).relu()
+        own = raised.diagonal(dim1=1, dim2=2)
+        shares.append(own / raised.sum(-1).clamp_min(torch.finfo(own.dtype).tiny))
+    return 2 * torch.stack(shares).mean((0, 2)) - 1
+
+
+def _pairs(model: AttentionOnlyModel, W_E: Tensor, generator: Generator) -> tuple[pd.DataFrame, Check]:
+    gram = W_E.T @ W_E
+    banks = [bank for bank in model.banks if bank.mixes_positions]
+    parts: list[pd.DataFrame] = []
+    error = 0.0
+    for late in banks:
+        W_Q, W_K = late.stacked("Q").double(), late.stacked("K").double()
+        qk = ((W_Q.mT @ W_Q) * (W_K.mT @ W_K)).sum((1, 2)).sqrt()
+        seen = gram @ W_Q  # [head, d_model, d_head]
+        null = _null_pairs(late, seen, W_K, generator)
+        for early in banks:
+            if early.step >= late.step:
+                continue
+            W_V, W_O = early.stacked("V").double(), early.stacked("O").double()
+            ov = ((W_V.mT @ W_V) * (W_O @ W_O.mT)).sum((1, 2)).sqrt()
+            for i in range(early.n_heads):
+                # W_E W_Q (W_K^T W_O^T) W_V^T W_E^T, turned round: [head, d_head, d_head]
+                eigenvalues = torch.linalg.eigvals((W_O[i] @ W_K).mT @ (W_V[i].T @ seen))
+                score, trace = eigenvalue_score(eigenvalues), eigenvalues.real.sum(-1)
+                mixed = W_K.mT @ W_O[i].T @ W_V[i].T  # W_QK W_OV^T without W_Q
+                norm = ((W_Q.mT @ W_Q) * (mixed @ mixed.mT)).sum((1, 2)).clamp_min(0).sqrt()
+                columns = {
+                    "composition": norm / (qk * ov[i]).clamp_min(1e-300),
+                    "trace": trace / len(W_E),
+                    "trace_z": (trace / ov[i].clamp_min(1e-300) - null[0]) / null[1],
+                    "matching": score,
+                    "matching_z": (score - null[2]) / null[3],
+                }
+                parts.append(
+                    pd.DataFrame(
+                        {"src": early.label(i), "dst": late.labels()}
+                        | {name: column.cpu().numpy() for name, column in columns.items()}
+                    )
+                )
+            again = torch.einsum("vd,dk,ka,ab,bc,vc->", W_E, W_Q[0], W_K[0].T, W_O[-1].T, W_V[-1].T, W_E)
+            mine = float(parts[-1]["trace"][0]) * len(W_E)
+            error = max(error, float((again - mine).abs() / again.abs().clamp_min(1e-300)))
+    check = Check("a trace of every pair of layers summed over the vocabulary, relative", error, 1e-8)
+    pairs = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(PAIR_COLUMNS))
+    return pairs, check
+
+
+def _null_pairs(
+    late: HeadBank, seen: Tensor, W_K: Tensor, generator: Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and deviation of trace (for an OV of norm 1) and matching with random earlier heads."""
+    traces, scores = [], []
+    for _ in range(NULL_DRAWS):
+        V, out = (torch.randn(W_K.shape[1:], generator=generator, dtype=W_K.dtype).to(W_K) for _ in "VO")
+        norm = ((V.T @ V) * (out.T @ out)).sum().sqrt()
+        eigenvalues = torch.linalg.eigvals((out.T @ W_K).mT @ (V.T @ seen))
+        traces.append(eigenvalues.real.sum(-1) / norm)
+        scores.append(eigenvalue_score(eigenvalues))
+    trace, score = torch.stack(traces), torch.stack(scores)
+    return trace.mean(0), trace.std(0), score.mean(0), score.std(0)
