@@ -328,6 +328,8 @@ def make_model(
 ) -> None:
     """Train a model, check it against the bridge and write its folder, the card last."""
     cfg = config(name)
+    # Before the training too: a disagreement should not cost a night.
+    check_bridge(initial_weights(cfg, recipe.seed), cfg, held_out[:N_PROBES])
     start = time.perf_counter()
     weights, rows = train(cfg, recipe, stream, held_out[:N_PROBES], description=name)
     minutes = (time.perf_counter() - start) / 60
