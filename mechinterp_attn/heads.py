@@ -225,7 +225,10 @@ class HeadBank(nn.Module, ABC):
         A neuron's key is the constant coordinate of the bias-token construction (Huben & Morris
         2023), which is not part of d_model: its key Gram is 1 although its ``W_K`` is zero.
         """
-        W = self.stacked(side, heads).double()
+        W = self.stacked(side, heads)
+        if self.d_head == 1:
+            return torch.linalg.vector_norm(W, dim=(1, 2), dtype=torch.float64).square()[:, None, None]
+        W = W.double()
         return W @ W.mT if side == "O" else W.mT @ W
 
     def turned(self, x: Float[Tensor, "*n d_head"], position: int) -> Float[Tensor, "*n d_head"]:
