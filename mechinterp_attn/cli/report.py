@@ -26,10 +26,15 @@ def report(
         str | None, typer.Option(help="The next token to explain [default: the model's own].")
     ] = None,
     position: Annotated[int, typer.Option(help="Where it is predicted; -1 is the last token.")] = -1,
+    preset: Annotated[str, typer.Option(help="overview, induction or prediction.")] = "overview",
     section: Annotated[
-        list[str] | None, typer.Option(help="Only this section; may be given several times.")
+        list[str] | None,
+        typer.Option(help="This section instead of a preset's; may be given several times."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random tokens that heads are scored on.")] = 0,
+    data: Annotated[
+        bool, typer.Option("--data", help="Also write the report's data as JSON beside it.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
 ) -> None:
     """Write the circuit report of a model on a prompt: one HTML file that opens offline."""
@@ -45,11 +50,12 @@ def report(
         ids,
         target=int(target) if target is not None and prompt is None else target,
         position=position,
+        preset=preset,
         sections=section,
         seed=seed,
         progress=not quiet,
     )
-    typer.echo(str(page.save(out)))
+    typer.echo(str(page.save(out, data=data)))
 
 
 def _ids(prompt: str | None, tokens: str | None) -> str | list[int]:

@@ -13,7 +13,7 @@ import torch
 import mechinterp_attn as mia
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.view.report.blocks import ABOVE, BELOW, NOT_A_NUMBER, SCALE, pattern
-from mechinterp_attn.view.report.sections import SECTIONS
+from mechinterp_attn.view.report.presets import SECTIONS
 from mechinterp_attn.view.text import inert_json, number, shown
 from tests.view.conftest import PROMPT
 
@@ -29,8 +29,13 @@ def as_frame(block):
 def test_every_section_is_there_with_its_receipts(report):
     assert [s["id"] for s in report.data["sections"]] == list(SECTIONS)
     receipts = [r for s in report.data["sections"] for r in s["receipts"]]
-    assert {"frozen model", "logit", "orders", "scores", "attribution"} <= {r["of"] for r in receipts}
+    assert {"frozen model", "orders", "scores", "attribution", "term importance", "paths", "graph"} <= {
+        r["of"] for r in receipts
+    }
     assert all(r["ok"] and r["checks"] for r in receipts)
+    n_checks = sum(len(r["checks"]) for r in receipts)
+    assert report.data["checks"] == {"passed": n_checks, "failed": 0}
+    assert f"All {n_checks} checks passed" in report.html()
 
 
 def test_the_head_table_is_score_heads_of_every_kind(report, model):
@@ -102,9 +107,56 @@ def test_a_model_without_tokenizer_or_mlps(data):
 
 
 def test_a_prompt_of_one_token_has_no_loss(model):
-    page = mia.report(model, torch.tensor([5]), progress=False)
+    page = mia.report(
+        model, torch.tensor([5]), sections=["summary", "orders", "importance"], progress=False
+    )
     assert "loss-by-order" not in blocks(page, "chart")
     assert "<html" in page.html()
+
+
+def test_a_failed_check_is_on_the_front(report):
+    data = json.loads(json.dumps(report.data))
+    data["checks"] = {"passed": 9, "failed": 1}
+    assert "1 of 10 checks FAILED" in mia.Report(data).html()
+
+
+def test_presets_choose_sections(model):
+    page = mia.report(model, PROMPT, preset="induction", progress=False)
+    ids = [s["id"] for s in page.data["sections"]]
+    assert ids[:4] == ["summary", "heads", "patterns", "vocabulary"]
+    assert "graph" not in ids
+
+
+def test_the_data_beside_the_page_makes_the_same_page(report, tmp_path):
+    page = report.save(tmp_path / "report.html", data=True)
+    again = mia.Report.load(tmp_path / "report.json")
+    assert again.data == report.data
+    assert again.html() == page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "not the data of a report"),
+        ('{"format": "mechinterp_attn.report", "version": 99}', "format 99, this release reads 1"),
+    ],
+)
+def test_other_files_are_no_reports(tmp_path, text, message):
+    file = tmp_path / "other.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(MechInterpError, match=message):
+        mia.Report.load(file)
+
+
+def test_paths_and_graph_are_those_of_the_analyses(report, model):
+    frozen = mia.paths.freeze(model, PROMPT)
+    exact = mia.paths.top_paths(frozen, k=30, max_expansions=200, progress=False).frame
+    table = as_frame(blocks(report, "table")["top-paths"])
+    np.testing.assert_allclose(table["contribution"], exact["contribution"], rtol=1e-5)
+    nodes = as_frame(blocks(report, "table")["graph-nodes"])
+    graph = mia.paths.attribution_graph(frozen)
+    assert set(nodes["label"]) == {shown(x) for x in graph.nodes.query("kind != 'score'")["label"]}
 
 
 def test_a_part_that_cannot_be_had_leaves_the_rest(report, model, monkeypatch):
@@ -129,8 +181,10 @@ def test_the_page_holds_no_address_and_one_policy(report):
     assert hosts <= {"http://www.w3.org/2000/svg"}  # a name space, not an address
 
 
-def test_same_input_same_bytes(report, model):
-    assert mia.report(model, PROMPT, progress=False).html() == report.html()
+def test_same_input_same_data(report, model):
+    names = ["summary", "heads", "patterns", "graph"]
+    again = mia.report(model, PROMPT, sections=names, progress=False)
+    assert again.data["sections"] == [s for s in report.data["sections"] if s["id"] in names]
 
 
 def test_in_a_notebook_the_page_stands_in_a_frame_of_its_own(report):
@@ -181,6 +235,7 @@ def test_numbers_that_json_has_no_name_for():
         ("word " * 80, {}, "more than this model's context of 64"),
         (PROMPT, {"target": " two words here"}, "tokens, not one"),
         (PROMPT, {"position": 99}, "outside the prompt"),
+        (PROMPT, {"preset": "everything"}, "no preset 'everything'; there are overview"),
         (PROMPT, {"sections": ["hedas"]}, "no section .*hedas.* summary, provenance"),
     ],
 )

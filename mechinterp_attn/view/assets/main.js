@@ -1,4 +1,11 @@
-const DRAW = { table: drawTable, patterns: drawPatterns };
+const DRAW = { table: drawTable, patterns: drawPatterns, graph: drawGraph };
+
+function drawGraph(host, block) {
+  drawAttributionGraph(host, block.graph);
+  const stage = host.querySelector(".graph-scroll");
+  stage.scrollLeft = stage.scrollWidth; // the target stands at the last token
+}
+
 for (const host of document.querySelectorAll("[data-block]")) {
   const block = report.sections.find((s) => s.id === host.dataset.section).blocks[host.dataset.block];
   DRAW[block.type](host, block);

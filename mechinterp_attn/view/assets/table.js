@@ -37,8 +37,9 @@ function drawTable(host, block) {
     if (c.kind === "head") return el("td", { class: "left" }, el("span", { class: "head" }, x));
     if (c.kind === "kind") {
       const name = x === "mlp" ? "MLP-derived" : x;
-      return el("td", { class: "left kind-" + (x === "mlp" ? "mlp" : "attention") }, name);
+      return el("td", { class: "left kind-" + x }, name);
     }
+    if (x === "") return el("td", { class: "left" }, "–");
     if (c.kind === "token") return el("td", { class: "left token-cell" }, el("code", { class: "token", dir: "auto" }, x));
     if (c.kind === "text") return el("td", { class: "left" }, x);
     if (c.kind === "id" || c.kind === "layer") return el("td", {}, x === null ? "–" : String(x));

@@ -18,10 +18,18 @@ from mechinterp_attn.results import Receipt
 from mechinterp_attn.view.text import number, shown
 
 Block = dict[str, Any]
-Spans = list[Any]  # strings, {"token": ...}, {"head": ...}, {"number": ...}
+Spans = list[Any]  # strings, and what ``token`` and ``head`` give
 
 # Patterns are kept as bytes: 0..252 for weights 0..1, then what a colour scale cannot show.
 SCALE, BELOW, ABOVE, NOT_A_NUMBER = 252, 253, 254, 255
+
+
+def token(text: str) -> dict[str, str]:
+    return {"token": shown(text)}
+
+
+def head(label: str) -> dict[str, str]:
+    return {"head": label}
 
 
 def section(
@@ -98,7 +106,7 @@ def _values(values: Iterable[Any], kind: str) -> list[Any]:
         return [None if pd.isna(v) and v is None else number(v) for v in values]
     if kind in ("layer", "id"):
         return [None if pd.isna(v) else int(v) for v in values]
-    return [shown(str(v)) for v in values]
+    return [shown("" if pd.isna(v) else str(v)) for v in values]
 
 
 def chart(id: str, caption: str, kind: str, points: Sequence[tuple[str, float]], **more: Any) -> Block:

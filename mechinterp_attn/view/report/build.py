@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +19,18 @@ from mechinterp_attn.sources.saved import write_atomic
 from mechinterp_attn.version import __version__
 from mechinterp_attn.view.report.blocks import section
 from mechinterp_attn.view.report.page import page
-from mechinterp_attn.view.report.sections import SECTIONS
+from mechinterp_attn.view.report.presets import PRESETS, SECTIONS
 from mechinterp_attn.view.report.study import Study, tokens_of
-from mechinterp_attn.view.text import shown
+from mechinterp_attn.view.text import inert_json, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mechinterp_attn.model import AttentionOnlyModel
+
+
+FORMAT = "mechinterp_attn.report"
+VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +48,11 @@ class Report:
         """The whole page; it needs nothing beside it and asks no host for anything."""
         return page(self.data)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str], *, data: bool = False) -> Path:
         """Write the page to an HTML file, whole or not at all.
+
+        Args:
+            data: also write ``.data`` beside it, under the same name with the suffix ``.json``.
 
         Raises:
             MechInterpError: the folder is missing or cannot be written.
@@ -52,7 +60,29 @@ class Report:
         target = writable(path)
         text = self.html()
         write_atomic(target, lambda file: file.write_text(text, encoding="utf-8"))
+        if data:
+            text = inert_json(self.data)
+            write_atomic(target.with_suffix(".json"), lambda file: file.write_text(text, encoding="utf-8"))
         return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Report:
+        """Read the JSON that ``save(path, data=True)`` wrote.
+
+        Raises:
+            MechInterpError: the file cannot be read, or is not the data of a report of this version.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise MechInterpError(f"{path} cannot be read as JSON ({error})") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise MechInterpError(f"{path} is not the data of a report; give the .json beside a report")
+        if data.get("version") != VERSION:
+            raise MechInterpError(
+                f"{path} is report format {data.get('version')!r}, this release reads {VERSION}"
+            )
+        return cls(data)
 
     def _repr_html_(self) -> str:
         """The page in a frame of its own: its styles and scripts stay apart from the notebook's."""
@@ -74,6 +104,7 @@ def report(
     *,
     target: str | int | None = None,
     position: int = -1,
+    preset: str = "overview",
     sections: Sequence[str] | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -84,7 +115,9 @@ def report(
         prompt: a text, or token ids ``[pos]``.
         target: the next token to explain (text of one token, or id); by default the model's own.
         position: where the prediction is made; negative counts from the end.
-        sections: which sections, in this order; by default all.
+        preset: "overview" (every section), "induction" (what heads do) or "prediction" (where one
+            prediction comes from).
+        sections: which sections, in this order, instead of a preset's.
         seed: of the random tokens that heads are scored on.
         progress: show a progress bar.
 
@@ -92,7 +125,9 @@ def report(
         MechInterpError: an empty prompt or one longer than the context, a target that is no single
             token, a position outside the prompt, an unknown section.
     """
-    names = list(SECTIONS) if sections is None else list(sections)
+    if preset not in PRESETS:
+        raise MechInterpError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
+    names = list(PRESETS[preset] if sections is None else sections)
     unknown = [name for name in names if name not in SECTIONS]
     if unknown or not names:
         raise MechInterpError(f"no section {unknown}; there are {', '.join(SECTIONS)}")
@@ -108,15 +143,17 @@ def report(
             part = section(name, name.capitalize(), [[f"Not shown: {shown(str(error))}."]], [], {})
         if part is not None:
             parts.append(part)
+    passed = [check["ok"] for part in parts for receipt in part["receipts"] for check in receipt["checks"]]
     origin = str(model.provenance.get("name", "unnamed"))
     return Report(
         {
-            "format": "mechinterp_attn.report",
-            "version": 1,
+            "format": FORMAT,
+            "version": VERSION,
             "software": f"mechinterp_attn {__version__}",
             "title": f"Circuit report: {shown(origin)}",
             "model": shown(origin),
             "prompt": [shown(t) for t in frozen.str_tokens],
+            "checks": {"passed": sum(passed), "failed": len(passed) - sum(passed)},
             "sections": parts,
         }
     )

@@ -18,8 +18,8 @@ from markupsafe import Markup
 from mechinterp_attn.view.report.svg import svg
 from mechinterp_attn.view.text import inert_json
 
-_SCRIPTS = ("core.js", "table.js", "patterns.js", "main.js")
-_STYLES = ("report.css",)
+_SCRIPTS = ("core.js", "table.js", "patterns.js", "graph.js", "main.js")
+_STYLES = ("report.css", "graph.css")
 
 # CircuitsVis draws a few hundred rows at most: at 128 tokens it holds the browser for over 30 s.
 CIRCUITSVIS_TOKENS = 64

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from mechinterp_attn import circuits
-from mechinterp_attn.view.report.blocks import Block, chart, column, facts, pattern, section, table
+from mechinterp_attn.view.report.blocks import (
+    Block,
+    chart,
+    column,
+    facts,
+    head,
+    pattern,
+    section,
+    table,
+    token,
+)
 from mechinterp_attn.view.report.study import CLEAR, SCORES, Study
 from mechinterp_attn.view.text import number, shown, signed
-
-
-def token(text: str) -> dict[str, str]:
-    return {"token": shown(text)}
-
-
-def head(label: str) -> dict[str, str]:
-    return {"head": label}
 
 
 def summary(study: Study) -> Block:
@@ -353,13 +354,26 @@ def neurons(study: Study) -> Block | None:
     return section("neurons", "Neurons by effect", lead, blocks, {"attribution": study.attribution.receipt})
 
 
-SECTIONS: dict[str, Callable[[Study], Block | None]] = {
-    "summary": summary,
-    "provenance": provenance,
-    "fidelity": fidelity,
-    "orders": loss,
-    "heads": heads,
-    "patterns": patterns,
-    "vocabulary": vocabulary,
-    "neurons": neurons,
+GLOSSARY = {
+    "Attention head": "Looks from each token at earlier ones (its pattern) and moves what it reads there.",
+    "MLP-derived head": "An MLP neuron read as a head of dimension one: it looks at its own token "
+    "or at a bias "
+    "token, and the weight on its own token is the neuron's gate (Huben & Morris 2023).",
+    "Bias token": "A token whose value is zero: attention to it writes nothing.",
+    "OV circuit": "What a head writes to the logits for each token it may attend to.",
+    "QK circuit": "How strongly a head, at one token as query, scores another as key.",
+    "Order": "How many heads a path from a token to the logits passes through (Elhage et al. 2021).",
+    "Frozen": "Attention patterns, gates and the norms' scales are held as they were on this "
+    "prompt: the model is "
+    "then linear, and its logits are a sum over paths.",
+    "Effect": "What a head writes straight to a logit, no later head in between (direct logit "
+    "attribution).",
+    "Induction": "Attention to the token after an earlier occurrence of the present one (Olsson et "
+    "al. 2022).",
+    "Receipt": "The checks that a shown number passed: compared with the same thing computed another way.",
 }
+
+
+def glossary(study: Study) -> Block:
+    """The words of the page."""
+    return section("glossary", "Glossary", [], [{"type": "words", "words": GLOSSARY}], {})

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LOGIT_BYTES = 2**30  # of the logits by order: long prompts keep fewer orders apart
 
+SEARCH = 200  # partial paths to open: seconds, and the section says what is not proven
 CLEAR = 0.3  # a score from here on makes a head one of that kind
 
 # What a head's name in the score table means in words.
@@ -63,6 +64,25 @@ class Study:
     @cached_property
     def attribution(self) -> paths.LogitAttribution:
         return paths.logit_attribution(self.frozen, target=self.target, position=self.position)
+
+    @cached_property
+    def importance(self) -> paths.TermImportance:
+        return paths.term_importance(self.model, self.frozen.tokens, heads=16, progress=False)
+
+    @cached_property
+    def top_paths(self) -> paths.TopPaths:
+        return paths.top_paths(
+            self.frozen,
+            target=self.target,
+            position=self.position,
+            k=30,
+            max_expansions=SEARCH,
+            progress=False,
+        )
+
+    @cached_property
+    def graph(self) -> paths.AttributionGraph:
+        return paths.attribution_graph(self.frozen, target=self.target, position=self.position)
 
     @property
     def names(self) -> list[str]:
