@@ -1,28 +1,44 @@
-"""OV and QK circuits of one head over the vocabulary (Elhage et al. 2021, one-layer models).
-
-``W_E W_OV W_U`` says what attending to a token does to the logits, ``W_E W_QK W_E^T`` which token
-attends to which. Both are vocabulary x vocabulary of rank d_head; they are streamed in blocks of
-rows and never held. The first norm's gain is folded into the head and the final norm's into
-``W_U``; the norms' per-position scales, positions and the layers between are left out.
-"""
+"""The strongest entries of a head's OV and QK circuits, streamed over the whole vocabulary."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.circuits.streaming import Entries, top_entries, top_of_rows
+from mechinterp_attn.circuits.circuit import (
+    NORMS,
+    Tokens,
+    VocabularyCircuit,
+    Which,
+    ov_circuit,
+    qk_circuit,
+    token_ids,
+)
+from mechinterp_attn.circuits.plan import Plan, make_plan
+from mechinterp_attn.circuits.streaming import (
+    Entries,
+    Precision,
+    block_shape,
+    matmul_precision,
+    top_entries,
+    top_of_rows,
+)
 from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.heads import Head
 from mechinterp_attn.model import AttentionOnlyModel
 from mechinterp_attn.results import Check, Receipt, Result
 
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
 Over = Literal["all", "rows", "columns"]
+SMALL = 2e9  # multiplications of a scan that is made in float64 outright
+SPARE = 8  # entries scanned beyond top_k, so that float32 rounding cannot push one out
+UNIT_ROUNDOFF = {"float64": 1e-11, "float32": 1e-4, "tf32": 1e-2, "bfloat16": 1e-1}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -38,116 +54,194 @@ class TokenPairs(Result):
 
     title: ClassVar[str] = "Circuit over the vocabulary"
     head: str
-    circuit: Literal["OV", "QK"]
+    circuit: Which
+
+    def plot(self, k: int = 20) -> Figure:
+        """The first ``k`` entries as signed bars."""
+        from mechinterp_attn.view.figures.circuits import pair_bars
+
+        return pair_bars(self, k)
 
 
+@overload
+def ov_top(model: AttentionOnlyModel, head: str | Head, *, plan: Literal[True], **options: Any) -> Plan: ...
+@overload
 def ov_top(
     model: AttentionOnlyModel,
-    head: str,
+    head: str | Head,
     *,
     top_k: int = 10,
     over: Over = "all",
-    sources: Sequence[str | int] | None = None,
+    sources: Tokens | None = None,
     largest: bool = True,
-) -> TokenPairs:
+    precision: Precision = "float32",
+    plan: Literal[False] = False,
+) -> TokenPairs: ...
+def ov_top(
+    model: AttentionOnlyModel,
+    head: str | Head,
+    *,
+    top_k: int = 10,
+    over: Over = "all",
+    sources: Tokens | None = None,
+    largest: bool = True,
+    precision: Precision = "float32",
+    plan: bool = False,
+) -> TokenPairs | Plan:
     """Strongest (attended token -> output token) pairs of a head's OV circuit ``W_E W_OV W_U``.
 
     Args:
-        head: label such as ``L1H2`` or ``L0N7``.
+        head: label such as ``L1H2``, ``L0N7`` or ``L0H1 > L1H4``, or a ``Head`` (virtual ones too).
         top_k: how many entries; per row or column where ``over`` says so.
         over: rank ``"all"`` entries together, every source token's ``"rows"``, or every output
             token's ``"columns"``.
         sources: only these attended tokens (texts of one token, or ids).
         largest: False for the most negative entries.
+        precision: of the search (float64 where it is small or the model is); the entries listed
+            are always computed again in float64.
+        plan: say what it would cost instead of doing it.
 
     Raises:
         MechInterpError: no such head or token, or top_k out of range.
     """
-    bank, index = model.heads.find(head)
-    own = bank.head(index)
-    ids, embedding = _embedding(model, sources)
-    left = embedding @ own.OV.A.double()
-    right = own.OV.B.double() @ model.W_U.detach().double()
-    return _ranked(model, head, "OV", left, right, ids, top_k=top_k, over=over, largest=largest)
+    circuit = ov_circuit(model, head)
+    options = {"top_k": top_k, "over": over, "sources": sources, "largest": largest}
+    return _top(circuit, **options, precision=precision, plan=plan)
 
 
+@overload
+def qk_top(model: AttentionOnlyModel, head: str | Head, *, plan: Literal[True], **options: Any) -> Plan: ...
+@overload
 def qk_top(
     model: AttentionOnlyModel,
-    head: str,
+    head: str | Head,
     *,
     top_k: int = 10,
     over: Over = "all",
-    sources: Sequence[str | int] | None = None,
+    sources: Tokens | None = None,
     largest: bool = True,
-) -> TokenPairs:
+    offset: int | None = None,
+    precision: Precision = "float32",
+    plan: Literal[False] = False,
+) -> TokenPairs: ...
+def qk_top(
+    model: AttentionOnlyModel,
+    head: str | Head,
+    *,
+    top_k: int = 10,
+    over: Over = "all",
+    sources: Tokens | None = None,
+    largest: bool = True,
+    offset: int | None = None,
+    precision: Precision = "float32",
+    plan: bool = False,
+) -> TokenPairs | Plan:
     """Strongest (query token, key token) pairs of a head's QK circuit ``W_E W_QK W_E^T`` (unscaled).
 
     Entries are comparable within one query token: softmax does not see what a whole row shares. For
     an MLP-derived head the key is the same for every token and the value is the neuron's
-    pre-activation: which tokens make it fire.
+    pre-activation: which tokens make it fire. For a virtual head the keys are read through the
+    earlier heads (see ``VirtualHead``).
 
     Args: as for ``ov_top``; ``sources`` are query tokens.
+        offset: the key stands this many tokens before the query, for rotary heads; None leaves
+            rotations out.
+
+    Raises:
+        MechInterpError: no such head or token, or top_k or offset out of range.
     """
-    bank, index = model.heads.find(head)
-    ids, embedding = _embedding(model, sources)
-    left = bank.query_read(index, embedding)
-    right = bank.key_read(index, model.W_E.detach().double()).T
-    return _ranked(model, head, "QK", left, right, ids, top_k=top_k, over=over, largest=largest)
-
-
-def _embedding(
-    model: AttentionOnlyModel, sources: Sequence[str | int] | None
-) -> tuple[list[int], Float[Tensor, "source d_model"]]:
-    W_E = model.W_E.detach()
-    if sources is None:
-        return list(range(len(W_E))), W_E.double()
-    ids = [model.to_single_token(s) if isinstance(s, str) else int(s) for s in sources]
-    bad = [i for i in ids if not 0 <= i < len(W_E)]
-    if bad or not ids:
-        raise MechInterpError(f"sources {bad or list(sources)}: expected tokens out of 0..{len(W_E) - 1}")
-    return ids, W_E[ids].double()
+    circuit = qk_circuit(model, head, offset=offset)
+    options = {"top_k": top_k, "over": over, "sources": sources, "largest": largest}
+    return _top(circuit, **options, precision=precision, plan=plan)
 
 
 @torch.no_grad()
-def _ranked(
-    model: AttentionOnlyModel,
-    head: str,
-    circuit: Literal["OV", "QK"],
-    left: Float[Tensor, "source rank"],
-    right: Float[Tensor, "rank token"],
-    ids: list[int],
+def _top(
+    circuit: VocabularyCircuit,
     *,
     top_k: int,
     over: Over,
+    sources: Tokens | None,
     largest: bool,
-) -> TokenPairs:
-    sign = 1 if largest else -1
-    limit = {"all": len(left) * right.shape[1], "rows": right.shape[1], "columns": len(left)}
+    precision: Precision,
+    plan: bool,
+) -> TokenPairs | Plan:
+    model = circuit.model
+    ids = None if sources is None else token_ids(model, sources, circuit.shape[0])
+    rows, columns = len(ids) if ids is not None else circuit.shape[0], circuit.shape[1]
+    limit = {"all": rows * columns, "rows": columns, "columns": rows}
     if over not in limit:
         raise MechInterpError(f"over={over!r}; expected 'all', 'rows' or 'columns'")
     if not 1 <= top_k <= limit[over]:
         raise MechInterpError(f"top_k={top_k} is out of range; expected 1 to {limit[over]}")
-    if over == "columns":
-        turned = top_of_rows(right.T, left.T, top_k, sign=sign)
-        found = Entries(turned.column, turned.row, turned.value)
-    else:
-        ranking = top_entries if over == "all" else top_of_rows
-        found = ranking(left, right, top_k, sign=sign)
-    again = (left[found.row] * right.T[found.column]).sum(-1)
-    error = float((again - found.value).abs().max())
-    scale = float(again.abs().max())
-    check = Check("listed entries computed one by one", error, 1e-10 * max(scale, 1.0))
-    source_ids = [ids[i] for i in found.row.tolist()]
-    token_ids = found.column.tolist()
+    work = rows * columns * circuit.rank
+    if plan:
+        return _plan(circuit, rows, columns, work)
+    exact = model.W_E.dtype == torch.float64 or (work < SMALL and precision == "float32")
+    dtype = torch.float64 if exact else torch.bfloat16 if precision == "bfloat16" else torch.float32
+    narrow = torch.float64 if exact else torch.float32
+    left = circuit.left(ids, narrow).to(dtype)
+    right = circuit.right(None, narrow).to(dtype).contiguous()
+    bar = f"{circuit.which} {circuit.head.label}" if work > 5e10 else None
+    search: dict[str, Any] = {"sign": 1 if largest else -1, "progress": bar}
+    wanted = min(top_k + SPARE, limit[over])
+    with matmul_precision(precision):
+        if over == "all":
+            found = top_entries(left, right, wanted, **search)
+        elif over == "rows":
+            found = top_of_rows(left, right, wanted, **search)
+        else:
+            turned = top_of_rows(right.T.contiguous(), left.T.contiguous(), wanted, **search)
+            found = Entries(turned.column, turned.row, turned.value)
+    given = torch.arange(rows, device=left.device) if ids is None else ids
+    exact_value = circuit.at(given[found.row], found.column)
+    error = float((exact_value - found.value).abs().max())
+    kept, exact_value = _ranked(
+        found, exact_value, wanted if over != "all" else len(found.row), top_k, largest
+    )
+    scale = max(1.0, float(exact_value.abs().max()))
+    used = "float64" if exact else precision
+    check = Check(f"{used} search against float64 entries", error, UNIT_ROUNDOFF[used] * scale)
+    source_ids, other_ids = given[kept.row].tolist(), kept.column.tolist()
     frame = pd.DataFrame(
         {
             "source": model.to_str_tokens(source_ids),
             "source_id": source_ids,
-            "token": model.to_str_tokens(token_ids),
-            "token_id": token_ids,
-            "value": found.value.cpu().numpy(),
-            "rank": [i % top_k + 1 for i in range(len(token_ids))],
+            "token": model.to_str_tokens(other_ids),
+            "token_id": other_ids,
+            "value": exact_value.cpu().numpy(),
+            "rank": [i % top_k + 1 for i in range(len(other_ids))],
         }
     )
-    notes = {"head": head, "circuit": circuit, "dtype": "float64", "norms": "gains folded, scales left out"}
-    return TokenPairs(frame=frame, receipt=Receipt((check,), notes), head=head, circuit=circuit)
+    notes = {
+        "head": circuit.head.label,
+        "circuit": circuit.which,
+        "dtype": f"values float64, search {used}",
+        "norms": NORMS,
+    }
+    return TokenPairs(
+        frame=frame,
+        receipt=Receipt((check,), notes),
+        head=circuit.head.label,
+        circuit=circuit.which,
+    )
+
+
+def _ranked(found: Entries, exact: Tensor, group: int, top_k: int, largest: bool) -> tuple[Entries, Tensor]:
+    """The ``top_k`` of every group of found entries, ranked anew by their float64 values."""
+    value, order = exact.view(-1, group).topk(min(top_k, group), largest=largest)
+    pick = (order + torch.arange(0, len(exact), group, device=order.device)[:, None]).flatten()
+    return Entries(found.row[pick], found.column[pick], found.value[pick]), value.flatten()
+
+
+def _plan(circuit: VocabularyCircuit, rows: int, columns: int, work: int) -> Plan:
+    high, wide = block_shape(circuit.model.W_E.device)
+    block = min(rows, high) * min(columns, wide)
+    return make_plan(
+        what=f"{circuit.which} circuit of {circuit.head.label} over {rows:,} x {columns:,} tokens",
+        flops=2 * work,
+        bytes=4 * ((rows + columns) * circuit.rank + block),
+        chunks=-(-rows // high) * -(-columns // wide),
+        device=circuit.model.W_E.device,
+        shape=(min(rows, high), circuit.rank, min(columns, wide)),
+    )

@@ -1,0 +1,276 @@
+"""One head's circuit over the vocabulary, as two thin factors (Elhage et al. 2021).
+
+``OV``: ``W_E W_OV W_U``, what attending to a token does to the logits. ``QK``: ``W_E W_QK W_E^T``, which
+token attends to which. Gains of the norms are folded into the head and into ``W_U``; their
+per-position scales, the positions and the layers between are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp_attn.circuits.streaming import top_of_rows
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.heads import Head
+from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.virtual import resolve_head
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+Which = Literal["OV", "QK"]
+Tokens = Sequence[str | int] | str | int
+NORMS = "gains folded, scales left out"
+CHUNK = 4096  # tokens whose embedding is widened to float64 at a time
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TokenBlock(Result):
+    """Chosen rows and columns of a circuit.
+
+    Attributes:
+        values: ``[source, token]``, float64.
+        frame: one row per source token, one column per token.
+    """
+
+    title: ClassVar[str] = "Circuit between chosen tokens"
+    head: str
+    circuit: Which
+    values: Float[Tensor, "source token"]
+
+    def plot(self) -> Figure:
+        """A heatmap, red negative and blue positive."""
+        from mechinterp_attn.view.figures.circuits import block_heatmap
+
+        return block_heatmap(self)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class CircuitStatistics(Result):
+    """Numbers about a whole circuit.
+
+    Attributes:
+        frame: one row per ``statistic`` with its ``value``: ``frobenius_norm``, ``spectral_norm``,
+            ``mean``, ``diagonal_mean``, ``diagonal_share`` (of the squared norm), ``positive_diagonal``
+            (share of tokens), ``top1_on_diagonal`` (share of the tokens looked at whose largest entry
+            is their own), ``copying_score``. The last five need equal input and output vocabularies.
+    """
+
+    title: ClassVar[str] = "Statistics of a circuit over the vocabulary"
+    head: str
+    circuit: Which
+
+    def __getitem__(self, statistic: str) -> float:
+        return float(self.frame.set_index("statistic").loc[statistic, "value"])
+
+
+@dataclass(frozen=True, eq=False)
+class VocabularyCircuit:
+    """A head's circuit over the vocabulary, never multiplied out.
+
+    Attributes:
+        model, head: what it was made from;  which: "OV" or "QK".
+        offset: how many tokens before the query the key stands, for rotary heads; None leaves
+            rotations out.
+    """
+
+    model: AttentionOnlyModel
+    head: Head
+    which: Which
+    offset: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        spec = self.model.spec
+        return spec.d_vocab, spec.d_vocab_out if self.which == "OV" else spec.d_vocab
+
+    def left(
+        self, ids: Tensor | None = None, dtype: torch.dtype = torch.float64
+    ) -> Float[Tensor, "source rank"]:
+        """The rows' factor: what the head reads from every source (OV) or query (QK) token."""
+        return _by_chunks(self.model.W_E.detach(), ids, self._left, dtype)
+
+    def right(
+        self, ids: Tensor | None = None, dtype: torch.dtype = torch.float64
+    ) -> Float[Tensor, "rank token"]:
+        """The columns' factor: what the head writes to every logit, or reads from every key token."""
+        table = self.model.W_U.detach().T if self.which == "OV" else self.model.W_E.detach()
+        return _by_chunks(table, ids, self._right, dtype).T
+
+    def _left(self, x: Tensor) -> Tensor:
+        if self.which == "OV":
+            return x @ self.head.W_V.to(x.dtype)
+        return self._turned(self.head.query_read(x), self.offset)
+
+    def _right(self, x: Tensor) -> Tensor:
+        if self.which == "OV":
+            return x @ self.head.W_O.to(x.dtype).T
+        return self._turned(self.head.key_read(x), 0)
+
+    def _turned(self, x: Tensor, position: int | None) -> Tensor:
+        if self.offset is None or position is None:
+            return x
+        return self.head.bank.turned(x, position)
+
+    def at(self, rows: Tensor, columns: Tensor) -> Float[Tensor, " entry"]:
+        """Single entries ``M[rows[i], columns[i]]``, one by one in float64."""
+        some_rows, row = rows.unique(return_inverse=True)
+        some_columns, column = columns.unique(return_inverse=True)
+        return (self.left(some_rows)[row] * self.right(some_columns).T[column]).sum(-1)
+
+    def entry(self, source: str | int, token: str | int) -> float:
+        """One entry, in float64.
+
+        Raises:
+            MechInterpError: a text that is several tokens, or an id outside the vocabulary.
+        """
+        row = token_ids(self.model, source, self.shape[0])
+        column = token_ids(self.model, token, self.shape[1])
+        return float(self.at(row, column)[0])
+
+    def block(self, sources: Tokens, tokens: Tokens) -> TokenBlock:
+        """Chosen rows and columns as a table and a heatmap.
+
+        Raises:
+            MechInterpError: a text that is several tokens, or an id outside the vocabulary.
+        """
+        rows = token_ids(self.model, sources, self.shape[0])
+        columns = token_ids(self.model, tokens, self.shape[1])
+        values = self.left(rows) @ self.right(columns)
+        frame = pd.DataFrame(
+            values.cpu().numpy(),
+            index=pd.Index(self.model.to_str_tokens(rows), name="source"),
+            columns=pd.Index(self.model.to_str_tokens(columns), name="token"),
+        )
+        again = self.at(rows[:1], columns[-1:])[0]
+        error = float((again - values[0, -1]).abs())
+        check = Check("a corner computed on its own", error, 1e-10 * max(1.0, float(values.abs().max())))
+        notes = {"head": self.head.label, "circuit": self.which, "dtype": "float64", "norms": NORMS}
+        return TokenBlock(
+            frame=frame,
+            receipt=Receipt((check,), notes),
+            head=self.head.label,
+            circuit=self.which,
+            values=values,
+        )
+
+    @torch.no_grad()
+    def statistics(self, *, tokens: int | None = 2048, seed: int = 0) -> CircuitStatistics:
+        """Norms, how much stands on the diagonal, and the copying score.
+
+        Args:
+            tokens: how many source tokens, drawn at random, ``top1_on_diagonal`` looks at; None for
+                all (a vocabulary x vocabulary product).
+            seed: of that draw.
+        """
+        left, right = self.left(), self.right()
+        rows, columns = self.shape
+        singular = singular_values(left, right)
+        norm = float(singular.pow(2).sum().sqrt())
+        numbers = {
+            "frobenius_norm": norm,
+            "spectral_norm": float(singular[0]),
+            "mean": float(left.mean(0) @ right.mean(1)),
+        }
+        if rows == columns:
+            diagonal = (left * right.T).sum(-1)
+            eigenvalues = torch.linalg.eigvals(right @ left)
+            picked = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:tokens]
+            picked = picked.sort().values.to(left.device)
+            top = top_of_rows(left[picked], right, 1)
+            numbers |= {
+                "diagonal_mean": float(diagonal.mean()),
+                "diagonal_share": float(diagonal.pow(2).sum()) / max(norm**2, 1e-300),
+                "positive_diagonal": float((diagonal > 0).double().mean()),
+                "top1_on_diagonal": float((picked == top.column).double().mean()),
+                "copying_score": positive_share(eigenvalues),
+            }
+        frame = pd.DataFrame({"statistic": list(numbers), "value": list(numbers.values())})
+        gram = float(((left.T @ left) * (right @ right.T)).sum().clamp_min(0).sqrt())
+        check = Check(
+            "norm by singular values and by Gram matrices", abs(gram - norm), 1e-6 * max(1.0, norm)
+        )
+        notes = {"head": self.head.label, "circuit": self.which, "dtype": "float64", "norms": NORMS}
+        if tokens is not None and tokens < rows:
+            notes["top1_on_diagonal"] = f"over {tokens} random tokens, seed {seed}"
+        return CircuitStatistics(
+            frame=frame, receipt=Receipt((check,), notes), head=self.head.label, circuit=self.which
+        )
+
+    def __repr__(self) -> str:
+        rows, columns = self.shape
+        return f"{self.which} circuit of {self.head.label}: {rows} x {columns}, rank <= {self.rank}"
+
+    @property
+    def rank(self) -> int:
+        return self.head.W_V.shape[1] if self.which == "OV" else self.head.W_Q.shape[1]
+
+
+def ov_circuit(model: AttentionOnlyModel, head: str | Head) -> VocabularyCircuit:
+    """A head's ``W_E W_OV W_U``: entries, blocks and statistics of it.
+
+    Raises:
+        MechInterpError: no such head.
+    """
+    return VocabularyCircuit(model, resolve_head(model, head), "OV")
+
+
+def qk_circuit(
+    model: AttentionOnlyModel, head: str | Head, *, offset: int | None = None
+) -> VocabularyCircuit:
+    """A head's ``W_E W_QK W_E^T`` (unscaled): entries, blocks and statistics of it.
+
+    Args:
+        offset: the key stands this many tokens before the query (rotary heads turn with it).
+
+    Raises:
+        MechInterpError: no such head, or an offset outside the context.
+    """
+    if offset is not None and not 0 <= offset < model.spec.n_ctx:
+        raise MechInterpError(f"offset={offset}; expected 0 to {model.spec.n_ctx - 1} tokens")
+    return VocabularyCircuit(model, resolve_head(model, head), "QK", offset)
+
+
+def token_ids(model: AttentionOnlyModel, tokens: Tokens, size: int) -> Tensor:
+    """Ids of tokens given as texts of one token or ids, checked against a vocabulary's size.
+
+    Raises:
+        MechInterpError: none given, a text of several tokens, or ids outside the vocabulary.
+    """
+    given = [tokens] if isinstance(tokens, str | int) else list(tokens)
+    ids = [model.to_single_token(t) if isinstance(t, str) else int(t) for t in given]
+    bad = [i for i in ids if not 0 <= i < size]
+    if bad or not ids:
+        raise MechInterpError(f"tokens {bad or given}: expected at least one, out of 0..{size - 1}")
+    return torch.tensor(ids, device=model.W_E.device)
+
+
+def singular_values(
+    left: Float[Tensor, "row rank"], right: Float[Tensor, "rank column"]
+) -> Float[Tensor, " rank"]:
+    """Singular values of ``left @ right`` through QR of the thin factors, largest first."""
+    return torch.linalg.svdvals(torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T)
+
+
+def positive_share(eigenvalues: Tensor) -> float:
+    """``sum(lambda) / sum(|lambda|)``, between -1 and 1; NaN where all are zero (Elhage et al. 2021)."""
+    size = float(eigenvalues.abs().sum())
+    return float(eigenvalues.real.sum()) / size if size > 0 else float("nan")
+
+
+@torch.no_grad()
+def _by_chunks(
+    table: Tensor, ids: Tensor | None, f: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> Tensor:
+    """``f`` of the table's rows in a dtype, a few thousand rows widened at a time."""
+    n = len(table) if ids is None else len(ids)
+    pick = slice if ids is None else lambda a, b: ids[a:b]
+    return torch.cat([f(table[pick(a, a + CHUNK)].to(dtype)) for a in range(0, n, CHUNK)])
