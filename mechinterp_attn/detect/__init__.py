@@ -1,6 +1,7 @@
 """Which head does what: by its pattern, by its weights, by cutting it out, over a corpus."""
 
 from mechinterp_attn.detect.ablation import Ablations, ablate
+from mechinterp_attn.detect.circuit import CircuitCheck, assert_circuit, check_circuit
 from mechinterp_attn.detect.induction import Induction, induction
 from mechinterp_attn.detect.losses import InContextLearning, in_context_learning
 from mechinterp_attn.detect.probes import Probe, random_repeats
@@ -9,6 +10,7 @@ from mechinterp_attn.detect.weights import WeightScores, score_weights
 
 __all__ = [
     "Ablations",
+    "CircuitCheck",
     "HeadScores",
     "InContextLearning",
     "Induction",
@@ -17,6 +19,8 @@ __all__ = [
     "Probe",
     "WeightScores",
     "ablate",
+    "assert_circuit",
+    "check_circuit",
     "in_context_learning",
     "induction",
     "match",

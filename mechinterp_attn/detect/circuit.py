@@ -1,0 +1,242 @@
+"""Tests of circuits: a circuit in a few lines of YAML, checked against a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+import torch
+import yaml
+from torch import Tensor
+
+from mechinterp_attn.detect.ablation import ablate
+from mechinterp_attn.detect.batches import Batch, as_batch, pad
+from mechinterp_attn.detect.induction import ATTENDS, MATTERS_NATS, STANDS_OUT
+from mechinterp_attn.detect.probes import ROLES, random_repeats
+from mechinterp_attn.detect.scores import score_heads
+from mechinterp_attn.detect.weights import score_weights
+from mechinterp_attn.errors import MechInterpError, listing
+from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.results import Receipt, Result
+
+Spec = Mapping[str, Any] | str | Path
+
+CARRIES = 0.5  # share of a behaviour that a circuit carries where the spec names no number
+_EDGE = re.compile(r"\s*(\S+)\s*-([KV])->\s*(\S+)\s*")
+_KEYS = ("name", "heads", "edges", "behaviour")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class CircuitCheck(Result):
+    """Every claim of a circuit and what was measured.
+
+    Attributes:
+        frame: one row per claim: ``claim, measured, at_least, ok``.
+        ok: whether all of them hold.
+    """
+
+    title: ClassVar[str] = "Circuit"
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.frame["ok"].all())
+
+
+def assert_circuit(
+    model: AttentionOnlyModel, spec: Spec, tolerance: float = 0.05, *, seed: int = 0, draws: int = 10
+) -> CircuitCheck:
+    """Check that a circuit is in a model; made for tests.
+
+        heads:
+          L0H2: previous_token
+          L1H3: {induction: 0.9}
+          L0N*: member
+        edges:
+          - L0H2 -K-> L1H3
+        behaviour: {task: induction, carries: 0.8, needed: 0.5}
+
+    - ``heads``: labels (``*`` stands for any characters) with a role of ``score_heads``, whose score
+      must be at least 0.4, or the number given; ``member`` claims nothing.
+    - ``edges``: ``-K->``: the trace of the K-composed QK circuit is at least 5 standard deviations
+      above random heads (``score_weights``); ``-V->``: cutting the virtual head costs at least 0.1
+      nats on the behaviour.
+    - ``behaviour``: ``induction`` (the repeats in repeated random tokens), or a mapping with ``task:
+      induction``, ``texts: [...]``, or ``prompts: [{prompt: ..., answer: ...}]``; ``carries``: with
+      all heads outside the circuit replaced by their means, at least this share of the loss
+      between no heads and all heads is kept (0.5 where neither number is given); ``needed``: with
+      the circuit replaced, at least this share is lost.
+
+    Args:
+        spec: a mapping, YAML text, or the path of a YAML file.
+        tolerance: how far below its number a measured score or share may be.
+        seed, draws: of the random tokens.
+
+    Returns:
+        every claim with what was measured.
+
+    Raises:
+        AssertionError: claims that do not hold, all of them, with what was measured.
+        MechInterpError: the spec cannot be read; lists everything that is wrong.
+    """
+    result = check_circuit(model, spec, tolerance, seed=seed, draws=draws)
+    failed = result.frame[~result.frame["ok"]]
+    if len(failed):
+        lines = [
+            f"{r.claim}: {r.measured:.3f}, expected at least {r.at_least:.3f}" for r in failed.itertuples()
+        ]
+        raise AssertionError(listing(f"{len(failed)} of {len(result.frame)} claims do not hold", lines))
+    return result
+
+
+def check_circuit(
+    model: AttentionOnlyModel, spec: Spec, tolerance: float = 0.05, *, seed: int = 0, draws: int = 10
+) -> CircuitCheck:
+    """``assert_circuit`` without the assertion: what holds and what does not."""
+    data = _read(spec)
+    members, roles = _heads(model, data)
+    edges = [_EDGE.fullmatch(edge) for edge in data.get("edges", ())]
+    claims: list[tuple[str, float, float]] = []
+    if roles:
+        scores = score_heads(model, seed=seed, draws=draws).frame.set_index("head")
+        for head, role, least in roles:
+            claims.append((f"{head} {role}", float(scores[role][head]), least - tolerance))
+    pairs: dict[tuple[str, str], float] | None = None
+    batch, where = _behaviour(model, data.get("behaviour", "induction"), seed=seed, draws=draws)
+    for edge in edges:
+        assert edge is not None  # checked by _read
+        src, kind, dst = edge.groups()
+        name = f"{src} -{kind}-> {dst}"
+        if kind == "K":
+            if pairs is None:
+                table = score_weights(model, seed=seed, draws=1).pairs
+                ends = zip(table["src"], table["dst"], strict=True)
+                pairs = dict(zip(ends, table["trace_z"].tolist(), strict=True))
+            claims.append((f"{name} (deviations)", pairs.get((src, dst), 0.0), STANDS_OUT))
+        else:
+            cut = ablate(model, batch.tokens, [(src, dst)], where=where)
+            claims.append((f"{name} (nats)", float(cut.frame["loss_change"][0]), MATTERS_NATS))
+    if "behaviour" in data:
+        claims += _carried(model, data["behaviour"], members, batch, where, tolerance)
+    frame = pd.DataFrame(claims, columns=["claim", "measured", "at_least"])
+    frame["ok"] = frame["measured"] >= frame["at_least"]
+    notes = {"heads in the circuit": len(members), "seed": seed, "draws": draws, "tolerance": tolerance}
+    return CircuitCheck(frame=frame, receipt=Receipt((), notes))
+
+
+def _carried(
+    model: AttentionOnlyModel,
+    behaviour: Any,
+    members: list[str],
+    batch: Batch,
+    where: Tensor,
+    tolerance: float,
+) -> list[tuple[str, float, float]]:
+    stated = behaviour if isinstance(behaviour, Mapping) else {}
+    everything = list(model.heads)
+    outside = sorted(set(everything) - set(members))
+    change = {}
+    for name, heads in (("none", everything), ("circuit", outside), ("rest", members)):
+        if heads:
+            cut = ablate(model, batch.tokens, heads, together=True, replace="mean", where=where)
+            change[name] = float(cut.frame["loss_change"][0])
+        else:
+            change[name] = 0.0
+    worth = change["none"]
+    if worth <= 0:
+        raise MechInterpError(
+            f"the heads are worth {worth:.3f} nats on this behaviour: the model does not have it, so no "
+            "circuit can carry it"
+        )
+    claims = []
+    if "carries" in stated or "needed" not in stated:
+        kept = 1 - change["circuit"] / worth
+        claims.append(("carries the behaviour", kept, stated.get("carries", CARRIES) - tolerance))
+    if "needed" in stated:
+        claims.append(("needed for the behaviour", change["rest"] / worth, stated["needed"] - tolerance))
+    return claims
+
+
+def _behaviour(model: AttentionOnlyModel, behaviour: Any, *, seed: int, draws: int) -> tuple[Batch, Tensor]:
+    """The tokens of a behaviour, and which next tokens show it."""
+    stated = behaviour if isinstance(behaviour, Mapping) else {"task": behaviour}
+    if "texts" in stated:
+        batch = as_batch(model, list(stated["texts"]))
+        return batch, batch.predicts
+    if "prompts" in stated:
+        rows, starts = [], []
+        for one in stated["prompts"]:
+            prompt = model.as_tokens(one["prompt"])[0]
+            answer = model.to_tokens(one["answer"], prepend_bos=False)[0]
+            rows.append(torch.cat([prompt, answer]))
+            starts.append(len(prompt))
+        batch = pad(model, rows)
+        position = torch.arange(1, batch.tokens.shape[1], device=batch.tokens.device)
+        start = torch.tensor(starts, device=batch.tokens.device)
+        return batch, batch.predicts & (position[None, :] >= start[:, None])
+    probe = random_repeats(model, draws=draws, seed=seed)
+    return probe.batch, probe.repeated
+
+
+def _read(spec: Spec) -> Mapping[str, Any]:
+    """A spec as a mapping, its form checked.
+
+    Raises:
+        MechInterpError: with every mistake.
+    """
+    if isinstance(spec, Path):
+        spec = spec.read_text(encoding="utf-8")
+    try:
+        data = yaml.safe_load(spec) if isinstance(spec, str) else spec
+    except yaml.YAMLError as error:
+        raise MechInterpError(f"the circuit is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, Mapping):
+        raise MechInterpError(
+            f"the circuit is {data!r}; expected a mapping with heads, edges and behaviour, as YAML or dict"
+        )
+    wrong = [f"unknown key {key!r} (known: {', '.join(_KEYS)})" for key in data if key not in _KEYS]
+    if not isinstance(data.get("heads"), Mapping) or not data["heads"]:
+        wrong.append("no heads: expected 'heads' with a role for every label, such as L0H2: previous_token")
+    for edge in data.get("edges") or ():
+        if not isinstance(edge, str) or not _EDGE.fullmatch(edge):
+            wrong.append(f"edge {edge!r}: expected 'L0H2 -K-> L1H3' or 'L0H2 -V-> L1H3'")
+    behaviour = data.get("behaviour", "induction")
+    tasks = behaviour if isinstance(behaviour, Mapping) else {"task": behaviour}
+    if not ({"texts", "prompts"} & set(tasks)) and tasks.get("task") != "induction":
+        wrong.append(f"behaviour {behaviour!r}: expected 'induction', or a mapping with texts or prompts")
+    known = ("task", "texts", "prompts", "carries", "needed")
+    wrong += [f"behaviour has an unknown key {name!r}" for name in tasks if name not in known]
+    if wrong:
+        raise MechInterpError(listing("the circuit cannot be read", wrong))
+    return data
+
+
+def _heads(
+    model: AttentionOnlyModel, data: Mapping[str, Any]
+) -> tuple[list[str], list[tuple[str, str, float]]]:
+    """The labels of the circuit's heads, and its claims (head, role, least score)."""
+    members: list[str] = []
+    roles, wrong = [], []
+    for label, role in data["heads"].items():
+        found = [head for head in model.heads if fnmatchcase(head, str(label))]
+        if not found:
+            wrong.append(f"no head {label}; this model has {model.heads!r}")
+        members += found
+        for name, least in role.items() if isinstance(role, Mapping) else [(role, ATTENDS)]:
+            if name in ROLES:
+                roles += [(head, name, float(least)) for head in found]
+            elif name != "member":
+                wrong.append(f"{label}: role {name!r}; expected {', '.join(ROLES)} or member")
+    for edge in data.get("edges") or ():
+        ends = _EDGE.fullmatch(edge)
+        assert ends is not None  # checked by _read
+        wrong += [
+            f"edge {edge!r}: {end} is not among the heads" for end in ends.group(1, 3) if end not in members
+        ]
+    if wrong:
+        raise MechInterpError(listing("the circuit does not fit the model", wrong))
+    return list(dict.fromkeys(members)), roles
