@@ -214,6 +214,50 @@ class AttentionOnlyModel(TokenDoor, HookedRootModule):
             return out, cache
         return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
 
+    def generate(
+        self,
+        input: str | Tensor,
+        max_new_tokens: int = 10,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_at_eos: bool = True,
+        attention_mask: Tensor | None = None,
+        use_past_kv_cache: bool = True,
+        generator: torch.Generator | None = None,
+        verbose: bool = False,
+    ) -> Any:
+        """Continue a text or tokens: text in, text out; tokens in, tokens ``[batch, pos + new]`` out.
+
+        Args:
+            temperature: 0 takes the most likely token every time.
+            top_k, top_p: draw from the k most likely tokens, or from the fewest that hold a share p.
+            stop_at_eos: sequences that said EOS say nothing else; where all have, it ends.
+            attention_mask: ``[batch, pos]``, 0 on padding, which must be on the left.
+            generator: of the draws.
+
+        Raises:
+            MechInterpError: no room in the context, a bidirectional model or a classifier, or options
+                out of range.
+        """
+        from mechinterp_attn.generation import generate
+
+        tokens = generate(
+            self,
+            input,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_at_eos=stop_at_eos,
+            attention_mask=attention_mask,
+            use_past_kv_cache=use_past_kv_cache,
+            generator=generator,
+            verbose=verbose,
+        )
+        return self.to_string(tokens[0]) if isinstance(input, str) else tokens
+
     @property
     def cfg(self) -> TransformerBridgeConfig:
         """The config as TransformerLens's tools read it, with the present dtype and device."""

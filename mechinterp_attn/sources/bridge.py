@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,7 @@ def read_bridge(bridge: TransformerBridge) -> Checkpoint:
     Raises:
         UnsupportedModelError: with every part that cannot be converted.
     """
-    name = str(getattr(bridge.cfg, "model_name", "bridge"))
+    name = Path(str(getattr(bridge.cfg, "model_name", "bridge"))).name
     if getattr(bridge.cfg, "architecture", None) == _NATIVE:
         cfg, tensors = _read_native(bridge)
     else:
@@ -116,7 +117,10 @@ def run_bridge(module: Any, tokens: Int[Tensor, "batch pos"]) -> tuple[Tensor, d
             It is run in eval mode and left as it was, hooks included.
     """
     streams = {}
-    points = getattr(module, "hook_dict", {})
+    points = dict(getattr(module, "hook_dict", {}))
+    if hasattr(module, "embed_ln"):  # BERT: the bridge's hook_resid_mid is not what the MLP reads
+        for layer in range(module.cfg.n_layers):
+            points[f"blocks.{layer}.hook_resid_mid"] = points[f"blocks.{layer}.ln1.hook_out"]
     wanted = [
         name
         for layer in range(module.cfg.n_layers)

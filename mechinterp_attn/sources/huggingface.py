@@ -6,7 +6,10 @@ bridge's config is not right for every family (GPT-Neo's scale, OPT's width, rot
 
 from __future__ import annotations
 
+import contextlib
 import math
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -272,31 +275,39 @@ def boot(source: str | Path, dtype: torch.dtype | None = None) -> TransformerBri
     except (OSError, ValueError, KeyError) as error:
         raise MechInterpError(f"{name!r} cannot be read as a Hugging Face model: {error}") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name) if _has_tokenizer(name) else None
     except (OSError, ValueError, KeyError):
         tokenizer = None
-    stand_in = tokenizer if tokenizer is not None else _stand_in_tokenizer(config.vocab_size)
     try:
-        bridge = TransformerBridge.boot_transformers(
-            name, hf_model=model, tokenizer=stand_in, device="cpu", dtype=dtype or wide
-        )
+        with _some_tokenizer(tokenizer, config.vocab_size) as needed:
+            bridge = TransformerBridge.boot_transformers(
+                name, hf_model=model, tokenizer=needed, device="cpu", dtype=dtype or wide
+            )
     except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
         raise MechInterpError(f"TransformerLens has no bridge for {name!r} ({kind}): {error}") from error
     bridge.tokenizer = tokenizer
     return bridge
 
 
-def _stand_in_tokenizer(size: int) -> Any:
-    """Booting needs some tokenizer, or TransformerLens asks the hub for one."""
-    import tempfile
+def _has_tokenizer(name: str) -> bool:
+    """Folders without any tokenizer file get an empty tokenizer from transformers: that is none."""
+    folder = Path(name)
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    return not folder.is_dir() or any((folder / file).is_file() for file in files)
 
+
+@contextlib.contextmanager
+def _some_tokenizer(tokenizer: Any, size: int) -> Iterator[Any]:
+    """Booting needs some tokenizer, readable from where it was saved, or the hub is asked for one."""
+    if tokenizer is not None:
+        yield tokenizer
+        return
     from tokenizers import Tokenizer, models
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    words = {f"<{i}>": i for i in range(size)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<0>"))
+    backend = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(size)}, unk_token="<0>"))
     with tempfile.TemporaryDirectory() as folder:
         PreTrainedTokenizerFast(
             tokenizer_object=backend, bos_token="<0>", eos_token="<0>", pad_token="<0>"
         ).save_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder)
+        yield AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,109 @@
+"""Real models: published facts, and the Hugging Face models themselves."""
+
+import itertools
+
+import pytest
+import torch
+
+import mechinterp_attn as mia
+
+PROMPT = "Once upon a time, there was a little girl named Lily. She loved to play with her red ball"
+
+
+@pytest.fixture(scope="module")
+def stories(data):
+    return mia.load(data / "models" / "stories260K")
+
+
+@pytest.fixture(scope="module")
+def stories_hf(data):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(data / "models" / "stories260K").eval()
+
+
+def test_stories_tells_the_same_200_tokens(stories, stories_hf):
+    tokens = stories.to_tokens(PROMPT)
+    expected = stories_hf.generate(
+        tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=200,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    assert expected.shape == (1, tokens.shape[1] + 200)
+    assert torch.equal(stories.generate(tokens, 200, stop_at_eos=False), expected)
+    text = stories.generate(PROMPT, 40)
+    assert text == stories.to_string(expected[0, : tokens.shape[1] + 40])
+
+
+def test_stories_has_the_same_loss(stories, stories_hf):
+    tokens = stories.to_tokens(PROMPT)
+    story = stories.generate(tokens, 200, temperature=1.0, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = float(stories_hf(story, labels=story).loss)
+    assert float(stories(story, return_type="loss")) == pytest.approx(expected, abs=1e-4)
+    assert 0.5 < expected < 2.5  # its own draws: near the published 1.30 nats
+
+
+def test_cached_generation_equals_uncached(stories):
+    tokens = stories.to_tokens(PROMPT)
+    slow = stories.generate(tokens, 30, use_past_kv_cache=False)
+    assert torch.equal(stories.generate(tokens, 30), slow)
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), tokens], 1)
+    mask = (torch.arange(padded.shape[1]) >= 5)[None]
+    assert torch.equal(stories.generate(padded, 30, attention_mask=mask)[:, 5:], slow)
+
+
+def test_draws_repeat_with_their_generator(stories):
+    def drawn(seed: int, **options):
+        generator = torch.Generator().manual_seed(seed)
+        return stories.generate(PROMPT, 20, temperature=1.0, generator=generator, **options)
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    greedy = stories.generate(PROMPT, 20)
+    assert drawn(0, top_k=1) == drawn(1, top_p=1e-9) == greedy
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(max_new_tokens=5000), "more than this model's context of 512; ask for at most"),
+        (dict(top_p=0.0), r"top_p=0.0; expected a number in \(0, 1\]"),
+        (dict(temperature=-1.0), "temperature=-1.0"),
+    ],
+)
+def test_generation_refuses(stories, options, message):
+    with pytest.raises(mia.MechInterpError, match=message):
+        stories.generate(PROMPT, **options)
+
+
+@pytest.mark.parametrize("door", ["nano_sort_3l", "nano_sort_3l/hf"])
+def test_nano_sort_sorts_all_729_inputs(data, door):
+    model = mia.load(data / "models" / door)
+    inputs = torch.tensor(list(itertools.product(range(3), repeat=6)))
+    outputs = inputs.sort(-1).values
+    logits = model(torch.cat([inputs, outputs[:, :5]], 1))
+    right = (logits[:, 5:].argmax(-1) == outputs).all(-1)
+    assert len(inputs) == 729
+    assert int(right.sum()) == 729
+
+
+def test_nano_sort_is_the_same_model_through_both_doors(data):
+    folder = data / "models" / "nano_sort_3l"
+    tokens = torch.randint(3, (8, 11), generator=torch.Generator().manual_seed(0))
+    one, other = mia.load(folder)(tokens), mia.load(folder / "hf")(tokens)
+    torch.testing.assert_close(one, other, rtol=0, atol=2e-5)  # float32, logits up to 9
+
+
+def test_indhead_has_the_published_accuracy(data):
+    """On sequences whose last token occurred before, once: 91.6 % continue with what followed it."""
+    model = mia.load(data / "models" / "indhead_2l")
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(26, (20000, 8), generator=generator)
+    last = tokens[:, -1:]
+    where = (tokens[:, :-1] == last).float()
+    once = where.sum(-1) == 1
+    index = where.argmax(-1)
+    follows = tokens.gather(1, (index + 1)[:, None])[:, 0]
+    kept = once & (index < 6)
+    predicted = model(tokens[kept])[:, -1].argmax(-1)
+    accuracy = float((predicted == follows[kept]).double().mean())
+    assert 0.85 < accuracy < 1.0
