@@ -65,7 +65,7 @@ function drawAttributionGraph(host, data) {
   make("span", { class: "graph-key" }, bar, "\u25cf attention head  \u25c6 MLP-derived head  \u25a0 token or bias; blue adds, red takes away");
   const stage = make("div", { class: "graph-stage" }, host);
   const scroll = make("div", { class: "graph-scroll" }, stage);
-  const svg = make("svg", { width: x + 20, height, viewBox: `0 0 ${x + 20} ${height}`, role: "img", "aria-label": data.title }, scroll);
+  const svg = make("svg", { width: x + 20, height, viewBox: `0 0 ${x + 20} ${height}`, role: "group", "aria-label": data.title }, scroll);
   const panel = make("div", { class: "graph-panel", "aria-live": "polite" }, stage);
 
   rows.forEach((r) => {
