@@ -163,6 +163,7 @@ class HeadBank(nn.Module, ABC):
         place: which sublayer of its block this is, counted from 0.
         parallel: the block's sublayers all read the same stream.
         mixes_positions: whether heads can attend to tokens other than their own.
+        parts: how many heads stand for one attention head or neuron of the source.
     """
 
     kind: ClassVar[Kind]
@@ -171,6 +172,7 @@ class HeadBank(nn.Module, ABC):
     place: ClassVar[int]
     mixes_positions: ClassVar[bool]
     parallel: bool = False
+    parts: int = 1
 
     layer: int
     n_heads: int
@@ -231,6 +233,11 @@ class HeadBank(nn.Module, ABC):
         W = W.double()
         return W @ W.mT if side == "O" else W.mT @ W
 
+    @property
+    def score_scale(self) -> float:
+        """What scores are divided by before the softmax."""
+        return 1.0
+
     def turned(self, x: Float[Tensor, "*n d_head"], position: int) -> Float[Tensor, "*n d_head"]:
         """Queries or keys as they are at a position: rotary heads turn them, others leave them."""
         return x
@@ -267,6 +274,10 @@ class HeadBank(nn.Module, ABC):
     def moved(self, cache: Cache) -> Float[Tensor, "batch pos head"]:
         """Norm of what every head would write if it attended to one position alone, out of a cache
         with ``hook_v``."""
+
+    @abstractmethod
+    def written(self, cache: Cache) -> Float[Tensor, "batch pos head"]:
+        """Norm of what every head writes at every position, out of a cache with ``hook_z``."""
 
     @abstractmethod
     def key_read(self, index: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
@@ -454,7 +465,8 @@ class HeadIndex(Sequence[str]):
         return pd.concat(parts, ignore_index=True)
 
     def find(self, label: str) -> tuple[HeadBank, int]:
-        """The bank and index behind a label such as ``L0H3`` or ``L1N152``.
+        """The bank and index behind a label such as ``L0H3``, ``L1N152`` or, where a neuron is several
+        heads, ``L1N152.0``.
 
         Raises:
             MechInterpError: the label is malformed or names no head; the message says which exist.
@@ -465,10 +477,17 @@ class HeadIndex(Sequence[str]):
                 f"{label!r} is not a head label; write L<layer>H<head> for an attention head or "
                 f"L<layer>N<neuron> for an MLP-derived head, such as {self[0]!r}"
             )
-        layer, letter, index = int(match[1]), match[2], int(match[3])
+        layer, letter, number = int(match[1]), match[2], int(match[3])
+        part = None if match[4] is None else int(match[4])
         for bank in self.banks:
-            if bank.layer == layer and bank.letter == letter and index < bank.n_heads:
-                return bank, index
+            if bank.layer == layer and bank.letter == letter:
+                index = number * bank.parts + (part or 0)
+                if (part is not None) == (bank.parts > 1) and (part or 0) < bank.parts:
+                    if index < bank.n_heads:
+                        return bank, index
+                elif part is None and index < bank.n_heads:
+                    first, last = bank.label(index), bank.label(index + bank.parts - 1)
+                    raise MechInterpError(f"neuron {label} is {bank.parts} heads: {first}..{last}")
         raise MechInterpError(f"no head {label}; this model has {self._ranges()}")
 
     def _ranges(self) -> str:

@@ -145,6 +145,10 @@ class AttentionBank(HeadBank):
             heads = torch.arange(self.n_heads, device=W.device)[heads] // self.group
         return W[heads]
 
+    @property
+    def score_scale(self) -> float:
+        return float(self.scale)
+
     def turned(self, x: Tensor, position: int) -> Tensor:
         return x if self.rotary is None else self.rotary.turn(x, position)
 
@@ -170,8 +174,14 @@ class AttentionBank(HeadBank):
         return torch.special.entr(pattern).sum(-1).transpose(1, 2)
 
     def moved(self, cache: Cache) -> Tensor:
-        v = self._per_head(cache[f"{self.path}.hook_v"])
-        squares = torch.einsum("bphd,hde->bphe", v, self.gram("O").to(v.dtype)) * v
+        return self._norms(self._per_head(cache[f"{self.path}.hook_v"]))
+
+    def written(self, cache: Cache) -> Tensor:
+        return self._norms(cache[f"{self.path}.hook_z"])
+
+    def _norms(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos head"]:
+        """Norms of ``z @ W_O``."""
+        squares = torch.einsum("bphd,hde->bphe", z, self.gram("O").to(z.dtype)) * z
         return squares.sum(-1).clamp_min(0).sqrt()
 
     def query_read(self, index: int, x: Tensor) -> Tensor:
