@@ -37,6 +37,8 @@ class Frozen:
             (two in a parallel block).
         end: the last residual stream, ``[pos, d_model]``.
         final_norm: the norm before the unembedding, as a linear map.
+        gate: what the activation of a prediction head (BERT) made of each coordinate in front of the
+            final norm, as a factor ``[pos, d_model]``; None without one.
         cap: what a soft cap makes of each logit, as a factor ``[pos, d_vocab_out]``; None without one.
         logits: what the model itself computed, ``[pos, d_vocab_out]``.
         receipt: the frozen linear model reproduces the logits.
@@ -48,6 +50,7 @@ class Frozen:
     sublayers: tuple[FrozenSublayer, ...]
     end: Float[Tensor, "pos d_model"]
     final_norm: FrozenNorm
+    gate: Float[Tensor, "pos d_model"] | None
     cap: Float[Tensor, "pos d_vocab"] | None
     logits: Float[Tensor, "pos d_vocab"]
     receipt: Receipt
@@ -77,13 +80,23 @@ class Frozen:
 
     def read_out(self, x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_vocab"]:
         """What a part of the residual stream adds to the logits (without b_U)."""
+        if self.gate is not None:
+            x = (x @ self.model.prediction.W.detach()) * self.gate
         logits = self.final_norm.apply(x) @ self.model.W_U.detach()
         return logits if self.cap is None else logits * self.cap
 
-    def offset(self) -> Float[Tensor, "*pos d_vocab"]:
-        """What b_U adds to the logits."""
-        b_U = self.model.b_U.detach()
-        return b_U if self.cap is None else b_U * self.cap
+    def read_back(self, y: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
+        """Carry a direction in front of the unembedding back to the last residual stream."""
+        y = self.final_norm.adjoint(y)
+        return y if self.gate is None else (y * self.gate) @ self.model.prediction.W.detach().T
+
+    def offset(self) -> Float[Tensor, "pos d_vocab"]:
+        """What the biases behind the last residual stream add to the logits."""
+        offset = self.model.b_U.detach().expand_as(self.logits)
+        if self.gate is not None:
+            bias = self.final_norm.apply(self.model.prediction.b.detach() * self.gate)
+            offset = offset + bias @ self.model.W_U.detach()
+        return offset if self.cap is None else offset * self.cap
 
     def loss(self, logits: Float[Tensor, "*batch pos d_vocab"]) -> Float[Tensor, "*batch"]:
         """Mean next-token loss (nats) of the prompt under given logits."""
@@ -168,13 +181,15 @@ def freeze(model: AttentionOnlyModel, tokens: str | Tensor) -> Frozen:
         return_cache_object=False,
     )
     cache = {name: tensor[0] for name, tensor in cache.items()}
+    end = cache[f"blocks.{model.spec.n_layers - 1}.hook_resid_post"]
     frozen = Frozen(
         model=model,
         tokens=ids[0],
         parts=_parts(model, cache),
         sublayers=tuple(sublayer.freeze(cache) for sublayer in model.sublayers()),
-        end=cache[f"blocks.{model.spec.n_layers - 1}.hook_resid_post"],
+        end=end,
         final_norm=model.ln_final.freeze(cache.get("ln_final.hook_scale")),
+        gate=_prediction_gate(model, end),
         cap=None,
         logits=logits[0],
         receipt=Receipt(),
@@ -190,12 +205,20 @@ def _parts(model: AttentionOnlyModel, cache: dict[str, Tensor]) -> dict[str, Ten
     return {"embed": embed, "position": position} if bool(position.any()) else {"embed": embed}
 
 
+def _prediction_gate(model: AttentionOnlyModel, end: Tensor) -> Float[Tensor, "pos d_model"] | None:
+    """The activation of a prediction head as the factor it was on this prompt."""
+    if not model.spec.prediction_head:
+        return None
+    z = end @ model.prediction.W.detach() + model.prediction.b.detach()
+    return torch.where(z == 0, 0.0, model.prediction(end[None])[0] / z)
+
+
 def _with_cap(frozen: Frozen) -> Frozen:
     """A soft cap on the logits as the factor it was on this prompt."""
     cap = frozen.model.spec.logit_cap
     if cap is None:
         return frozen
-    raw = frozen.read_out(frozen.end) + frozen.model.b_U.detach()
+    raw = frozen.read_out(frozen.end) + frozen.offset()
     return replace(frozen, cap=torch.where(raw == 0, 1.0, cap * torch.tanh(raw / cap) / raw))
 
 

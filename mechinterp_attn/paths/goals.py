@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -56,18 +57,19 @@ def resolve_goal(frozen: Frozen, *, target: Target | None, against: Target | Non
             f"target and against are both token {goal} ({model.to_str_tokens([goal])[0]!r}); "
             "their logit difference is 0 everywhere"
         )
-    W_U, offsets, logits = model.W_U.detach(), frozen.offset(), frozen.logits[pos]
-    offsets = offsets[pos] if offsets.ndim == 2 else offsets
+    W_U, offsets, logits = model.W_U.detach(), frozen.offset()[pos], frozen.logits[pos]
     factor = logits.new_ones(len(logits)) if frozen.cap is None else frozen.cap[pos]
     direction, offset, total = W_U[:, goal] * factor[goal], offsets[goal], logits[goal]
     if other is not None:
         direction = direction - W_U[:, other] * factor[other]
         offset, total = offset - offsets[other], total - logits[other]
+    at_end = torch.zeros_like(frozen.end)
+    at_end[pos] = direction
     return Goal(
         target=goal,
         against=other,
         position=pos,
-        direction=frozen.final_norm.at(pos).adjoint(direction),
+        direction=frozen.read_back(at_end)[pos],
         offset=float(offset),
         total=float(total),
         about=f"{logit_name(model, goal, other)} after {frozen.str_tokens[pos]!r} (position {pos})",

@@ -176,7 +176,7 @@ class _Terms:
             gradient = gradient * frozen.cap[:-1]
         field_ = torch.zeros_like(frozen.start)
         field_[:-1] = gradient @ frozen.model.W_U.detach().T / self.n
-        field_ = frozen.final_norm.adjoint(field_)
+        field_ = frozen.read_back(field_)
         n = len(frozen.sublayers)
         return [
             (self.held(bank, before, order) * bank.unwrite(frozen.carry_back(field_, depth, n))).sum(
@@ -218,9 +218,9 @@ class _Sums:
     def add(self, terms: _Terms) -> None:
         self.tokens += terms.n
         for order, loss in enumerate(terms.losses):
-            self.orders[order] += terms.n * torch.tensor([loss, terms.attention_only(order)])
+            self.orders[order] += terms.n * _float64(loss, terms.attention_only(order))
             for i, ends in enumerate(terms.ends if order else ()):
-                self.layers[order, i] += terms.n * torch.tensor(terms.effects(order, ends[order]))
+                self.layers[order, i] += terms.n * _float64(*terms.effects(order, ends[order]))
         for order, banks in enumerate(self.estimates, start=1):
             for total, estimate in zip(banks, terms.estimates(order), strict=True):
                 total += terms.n * estimate.double().cpu()
@@ -230,7 +230,7 @@ class _Sums:
 
     def add_heads(self, terms: _Terms, chosen: Sequence[tuple[int, str]]) -> None:
         for order, label in chosen:
-            effects = torch.tensor(terms.head_effects(order, label), dtype=torch.float64)
+            effects = _float64(*terms.head_effects(order, label))
             self.exact[order, label] = self.exact.get((order, label), 0) + terms.n * effects
 
     def result(self, model: AttentionOnlyModel) -> TermImportance:
@@ -272,6 +272,10 @@ class _Sums:
             receipt=Receipt((check,), notes),
             n_tokens=n,
         )
+
+
+def _float64(*numbers: float) -> Float[Tensor, " n"]:
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def _running_sum(parts: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -1,0 +1,344 @@
+"""Published facts, the framework's own algorithm, interventions, and every family."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mechinterp_attn as mia
+from mechinterp_attn.errors import MechInterpError
+from tests.conftest import random_tokens, tiny_bridge
+from tests.conversion.families import FAMILIES, bridge_of, some_tokens
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mia.convert(tiny_bridge())
+
+
+@pytest.fixture(scope="module")
+def frozen(model):
+    return mia.paths.freeze(model, random_tokens(model, 1, 10)[0])
+
+
+def pinned(model, tokens):
+    """Hooks that hold every pattern and norm scale at their values on a prompt."""
+    wanted = lambda name: name.endswith(("hook_pattern", "hook_scale"))  # noqa: E731
+    _, cache = model.run_with_cache(tokens, names_filter=wanted, return_cache_object=False)
+    return [(name, lambda value, hook, kept=tensor: kept) for name, tensor in cache.items()]
+
+
+@torch.no_grad()
+def test_ablation_runs_of_the_framework_are_partial_sums_of_the_path_expansion(model, frozen):
+    """Elhage et al.: silence all heads but save what they would have written, feed that in, and so on."""
+    tokens = frozen.tokens[None]
+    hooks = pinned(model, tokens)
+    outputs = [f"blocks.{i}.{name}" for i in range(2) for name in ("hook_attn_out", "hook_mlp_out")]
+    biases = {
+        f"blocks.{bank.layer}.{'hook_attn_out' if bank.part == 'attn' else 'hook_mlp_out'}": bank.b_O
+        for bank in model.banks
+    }
+    fed = {name: biases[name].expand(1, 10, -1) for name in outputs}
+    orders = mia.paths.orders(frozen)
+    for n in range(5):
+        would_be = {}
+
+        def swap(value, hook, would_be=would_be, fed=fed):
+            would_be[hook.name] = value.clone()
+            return fed[hook.name]
+
+        logits = model.run_with_hooks(tokens, fwd_hooks=[*hooks, *((name, swap) for name in outputs)])
+        # float64; logits of size 5
+        torch.testing.assert_close(logits[0], orders.logits[: n + 1].sum(0), rtol=0, atol=1e-12)
+        fed = would_be
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gelu-2l", "tiny"])
+def test_taking_an_edge_away_changes_the_target_by_its_weight(model, name):
+    """Replay: what a head wrote is taken out of what a later head or neuron reads, all else frozen."""
+    if name != "tiny":
+        if name not in set(mia.models()["name"]):
+            pytest.skip(f"{name} is not bundled")
+        model = mia.load(name, dtype=torch.float64)
+        frozen = mia.paths.freeze(model, "The old man looked at the ship. The old man looked at the")
+    else:
+        frozen = mia.paths.freeze(model, random_tokens(model, 1, 8)[0])
+    tokens = frozen.tokens[None]
+    hooks = pinned(model, tokens)
+    graph = mia.paths.attribution_graph(frozen)
+    edges = graph.edges[~graph.edges["source"].isin(["bias"]) & (graph.edges["target"] != "logit")]
+    for edge in edges[edges["kind"] == "value"].iloc[:: max(1, len(edges) // 5)].itertuples():
+        label, q = edge.target.split("@")
+        written = torch.zeros_like(frozen.start)
+        source, p = edge.source.split("@")
+        if source == "token":
+            written[int(p)] = frozen.start[int(p)]
+        else:
+            head = model[source]
+            stream = frozen.residuals[_depth(model, source)]
+            z = (
+                head_reads(model, frozen, source, stream)
+                + pattern_of(model, frozen, source).sum(1, keepdim=True) * head.b_V
+            )
+            written[int(p)] = (z @ head.W_O)[int(p)]
+        lost = torch.zeros_like(frozen.start)
+        lost[int(q)] = (head_reads(model, frozen, label, written) @ model[label].W_O)[int(q)]
+        bank = model[label].bank
+        place = f"blocks.{bank.layer}.{'hook_attn_out' if bank.part == 'attn' else 'hook_mlp_out'}"
+        logits = model.run_with_hooks(
+            tokens, fwd_hooks=[*hooks, (place, lambda value, hook, lost=lost: value - lost)]
+        )
+        change = float(logits[0, graph.position, graph.target]) - graph.total
+        assert change == pytest.approx(-edge.weight, abs=1e-10)
+
+
+def pattern_of(model, frozen, label):
+    bank, index = model.heads.find(label)
+    own = next(f for f in frozen.banks if f.bank is bank)
+    return bank.dense_pattern(own.pattern, index)[:, :-1]
+
+
+def head_reads(model, frozen, label, x):
+    """``pattern @ norm(x) @ W_V`` with the scale of the run, written out."""
+    norm, _ = model.norm_of(model[label].bank)
+    stream = frozen.residuals[_depth(model, label)]
+    if norm.kind is not None:
+        centre = (lambda t: t - t.mean(-1, keepdim=True)) if norm.kind == "LN" else (lambda t: t)
+        scale = (centre(stream).pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+        x = centre(x) / scale
+    return pattern_of(model, frozen, label) @ (x @ model[label].W_V)
+
+
+def _depth(model, label):
+    return next(
+        i for i, sub in enumerate(model.sublayers()) if any(b is model[label].bank for b in sub.banks)
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_freezes_and_sums(family):
+    model = mia.convert(bridge_of(family), check=False)
+    frozen = mia.paths.freeze(model, some_tokens(1, 9)[0])
+    assert frozen.receipt.ok
+    assert mia.paths.orders(frozen).receipt.ok
+    assert mia.paths.logit_attribution(frozen, position=4).receipt.ok
+    graph = mia.paths.attribution_graph(frozen, scores=True, max_nodes=150)
+    assert graph.receipt.ok
+    assert mia.paths.top_paths(frozen, k=5, max_expansions=20, progress=False).receipt.ok
+    last = model.sublayers()[-1].banks[0].layer
+    score = mia.paths.expand_score(frozen, f"L{last}H1", 6, 5, against="others", by_source=True, keep=3)
+    assert score.receipt.ok
+    assert len(score.receipt.checks) == 2  # the sum, and the pattern from the score
+    neuron = mia.paths.expand_score(frozen, f"L{last}N3", 6)
+    assert neuron.receipt.ok
+    assert set(neuron.frame["key_term"]) == {"bias"}
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10**6), length=st.integers(1, 9), position=st.integers(-9, 8))
+def test_sums_hold_for_any_prompt(model, seed, length, position):
+    frozen = mia.paths.freeze(model, random_tokens(model, 1, length, seed=seed)[0])
+    orders = mia.paths.orders(frozen, max_order=seed % 4)
+    torch.testing.assert_close(orders.logits.sum(0), frozen.logits, rtol=0, atol=1e-10)
+    if not -length <= position < length:
+        with pytest.raises(MechInterpError, match="outside the prompt"):
+            mia.paths.attribution_graph(frozen, position=position)
+        return
+    attribution = mia.paths.logit_attribution(frozen, position=position, target=1, against=2)
+    assert attribution.frame["value"].sum() == pytest.approx(attribution.total, abs=1e-10)
+    graph = mia.paths.attribution_graph(frozen, position=position, max_nodes=40)
+    into = graph.edges[graph.edges["kind"] == "value"].groupby("target")["weight"].sum()
+    for row in graph.nodes.itertuples():
+        if row.kind in ("attention", "mlp", "logit"):
+            assert into.get(row.node, 0.0) + row.pruned == pytest.approx(row.value, abs=1e-10)
+
+
+def test_a_neurons_preactivation_is_the_sum_of_its_terms(model, frozen):
+    _, cache = model.run_with_cache(frozen.tokens)
+    for keep in (0, 5, 100):
+        expansion = mia.paths.expand_score(frozen, "L1N5", 7, keep=keep)
+        own = float(cache["blocks.1.mlp.hook_pre"][0, 7, 5])
+        assert expansion.total == pytest.approx(own, abs=1e-12)
+        assert expansion.frame["value"].sum() == pytest.approx(own, abs=1e-10)
+
+
+def test_a_score_is_the_sum_of_its_terms(model, frozen):
+    _, cache = model.run_with_cache(frozen.tokens)
+    scores = cache["blocks.1.attn.hook_attn_scores"][0, 2]
+    whole = mia.paths.expand_score(frozen, "L1H2", 7, 3)
+    assert whole.frame["value"].sum() == pytest.approx(float(scores[7, 3]), abs=1e-10)
+    others = [k for k in range(8) if k != 3]
+    excess = mia.paths.expand_score(frozen, "L1H2", 7, 3, against="others", by_source=True, keep=2)
+    expected = float(scores[7, 3] - scores[7, others].mean())
+    assert excess.frame["value"].sum() == pytest.approx(expected, abs=1e-10)
+    versus = mia.paths.expand_score(frozen, "L1H2", 7, 3, against=1)
+    assert versus.total == pytest.approx(float(scores[7, 3] - scores[7, 1]), abs=1e-10)
+
+
+def test_the_induction_head_of_a_real_model(data):
+    """Known by measurement: K-composition on the token carries all of it, and nothing else does."""
+    model = mia.load(data / "models" / "indhead_2l", dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    totals, terms, logits, paths = [], {}, [], {}
+    n = 0
+    for _ in range(12):
+        tokens = torch.randperm(26, generator=generator)[:4].repeat(2)
+        frozen = mia.paths.freeze(model, tokens)
+        for q in range(4, 7):
+            n += 1
+            score = mia.paths.expand_score(frozen, "L1H0", q, q - 3, against="others", by_source=True)
+            totals.append(score.total)
+            for row in score.frame.itertuples():
+                pair = row.query_term, row.key_term
+                terms[pair] = terms.get(pair, 0.0) + row.value
+            right = int(tokens[q - 3])
+            mean = frozen.logits[q].mean()
+            logits.append(float(frozen.logits[q, right] - mean))
+            found = mia.paths.virtual_head(frozen, "L1H0", target=right, position=q)
+            over_mean = float(found.logits[q, right] - found.logits[q].mean())
+            paths["L1H0"] = paths.get("L1H0", 0.0) + over_mean
+            paths["all"] = paths.get("all", 0.0) + logits[-1]
+    main = terms.pop(("embed", "embed > L0H0")) / n
+    assert main == pytest.approx(sum(totals) / n, rel=0.01)
+    assert main > 10
+    assert max(abs(value) / n for value in terms.values()) < 0.05
+    assert paths["L1H0"] == pytest.approx(paths["all"], rel=0.01)
+
+
+def test_nothing_of_the_callers_is_changed(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tokens = random_tokens(model, 1, 6)
+    _, cache = model.run_with_cache(tokens)
+    kept = {name: tensor.clone() for name, tensor in cache.items()}
+    frozen = mia.paths.freeze(model, tokens)
+    mia.paths.term_importance(model, tokens, heads=2)
+    mia.paths.attribution_graph(frozen, scores=True)
+    mia.paths.top_paths(frozen, k=3, max_expansions=5, progress=False)
+    mia.paths.expand_score(frozen, "L1H0", 3, 2)
+    mia.paths.orders(frozen)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in cache.items())
+    assert not any(point.has_hooks() for point in model.hook_dict.values())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_json_is_what_viewers_read(model, frozen, tmp_path):
+    graph = mia.paths.attribution_graph(frozen, scores=True)
+    path = graph.save_json(tmp_path / "a graph.json")
+    written = json.loads(path.read_text())
+    assert set(written) == {"metadata", "qParams", "nodes", "links"}
+    assert written["metadata"]["slug"] == "a graph"
+    assert written["metadata"]["prompt_tokens"] == frozen.str_tokens
+    needed = {"node_id", "feature", "layer", "ctx_idx", "feature_type", "token_prob", "is_target_logit"}
+    needed |= {"run_idx", "reverse_ctx_idx", "jsNodeId", "clerp", "influence", "activation"}
+    ids = [node["node_id"] for node in written["nodes"]]
+    assert all(needed <= set(node) for node in written["nodes"])
+    assert len(set(ids)) == len(ids) == (graph.nodes["kind"] != "score").sum()
+    assert all(link["source"] in ids and link["target"] in ids for link in written["links"])
+    assert len(written["links"]) == (graph.edges["kind"] == "value").sum()
+    target = next(node for node in written["nodes"] if node["is_target_logit"])
+    assert target["token_prob"] == pytest.approx(float(frozen.logits[-1].softmax(-1).max()))
+
+
+def test_the_picture_holds_no_markup_from_tokens(frozen):
+    from dataclasses import replace
+
+    from mechinterp_attn.view.graph import graph_view
+
+    graph = mia.paths.attribution_graph(frozen)
+    evil = "</script><img src=x onerror=alert(1)>"
+    page = graph_view(replace(graph, tokens=[evil] * len(graph.tokens), about=evil)).page()
+    assert "<img" not in page
+    assert page.count("</script>") == 2  # the data block and the script
+    assert "http://www.w3.org/2000/svg" in page
+    assert "https://" not in page
+
+
+def test_pruning_keeps_what_it_says(frozen):
+    everything = mia.paths.attribution_graph(
+        frozen, node_threshold=1.0, edge_threshold=1.0, max_nodes=10**6
+    )
+    assert everything.kept == pytest.approx(everything.total)
+    some = mia.paths.attribution_graph(frozen, node_threshold=0.5)
+    assert len(some.nodes) < len(everything.nodes)
+    assert 0.5 <= some.kept_influence < 1
+    value = everything.nodes.set_index("node")["value"]
+    for row in some.nodes.itertuples():  # pruning changes no number
+        if row.kind != "bias":
+            assert row.value == pytest.approx(value[row.node])
+
+
+class TestErrors:
+    @pytest.fixture(autouse=True)
+    def _untyped(self, as_users_run_it):
+        pass
+
+    def test_targets_and_positions(self, frozen):
+        for call in (mia.paths.top_paths, mia.paths.attribution_graph, mia.paths.logit_attribution):
+            with pytest.raises(MechInterpError, match=r"position 10 is outside the prompt of 10 tokens"):
+                call(frozen, position=10)
+            with pytest.raises(MechInterpError, match=r"token id 13 is outside the .* 0..12"):
+                call(frozen, target=13)
+            with pytest.raises(MechInterpError, match="needs a tokenizer"):
+                call(frozen, target="dog")
+            with pytest.raises(MechInterpError, match="their logit difference is 0"):
+                call(frozen, target=3, against=3)
+
+    def test_a_target_of_several_tokens_says_how_it_splits(self):
+        if "gelu-2l" not in set(mia.models()["name"]):
+            pytest.skip("gelu-2l is not bundled")
+        frozen = mia.paths.freeze(mia.load("gelu-2l"), "The old man")
+        with pytest.raises(MechInterpError, match=r"is \d+ tokens, not one: \["):
+            mia.paths.top_paths(frozen, target=" Constantinople")
+
+    def test_scores(self, frozen):
+        with pytest.raises(MechInterpError, match=r"cannot see position 8 .* it sees .* 0 to 2"):
+            mia.paths.expand_score(frozen, "L1H0", 2, 8)
+        with pytest.raises(MechInterpError, match="give the key's position"):
+            mia.paths.expand_score(frozen, "L1H0", 2)
+        with pytest.raises(MechInterpError, match="sees no other key"):
+            mia.paths.expand_score(frozen, "L1N0", 2, against="others")
+        with pytest.raises(MechInterpError, match="no head L7H0"):
+            mia.paths.expand_score(frozen, "L7H0", 2, 1)
+        with pytest.raises(MechInterpError, match="expected None, 'others' or a key position"):
+            mia.paths.expand_score(frozen, "L1H0", 2, 1, against="all")
+
+    def test_virtual_heads_out_of_order(self, frozen):
+        with pytest.raises(MechInterpError, match="L1H0 is not earlier than L0H2"):
+            mia.paths.virtual_head(frozen, "L1H0", "L0H2")
+        with pytest.raises(MechInterpError, match="at least one head"):
+            mia.paths.virtual_head(frozen)
+
+    def test_prompts(self, model):
+        with pytest.raises(MechInterpError, match=r"25 tokens are more than .* context of 24"):
+            mia.paths.freeze(model, torch.zeros(25, dtype=torch.long))
+        with pytest.raises(MechInterpError, match="one prompt, got a batch of 2"):
+            mia.paths.freeze(model, torch.zeros(2, 3, dtype=torch.long))
+        with pytest.raises(MechInterpError, match="fewer than 2 tokens"):
+            mia.paths.term_importance(model, torch.tensor([3]))
+        one = mia.paths.freeze(model, torch.tensor([3]))
+        assert math.isnan(mia.paths.orders(one).frame["loss"][0])
+        assert mia.paths.attribution_graph(one).receipt.ok
+
+    def test_hooks_while_freezing(self, model):
+        with (
+            model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", lambda value, hook: value)]),
+            pytest.raises(MechInterpError, match=r"hooks at blocks.0.attn.hook_pattern.*reset_hooks"),
+        ):
+            mia.paths.freeze(model, torch.tensor([3, 4]))
+
+    def test_limits(self, frozen):
+        with pytest.raises(MechInterpError, match="more than max_bytes=1,000; give a smaller max_order"):
+            mia.paths.orders(frozen, max_bytes=1000)
+        with pytest.raises(MechInterpError, match="more than max_bytes=1,000; give a smaller max_nodes"):
+            mia.paths.attribution_graph(frozen, max_bytes=1000)
+        with pytest.raises(MechInterpError, match=r"node_threshold=2.*max_nodes=0"):
+            mia.paths.attribution_graph(frozen, node_threshold=2, max_nodes=0)
+        with pytest.raises(MechInterpError, match=r"k=0; expected 1 or more.*positions='x'"):
+            mia.paths.top_paths(frozen, k=0, positions="x")
+        with pytest.raises(MechInterpError, match="count='neurons'"):
+            mia.paths.orders(frozen, count="neurons")
