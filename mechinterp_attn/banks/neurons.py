@@ -50,6 +50,7 @@ class NeuronBank(HeadBank):
         super().__init__()
         self.layer = layer
         self.rule = rule
+        self.parts = rule.n
         self.gated = "W_gate" in weights
         self.n_neurons = weights["W_in"].shape[1]
         self.n_heads = self.n_neurons * rule.n
@@ -160,8 +161,14 @@ class NeuronBank(HeadBank):
         return entropy.where((pattern >= 0) & (pattern <= 1), torch.nan)
 
     def moved(self, cache: Cache) -> Tensor:
-        v = cache[f"{self.path}.hook_v"]
-        return v.abs() * self.stacked("O")[:, 0].norm(dim=-1).to(v.dtype)
+        return self._norms(cache[f"{self.path}.hook_v"])
+
+    def written(self, cache: Cache) -> Tensor:
+        return self._norms(cache[f"{self.path}.hook_z"])
+
+    def _norms(self, z: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch pos head"]:
+        """Norms of ``z @ W_O``."""
+        return z.abs() * self.stacked("O")[:, 0].norm(dim=-1).to(z.dtype)
 
     def query_read(self, index: int, x: Tensor) -> Tensor:
         w = self.weights(index)
