@@ -1,20 +1,57 @@
 """What can be read from weights alone."""
 
-from mechinterp_attn.circuits.circuit import VocabularyCircuit, ov_circuit, qk_circuit
+from mechinterp_attn.circuits.bigram import Bigrams, bigrams
+from mechinterp_attn.circuits.chains import VirtualHeads, virtual_heads
+from mechinterp_attn.circuits.circuit import (
+    CircuitStatistics,
+    TokenBlock,
+    VocabularyCircuit,
+    ov_circuit,
+    qk_circuit,
+)
 from mechinterp_attn.circuits.composition import CompositionScores, composition
+from mechinterp_attn.circuits.copying import CopyingScores, copying_scores
+from mechinterp_attn.circuits.plan import Plan
+from mechinterp_attn.circuits.positions import (
+    PositionCircuit,
+    TokenPositions,
+    position_circuit,
+    token_positions,
+)
+from mechinterp_attn.circuits.spectrum import SingularDirections, singular_directions
+from mechinterp_attn.circuits.trigrams import FactoringBugs, SkipTrigrams, factoring_bugs, skip_trigrams
 from mechinterp_attn.circuits.vocabulary import TokenPairs, ov_top, qk_top
 from mechinterp_attn.virtual import VirtualHead, resolve_head, virtual_head
 
 __all__ = [
+    "Bigrams",
+    "CircuitStatistics",
     "CompositionScores",
+    "CopyingScores",
+    "FactoringBugs",
+    "Plan",
+    "PositionCircuit",
+    "SingularDirections",
+    "SkipTrigrams",
+    "TokenBlock",
     "TokenPairs",
+    "TokenPositions",
     "VirtualHead",
+    "VirtualHeads",
     "VocabularyCircuit",
+    "bigrams",
     "composition",
+    "copying_scores",
+    "factoring_bugs",
     "ov_circuit",
     "ov_top",
+    "position_circuit",
     "qk_circuit",
     "qk_top",
     "resolve_head",
+    "singular_directions",
+    "skip_trigrams",
+    "token_positions",
     "virtual_head",
+    "virtual_heads",
 ]

@@ -147,8 +147,10 @@ class VocabularyCircuit:
         values = self.left(rows) @ self.right(columns)
         frame = pd.DataFrame(
             values.cpu().numpy(),
-            index=pd.Index(self.model.to_str_tokens(rows), name="source"),
-            columns=pd.Index(self.model.to_str_tokens(columns), name="token"),
+            index=pd.Index(token_texts(self.model, rows.tolist()), name="source"),
+            columns=pd.Index(
+                token_texts(self.model, columns.tolist(), output=self.which == "OV"), name="token"
+            ),
         )
         again = self.at(rows[:1], columns[-1:])[0]
         error = float((again - values[0, -1]).abs())
@@ -251,6 +253,15 @@ def token_ids(model: AttentionOnlyModel, tokens: Tokens, size: int) -> Tensor:
     if bad or not ids:
         raise MechInterpError(f"tokens {bad or given}: expected at least one, out of 0..{size - 1}")
     return torch.tensor(ids, device=model.W_E.device)
+
+
+def token_texts(model: AttentionOnlyModel, ids: Sequence[int], *, output: bool = False) -> list[str]:
+    """The text of every id, each made once; ids in brackets for outputs that are no input tokens."""
+    if output and model.spec.d_vocab_out != model.spec.d_vocab:
+        return [f"<{i}>" for i in ids]
+    some = sorted(set(ids))
+    texts = dict(zip(some, model.to_str_tokens(some), strict=True)) if some else {}
+    return [texts[i] for i in ids]
 
 
 def singular_values(

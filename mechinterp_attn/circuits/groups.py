@@ -48,19 +48,26 @@ class HeadGroup:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def members(self) -> list[Head]:
+        """The heads one by one."""
+        if isinstance(self.bank, VirtualHead):
+            return [self.bank]
+        places = range(len(self)) if isinstance(self.heads, slice) else self.heads.tolist()
+        return [self.bank.head(i) for i in places]
+
     def writes(
         self, part: slice | Tensor = slice(None), dtype: torch.dtype = torch.float64
     ) -> Float[Tensor, "head rank d_model"]:
         """How heads write, each scaled to Frobenius norm 1 (0 where a head writes nothing)."""
         root = _root(self._gram("V", part)).mT.to(dtype)
-        return _unit(_scaled(root, self._stacked("O", part).to(dtype)))
+        return _unit(_scaled(root, self.stacked("O", part).to(dtype)))
 
     def reads(
         self, kind: Composition, part: slice | Tensor = slice(None), dtype: torch.dtype = torch.float64
     ) -> Float[Tensor, "head d_model rank"]:
         """How heads read for Q-, K- or V-composition, each scaled to Frobenius norm 1."""
         root = _root(self._gram(_OTHER[kind], part)).to(dtype)
-        return _unit(_scaled(self._stacked(kind, part).to(dtype), root))
+        return _unit(_scaled(self.stacked(kind, part).to(dtype), root))
 
     def write_norms(self) -> Float[Tensor, " head"]:
         """Frobenius norms of the OV circuits (float64)."""
@@ -82,9 +89,10 @@ class HeadGroup:
 
     def reads_stream(self, kind: Composition) -> bool:
         """Whether these heads read the residual stream at all on this side."""
-        return bool(self._stacked(kind, slice(0, 1)).any())
+        return bool(self.stacked(kind, slice(0, 1)).any())
 
-    def _stacked(self, side: Side, part: slice | Tensor) -> Tensor:
+    def stacked(self, side: Side, part: slice | Tensor = slice(None)) -> Tensor:
+        """``W_Q``, ``W_K``, ``W_V`` or ``W_O`` of the heads, as ``HeadBank.stacked``."""
         if isinstance(self.bank, VirtualHead):
             return getattr(self.bank, f"W_{side}")[None][part]
         return self.bank.stacked(side, self._places(part))

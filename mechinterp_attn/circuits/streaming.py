@@ -129,7 +129,8 @@ def top_of_rows(
     progress: str | None = None,
 ) -> Entries:
     """The ``k`` largest entries of every row of ``left @ right``, row by row."""
-    values, columns = [], []
+    values: list[Tensor] = []
+    columns: list[Tensor] = []
     best: _RowBest | None = None
     for start, column, block in _blocks(left * sign, right, progress):
         if best is None or start != best.start:

@@ -17,6 +17,7 @@ from mechinterp_attn.circuits.circuit import (
     ov_circuit,
     qk_circuit,
     token_ids,
+    token_texts,
 )
 from mechinterp_attn.circuits.plan import Plan, make_plan
 from mechinterp_attn.circuits.streaming import (
@@ -105,7 +106,7 @@ def ov_top(
         MechInterpError: no such head or token, or top_k out of range.
     """
     circuit = ov_circuit(model, head)
-    options = {"top_k": top_k, "over": over, "sources": sources, "largest": largest}
+    options: dict[str, Any] = {"top_k": top_k, "over": over, "sources": sources, "largest": largest}
     return _top(circuit, **options, precision=precision, plan=plan)
 
 
@@ -151,7 +152,7 @@ def qk_top(
         MechInterpError: no such head or token, or top_k or offset out of range.
     """
     circuit = qk_circuit(model, head, offset=offset)
-    options = {"top_k": top_k, "over": over, "sources": sources, "largest": largest}
+    options: dict[str, Any] = {"top_k": top_k, "over": over, "sources": sources, "largest": largest}
     return _top(circuit, **options, precision=precision, plan=plan)
 
 
@@ -205,9 +206,9 @@ def _top(
     source_ids, other_ids = given[kept.row].tolist(), kept.column.tolist()
     frame = pd.DataFrame(
         {
-            "source": model.to_str_tokens(source_ids),
+            "source": token_texts(model, source_ids),
             "source_id": source_ids,
-            "token": model.to_str_tokens(other_ids),
+            "token": token_texts(model, other_ids, output=circuit.which == "OV"),
             "token_id": other_ids,
             "value": exact_value.cpu().numpy(),
             "rank": [i % top_k + 1 for i in range(len(other_ids))],

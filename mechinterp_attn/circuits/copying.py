@@ -1,0 +1,163 @@
+"""Which heads copy: eigenvalues of the OV circuit over the vocabulary (Elhage et al. 2021).
+
+``W_E W_OV W_U`` has at most d_head eigenvalues that differ from zero, those of the d_head x d_head product
+``W_O (W_U W_E) W_V``. Where they are positive the head raises what it attends to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechinterp_attn.circuits.circuit import CHUNK, ov_circuit, positive_share
+from mechinterp_attn.circuits.groups import HeadGroup, Select, groups_of, refuse_non_finite
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.results import Check, Receipt, Result
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+NULL_DRAWS = 200
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class CopyingScores(Result):
+    """How much every head copies what it attends to.
+
+    Attributes:
+        frame: one row per head: ``head, layer, kind``; ``copying_score``, sum(lambda) / sum(|lambda|) in
+            [-1, 1]; ``size``, sum(|lambda|) per token of the vocabulary; ``z`` against random heads of the
+            same shape in this vocabulary. A rank-1 head has one eigenvalue, so its score is only a
+            sign: ``eigenvalue`` holds it, ``percentile`` its place among the rank-1 heads scored, and
+            ``z`` compares it with rank-1 heads of the same norm and random directions. With
+            ``diagonals``: ``positive_diagonal`` and ``top1_on_diagonal`` (see ``CircuitStatistics``).
+        eigenvalues: of every head of more than one dimension, complex128.
+    """
+
+    title: ClassVar[str] = "Copying scores"
+    sort_by: ClassVar[str | None] = "copying_score"
+    eigenvalues: Mapping[str, Tensor] = field(repr=False)
+
+    def plot(self, head: str | None = None) -> Figure:
+        """The eigenvalues of a head on the complex plane; by default, the scores of all heads."""
+        from mechinterp_attn.view.figures.circuits import copying_bars, eigenvalue_plane
+
+        return copying_bars(self) if head is None else eigenvalue_plane(self, head)
+
+
+@torch.no_grad()
+def copying_scores(
+    model: AttentionOnlyModel, heads: Select = None, *, diagonals: bool = False, seed: int = 0
+) -> CopyingScores:
+    """Copying scores of heads by the eigenvalues of their OV circuits.
+
+    Args:
+        heads: labels or heads (virtual ones too), "attention", "mlp", or None for all.
+        diagonals: add the two alternatives that Elhage et al. name: the share of tokens that a head
+            raises at all and of those it raises most. A pass over the vocabulary for every head.
+        seed: of the random heads and of the tokens that ``diagonals`` looks at.
+
+    Raises:
+        MechInterpError: no such head, non-finite weights, or input and output vocabularies that
+            differ (there is no diagonal).
+    """
+    spec = model.spec
+    if spec.d_vocab != spec.d_vocab_out:
+        raise MechInterpError(
+            f"copying compares input with output tokens, but this model has {spec.d_vocab} and "
+            f"{spec.d_vocab_out} of them"
+        )
+    groups = groups_of(model, heads)
+    refuse_non_finite(groups)
+    middle = _unembed_embed(model)
+    scale = float(middle.norm()) / spec.d_model  # spread of u @ middle @ w for random unit u and w
+    eigenvalues: dict[str, Tensor] = {}
+    parts, error, biggest = [], 0.0, 1.0
+    for group in groups:
+        found = _eigenvalues(group, middle)  # [head, rank]
+        numbers = {"head": group.labels, "layer": group.bank.layer, "kind": group.bank.kind}
+        size = found.abs().sum(-1)
+        score = found.real.sum(-1) / torch.where(size > 0, size, torch.nan)
+        numbers |= {"copying_score": score.cpu(), "size": (size / spec.d_vocab).cpu()}
+        if group.rank == 1:
+            value = found[:, 0].real
+            norm = group.write_norms() * scale
+            numbers |= {
+                "eigenvalue": value.cpu(),
+                "z": (value / torch.where(norm > 0, norm, torch.nan)).cpu(),
+            }
+        else:
+            mean, spread = _null(middle, group.rank, seed)
+            numbers["z"] = ((score - mean) / spread).cpu()
+            eigenvalues |= dict(zip(group.labels, found.cpu(), strict=True))
+        trace = _traces(group, middle)
+        error = max(error, float((found.real.sum(-1) - trace).abs().max()))
+        biggest = max(biggest, float(size.max()))
+        parts.append(pd.DataFrame(numbers))
+    frame = pd.concat(parts, ignore_index=True)
+    if "eigenvalue" in frame:
+        frame["percentile"] = frame["eigenvalue"].rank(pct=True) * 100
+    if diagonals:
+        frame = _with_diagonals(model, frame, groups, seed)
+    check = Check("eigenvalues sum to the trace of the circuit", error, 1e-9 * biggest)
+    notes = {"dtype": "float64", "null": f"{NULL_DRAWS} random heads, seed {seed}", "norms": "gains folded"}
+    return CopyingScores(frame=frame, receipt=Receipt((check,), notes), eigenvalues=eigenvalues)
+
+
+def _unembed_embed(model: AttentionOnlyModel) -> Float[Tensor, "d_model d_model"]:
+    """``W_U @ W_E`` in float64, a few thousand tokens at a time."""
+    W_U, W_E = model.W_U.detach(), model.W_E.detach()
+    out = W_E.new_zeros(model.spec.d_model, model.spec.d_model, dtype=torch.float64)
+    for a in range(0, len(W_E), CHUNK):
+        out += W_U[:, a : a + CHUNK].double() @ W_E[a : a + CHUNK].double()
+    return out
+
+
+def _eigenvalues(group: HeadGroup, middle: Tensor) -> Tensor:
+    if group.rank == 1:
+        return _traces(group, middle)[:, None].to(torch.complex128)
+    W_V, W_O = (group.stacked(side).double() for side in ("V", "O"))
+    return torch.linalg.eigvals(W_O @ (middle @ W_V))
+
+
+def _traces(group: HeadGroup, middle: Tensor) -> Float[Tensor, " head"]:
+    """``tr(W_E W_OV W_U)`` of every head, as a sum over entries."""
+    traces = []
+    for a in range(0, len(group), 1024):
+        part = slice(a, a + 1024)
+        W_V, W_O = group.stacked("V", part).double(), group.stacked("O", part).double()
+        held = (W_O.flatten(0, 1) @ middle).view_as(W_O)
+        traces.append((held * W_V.mT).sum((1, 2)))
+    return torch.cat(traces)
+
+
+def _null(middle: Tensor, rank: int, seed: int) -> tuple[float, float]:
+    """Mean and spread of the score of random heads of a rank in this vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = []
+    for _ in range(NULL_DRAWS):
+        W_V, W_O = (torch.randn(len(middle), rank, generator=generator).to(middle) for _ in range(2))
+        scores.append(positive_share(torch.linalg.eigvals(W_O.T @ (middle @ W_V))))
+    drawn = torch.tensor(scores, dtype=torch.float64)
+    return float(drawn.mean()), float(drawn.std())
+
+
+def _with_diagonals(
+    model: AttentionOnlyModel, frame: pd.DataFrame, groups: list[HeadGroup], seed: int
+) -> pd.DataFrame:
+    names = ["positive_diagonal", "top1_on_diagonal"]
+    heads = [head for group in groups for head in group.members()]
+    rows = [
+        [circuit[name] for name in names]
+        for head in tqdm(heads, desc="diagonals", disable=len(heads) < 100)
+        for circuit in [ov_circuit(model, head).statistics(tokens=512, seed=seed)]
+    ]
+    return frame.join(pd.DataFrame(rows, columns=names))

@@ -1,0 +1,207 @@
+"""What a head's QK circuit makes of positions alone (Elhage et al. 2021, positional heads).
+
+Learned positions are vectors of the residual stream, so ``W_pos W_QK W_pos^T`` is a table of position
+against position. Rotary positions turn queries and keys: only the distance matters, and the score of
+an average query with an average key is a curve over distances.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp_attn.circuits.circuit import CHUNK, qk_circuit, token_texts
+from mechinterp_attn.circuits.streaming import top_entries
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.heads import Head
+from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.virtual import resolve_head
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PositionCircuit(Result):
+    """A head's attention by position, tokens left out.
+
+    Attributes:
+        scores: learned positions: ``W_pos W_QK W_pos^T``, unscaled, ``[query, key]``; rotary ones: the
+            score of the average query with the average key, ``[offset]``.
+        pattern: the attention that the scores alone give, ``[query, key]``; learned positions are
+            divided by the size that the norm typically gives them beside a token.
+        frame: one row per ``offset`` (how many tokens before the query the key stands): mean
+            ``score`` and mean ``attention`` over the queries that have such a key.
+    """
+
+    title: ClassVar[str] = "Position circuit"
+    sort_by: ClassVar[str | None] = "attention"
+    head: str
+    scores: Tensor = field(repr=False)
+    pattern: Float[Tensor, "query key"] = field(repr=False)
+
+    def plot(self) -> Figure:
+        """The pattern as a heatmap."""
+        from mechinterp_attn.view.figures.circuits import position_heatmap
+
+        return position_heatmap(self)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TokenPositions(Result):
+    """Which tokens attend to which positions, or positions to tokens, by weights.
+
+    Attributes:
+        frame: ``token, token_id, position, value`` (against the average key, unscaled), ``rank``.
+    """
+
+    title: ClassVar[str] = "QK circuit between tokens and positions"
+    head: str
+
+
+@torch.no_grad()
+def position_circuit(
+    model: AttentionOnlyModel, head: str | Head, *, n_positions: int | None = None
+) -> PositionCircuit:
+    """The position-to-position part of a head's QK circuit, or its curve over distances (rotary).
+
+    The query's bias takes part (it speaks to positions); a rotary head's key bias does too.
+
+    Args:
+        n_positions: only so many positions; by default the context, at most 512.
+
+    Raises:
+        MechInterpError: no such head, a model without positions, or n_positions out of range.
+    """
+    one = resolve_head(model, head)
+    n = min(model.spec.n_ctx, 512) if n_positions is None else n_positions
+    if not 1 <= n <= model.spec.n_ctx:
+        raise MechInterpError(f"n_positions={n}; expected 1 to {model.spec.n_ctx}")
+    _need_positions(model, one)
+    scale = one.bank.score_scale
+    if model.spec.positions == "rotary":
+        curve = _rotary_curve(model, one, n)
+        distance = (torch.arange(n)[:, None] - torch.arange(n)).abs().to(curve.device)
+        scores, shown = curve, curve[distance] / scale
+        tested = _rotary_at(model, one, n - 1)
+        error = abs(float(tested - curve[-1]))
+    else:
+        P = model.W_pos.detach()[:n].double()
+        scores = one.query_read(P) @ one.key_read(P).T
+        size = _typical_size(model, n)
+        bias = one.key_read(P) @ one.b_Q.double() if one.bank.mixes_positions else 0.0
+        shown = (scores / size**2 + bias / size) / scale
+        error = float((P[-1] @ one.QK.A.double() @ (one.QK.B.double() @ P[0]) - scores[-1, 0]).abs())
+    allowed = torch.ones_like(shown, dtype=torch.bool)
+    allowed = allowed.tril() if model.spec.causal else allowed
+    pattern = shown.masked_fill(~allowed, -torch.inf).softmax(-1)
+    frame = pd.DataFrame(
+        {
+            "offset": range(n),
+            "score": [
+                float(scores[k] if scores.ndim == 1 else scores.diagonal(-k).mean()) for k in range(n)
+            ],
+            "attention": [float(pattern.diagonal(-k).mean()) for k in range(n)],
+        }
+    )
+    check = Check("one score computed on its own", error, 1e-8 * max(1.0, float(scores.abs().max())))
+    notes = {"dtype": "float64", "positions": model.spec.positions, "tokens": "left out"}
+    return PositionCircuit(
+        frame=frame, receipt=Receipt((check,), notes), head=one.label, scores=scores, pattern=pattern
+    )
+
+
+@torch.no_grad()
+def token_positions(
+    model: AttentionOnlyModel,
+    head: str | Head,
+    *,
+    query: Literal["token", "position"] = "token",
+    top_k: int = 10,
+) -> TokenPositions:
+    """Strongest pairs of a token with a position: ``W_E W_QK W_pos^T``, or ``W_pos W_QK W_E^T``.
+
+    Args:
+        query: which of the two asks; the other one is the key. Entries are taken against the
+            average key, so that they compare across queries.
+
+    Raises:
+        MechInterpError: no such head, a model without learned positions, or top_k out of range.
+    """
+    one = resolve_head(model, head)
+    if model.spec.positions != "standard":
+        raise MechInterpError(
+            f"token_positions needs learned positions; this model has {model.spec.positions or 'none'}"
+        )
+    if query not in ("token", "position"):
+        raise MechInterpError(f"query={query!r}; expected 'token' or 'position'")
+    circuit, P = qk_circuit(model, one), model.W_pos.detach().double()
+    if not 1 <= top_k <= model.spec.d_vocab * len(P):
+        raise MechInterpError(f"top_k={top_k} is out of range; expected 1 to {model.spec.d_vocab * len(P)}")
+    if query == "token":
+        left, keys = circuit.left(), one.key_read(P)
+    else:
+        left, keys = one.query_read(P), circuit.right().T
+    keys = keys - keys.mean(0)
+    found = top_entries(left, keys.T.contiguous(), top_k)
+    token, position = (found.row, found.column) if query == "token" else (found.column, found.row)
+    again = (left[found.row] * keys[found.column]).sum(-1)
+    error = float((again - found.value).abs().max())
+    check = Check("listed entries computed one by one", error, 1e-9 * max(1.0, float(again.abs().max())))
+    frame = pd.DataFrame(
+        {
+            "token": token_texts(model, token.tolist()),
+            "token_id": token.tolist(),
+            "position": position.tolist(),
+            "value": again.cpu().numpy(),
+            "rank": range(1, top_k + 1),
+        }
+    )
+    notes = {"dtype": "float64", "query": query, "norms": "gains folded, scales left out"}
+    return TokenPositions(frame=frame, receipt=Receipt((check,), notes), head=one.label)
+
+
+def _need_positions(model: AttentionOnlyModel, head: Head) -> None:
+    if model.spec.positions not in ("standard", "rotary"):
+        raise MechInterpError(
+            f"this model has no positions that a head's weights could read ({head.label}); its heads "
+            "tell positions apart through the causal mask only"
+        )
+
+
+def _average(model: AttentionOnlyModel, head: Head) -> tuple[Tensor, Tensor]:
+    """The average token's query and key, biases included ``[d_head]``."""
+    mean = torch.stack([x.double().sum(0) for x in model.W_E.detach().split(CHUNK)]).sum(0)
+    mean = (mean / model.spec.d_vocab)[None]
+    bias = [b.double() if head.bank.mixes_positions else 0.0 for b in (head.b_Q, head.b_K)]
+    return head.query_read(mean)[0] + bias[0], head.key_read(mean)[0] + bias[1]
+
+
+def _rotary_curve(model: AttentionOnlyModel, head: Head, n: int) -> Float[Tensor, " offset"]:
+    query, key = _average(model, head)
+    key = head.bank.turned(key, 0)
+    return torch.stack([head.bank.turned(query, k) @ key for k in range(n)])
+
+
+def _rotary_at(model: AttentionOnlyModel, head: Head, offset: int) -> Tensor:
+    """The same score with both turned: the key one step on, the query ``offset`` after it."""
+    query, key = _average(model, head)
+    step = 1 if offset + 1 < model.spec.n_ctx else 0
+    return head.bank.turned(query, offset + step) @ head.bank.turned(key, step)
+
+
+def _typical_size(model: AttentionOnlyModel, n: int) -> float:
+    """What the first norm typically divides token plus position by; 1 where there is no norm."""
+    if model.spec.norm is None:
+        return 1.0
+    step = max(1, model.spec.d_vocab // 512)
+    x = model.W_E.detach()[::step].double()[:, None] + model.W_pos.detach()[:n:4].double()
+    if model.spec.norm == "LN":
+        x = x - x.mean(-1, keepdim=True)
+    return float(x.square().mean(-1).sqrt().mean())

@@ -1,0 +1,91 @@
+"""A head's OV circuit by singular directions, read as tokens in and tokens out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp_attn.circuits.circuit import token_texts
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.heads import Head
+from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.virtual import resolve_head
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class SingularDirections(Result):
+    """The strongest directions of a head.
+
+    Attributes:
+        frame: ``component`` (from 0), ``singular_value``, ``side`` ("in": tokens whose embedding lies
+            along the direction that is read; "out": tokens whose logit the direction written
+            raises), ``token, token_id, value, rank``. A direction and its negative act alike; each
+            is turned so that its strongest input token is positive.
+        singular_values: all of them, largest first.
+    """
+
+    title: ClassVar[str] = "Singular directions of an OV circuit"
+    head: str
+    singular_values: Float[Tensor, " rank"]
+
+
+@torch.no_grad()
+def singular_directions(
+    model: AttentionOnlyModel, head: str | Head, *, components: int = 5, top_k: int = 10
+) -> SingularDirections:
+    """SVD of ``W_OV`` through its thin factors, each direction read through ``W_E`` and ``W_U``.
+
+    Args:
+        head: a label or a head (virtual ones too).
+        components: how many directions, strongest first;  top_k: tokens per direction and side.
+
+    Raises:
+        MechInterpError: no such head, or components or top_k out of range.
+    """
+    one = resolve_head(model, head)
+    spec = model.spec
+    rank = min(one.W_V.shape)
+    if not 1 <= components <= rank or not 1 <= top_k <= min(spec.d_vocab, spec.d_vocab_out):
+        raise MechInterpError(
+            f"components={components}, top_k={top_k}; expected 1 to {rank} components and 1 to "
+            f"{min(spec.d_vocab, spec.d_vocab_out)} tokens"
+        )
+    left = torch.linalg.qr(one.W_V.double())
+    right = torch.linalg.qr(one.W_O.double().T)
+    U, S, V = torch.linalg.svd(left.R @ right.R.T)
+    read, written = left.Q @ U[:, :components], V[:components] @ right.Q.T
+    tokens_in = torch.cat([x.double() @ read for x in model.W_E.detach().split(4096)]).T
+    tokens_out = torch.cat([written @ x.double() for x in model.W_U.detach().split(4096, 1)], 1)
+    strongest = tokens_in.gather(1, tokens_in.abs().argmax(1, keepdim=True))
+    sign = torch.where(strongest < 0, -1.0, 1.0).to(tokens_in)
+    parts = []
+    for side, table in (("in", tokens_in * sign), ("out", tokens_out * sign)):
+        value, ids = table.topk(top_k)
+        for c in range(components):
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "component": c,
+                        "singular_value": float(S[c]),
+                        "side": side,
+                        "token": token_texts(model, ids[c].tolist(), output=side == "out"),
+                        "token_id": ids[c].tolist(),
+                        "value": value[c].cpu().numpy(),
+                        "rank": range(1, top_k + 1),
+                    }
+                )
+            )
+    error = abs(float(S.square().sum().sqrt()) - one.OV.norm())
+    check = Check("singular values give the norm of the circuit", error, 1e-9 * max(1.0, one.OV.norm()))
+    return SingularDirections(
+        frame=pd.concat(parts, ignore_index=True),
+        receipt=Receipt((check,), {"dtype": "float64", "norms": "gains folded, scales left out"}),
+        head=one.label,
+        singular_values=S,
+    )

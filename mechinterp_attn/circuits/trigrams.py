@@ -1,0 +1,337 @@
+"""Skip-trigrams ``source ... destination -> output`` of one head (Elhage et al. 2021, one-layer models).
+
+A head that moves information by QK and OV circuits knows a trigram only in two halves: how much the
+destination attends to the source, and what the source then does to the logits. The strength of a
+trigram is the product of the halves, so the strongest ones need two lists per source token and no
+vocabulary^3 table. The same factoring makes mistakes: where two trigrams share a source, their
+crossings are implied too (keep ... in mind and keep ... at bay imply keep ... in bay).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechinterp_attn.circuits.circuit import Tokens, ov_circuit, qk_circuit, token_ids, token_texts
+from mechinterp_attn.circuits.streaming import top_of_rows
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.heads import Head
+from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.virtual import resolve_head
+
+WIDTH = 24  # destinations and outputs of a source among which factoring bugs are sought
+REACH = 64  # tokens between source and destination within which a text's trigrams count
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class SkipTrigrams(Result):
+    """The strongest skip-trigrams of a head, or of several.
+
+    Attributes:
+        frame: one row per trigram: ``head``; ``source, destination, token`` (texts) and their ids;
+            ``qk``: how much more the destination attends to the source than to the average token,
+            in nats of the score; ``ov``: what the source does to the token's logit, against the
+            average token's; ``value`` = qk * ov; ``rank`` (from 1; per source where sources were
+            given).
+    """
+
+    title: ClassVar[str] = "Skip-trigrams"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class FactoringBugs(Result):
+    """Pairs of good trigrams of one source whose crossings a head implies as well.
+
+    Attributes:
+        frame: one row per pair: ``source, destination, token, other_destination, other_token``;
+            ``strength`` and ``other_strength`` of the two good trigrams, ``crossing`` (destination ->
+            other token) and ``other_crossing`` of the implied ones, ``value``, the weaker crossing,
+            and ``rank``.
+    """
+
+    title: ClassVar[str] = "Bugs of factoring: crossings that good trigrams imply"
+
+
+@dataclass(frozen=True, eq=False)
+class _Lists:
+    """For every source token: its best destinations and outputs, largest first."""
+
+    source: Int[Tensor, " source"]
+    destination: Int[Tensor, "source m"]
+    qk: Float[Tensor, "source m"]
+    token: Int[Tensor, "source n"]
+    ov: Float[Tensor, "source n"]
+
+
+@torch.no_grad()
+def skip_trigrams(
+    model: AttentionOnlyModel,
+    head: str | Head | Sequence[str | Head] | None = None,
+    *,
+    sources: Tokens | None = None,
+    top_k: int = 10,
+) -> SkipTrigrams:
+    """The strongest skip-trigrams, exactly, without a vocabulary^3 table.
+
+    QK entries are comparable only within one query, so each is taken against the destination's
+    average key and divided by the attention scale; OV entries are taken against the average output.
+    Norm scales, positions and the mask are left out. An MLP-derived head sees only its own token:
+    its destination is the source and ``qk`` is its pre-activation.
+
+    Args:
+        head: one head (virtual ones too), several, or None for all heads that move information
+            between positions.
+        sources: only these source tokens, ranked one by one; None searches all of them together.
+        top_k: how many trigrams (per source where sources are given).
+
+    Raises:
+        MechInterpError: no such head or token, or top_k out of range.
+    """
+    heads = _heads(model, head)
+    spec = model.spec
+    limit = min(spec.d_vocab, spec.d_vocab_out)
+    if not 1 <= top_k <= limit:
+        raise MechInterpError(f"top_k={top_k} is out of range; expected 1 to {limit}")
+    ids = None if sources is None else token_ids(model, sources, spec.d_vocab)
+    frames, error = [], 0.0
+    for one in heads:
+        lists = _lists(model, one, ids, top_k)
+        picked = _best(lists, top_k) if ids is None else _best_of_each(lists, top_k)
+        frame = _frame(model, one, lists, *picked)
+        frames.append(frame)
+        error = max(error, _error(model, one, frame))
+    table = pd.concat(frames, ignore_index=True)
+    by = ["value"] if ids is None else ["_order", "value"]
+    if ids is not None:
+        table["_order"] = table["source_id"].map({s: i for i, s in reversed(list(enumerate(ids.tolist())))})
+    table = table.sort_values(by, ascending=[name != "value" for name in by], kind="stable")
+    table = table.head(top_k) if ids is None else table.groupby("_order").head(top_k)
+    groups = table["_order"] if ids is not None else pd.Series(0, index=table.index)
+    table = table.assign(rank=groups.groupby(groups).cumcount() + 1)
+    table = table.drop(columns="_order", errors="ignore").reset_index(drop=True)
+    scale = max(1.0, float(table["qk"].abs().max()), float(table["ov"].abs().max()))
+    check = Check("halves computed one by one from the circuits", error, 1e-8 * scale)
+    notes = {"dtype": "float64", "norms": "gains folded, scales left out", "heads searched": len(heads)}
+    return SkipTrigrams(frame=table, receipt=Receipt((check,), notes))
+
+
+@torch.no_grad()
+def factoring_bugs(
+    model: AttentionOnlyModel,
+    head: str | Head,
+    *,
+    sources: Tokens | None = None,
+    text: str | Tensor | None = None,
+    top_k: int = 10,
+) -> FactoringBugs:
+    """Crossings of good skip-trigrams that a head implies although they are not good themselves.
+
+    For a source, every pair of its strong destinations and outputs gets the product of the halves.
+    Of two trigrams ``source ... d1 -> o1`` and ``source ... d2 -> o2`` that something else supports,
+    the crossings ``d1 -> o2`` and ``d2 -> o1`` are bugs where the support lacks. The support is how often
+    the trigram stands in ``text`` (destination and output side by side, the source at most 64 tokens
+    before), or, without a text, the model's own direct path from destination to output.
+
+    Args:
+        sources: only these source tokens; by default the 50 with the strongest trigrams.
+        text: a text or token ids ``[pos]`` that says which trigrams are good.
+
+    Raises:
+        MechInterpError: no such head or token, top_k below 1, or a head that sees only its own token.
+    """
+    one = resolve_head(model, head)
+    if not one.bank.mixes_positions:
+        raise MechInterpError(f"{one.label} sees only its own token; it has no skip-trigrams to cross")
+    if top_k < 1:
+        raise MechInterpError(f"top_k={top_k}; expected at least 1")
+    spec = model.spec
+    ids = None if sources is None else token_ids(model, sources, spec.d_vocab)
+    lists = _lists(model, one, ids, min(WIDTH, spec.d_vocab, spec.d_vocab_out))
+    best = lists.qk[:, 0].clamp_min(0) * lists.ov[:, 0].clamp_min(0)
+    counts = None if text is None else _trigram_counts(model, text)
+    parts = [
+        _crossings(model, lists, int(i), counts) for i in best.topk(min(50, len(best))).indices.tolist()
+    ]
+    frame = pd.concat(parts, ignore_index=True)
+    frame = frame.sort_values("value", ascending=False, kind="stable").head(top_k).reset_index(drop=True)
+    frame["rank"] = range(1, len(frame) + 1)
+    products = frame["strength"] * frame["other_strength"] - frame["crossing"] * frame["other_crossing"]
+    scale = max(1.0, float((frame["strength"] * frame["other_strength"]).max())) if len(frame) else 1.0
+    error = float(products.abs().max()) if len(frame) else 0.0
+    check = Check("crossings multiply to what the good trigrams multiply to", error, 1e-9 * scale)
+    notes = {"head": one.label, "support": "the direct path" if text is None else "trigrams of the text"}
+    return FactoringBugs(frame=frame, receipt=Receipt((check,), notes))
+
+
+def _heads(model: AttentionOnlyModel, head: str | Head | Sequence[str | Head] | None) -> list[Head]:
+    if head is None:
+        return [b.head(i) for b in model.banks if b.mixes_positions for i in range(b.n_heads)]
+    return [resolve_head(model, h) for h in ([head] if isinstance(head, str | Head) else head)]
+
+
+def _halves(model: AttentionOnlyModel, head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query and key sides (keys against their average, scaled) and both sides of OV (outputs against
+    their average)."""
+    qk, ov = qk_circuit(model, head), ov_circuit(model, head)
+    query, key = qk.left() / head.bank.score_scale, qk.right().T
+    if head.bank.mixes_positions:  # a neuron's only key is its own: nothing to compare with
+        key = key - key.mean(0)
+    write = ov.right()
+    return query, key, ov.left(), write - write.mean(1, keepdim=True)
+
+
+def _lists(model: AttentionOnlyModel, head: Head, ids: Tensor | None, width: int) -> _Lists:
+    query, key, read, write = _halves(model, head)
+    source = torch.arange(len(key), device=key.device) if ids is None else ids
+    outputs = top_of_rows(read[source], write, width)
+    if head.bank.mixes_positions:
+        found = top_of_rows(key[source], query.T.contiguous(), width)
+        destination, attended = found.column.view(-1, width), found.value.view(-1, width)
+    else:
+        destination = source[:, None]
+        attended = (query[source] * key[source]).sum(-1, keepdim=True)
+    return _Lists(
+        source,
+        destination,
+        attended,
+        outputs.column.view(-1, width),
+        outputs.value.view(-1, width),
+    )
+
+
+def _products(lists: _Lists, rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Products of the sorted halves of some sources: places (i, j) with (i + 1)(j + 1) <= k are all
+    that can be among the k largest; value ``[row, place]``."""
+    m, n = lists.qk.shape[1], lists.ov.shape[1]
+    i, j = torch.meshgrid(torch.arange(m), torch.arange(n), indexing="ij")
+    near = ((i + 1) * (j + 1) <= k).flatten().nonzero().flatten()
+    i, j = i.flatten()[near].to(rows.device), j.flatten()[near].to(rows.device)
+    qk, ov = lists.qk[rows].clamp_min(0), lists.ov[rows].clamp_min(0)
+    return qk[:, i] * ov[:, j], i, j
+
+
+def _best(lists: _Lists, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Places (source, destination, output) of the k largest products over all sources."""
+    best = lists.qk[:, 0].clamp_min(0) * lists.ov[:, 0].clamp_min(0)
+    rows = best.topk(min(k, len(best))).indices  # no other source can hold one of the k largest
+    value, i, j = _products(lists, rows, k)
+    flat = value.flatten().topk(min(k, value.numel())).indices
+    return rows[flat // len(i)], i[flat % len(i)], j[flat % len(i)]
+
+
+def _best_of_each(lists: _Lists, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows = torch.arange(len(lists.source), device=lists.source.device)
+    value, i, j = _products(lists, rows, k)
+    places = value.topk(min(k, value.shape[1])).indices
+    return rows[:, None].expand_as(places).flatten(), i[places].flatten(), j[places].flatten()
+
+
+def _frame(
+    model: AttentionOnlyModel, head: Head, lists: _Lists, row: Tensor, i: Tensor, j: Tensor
+) -> pd.DataFrame:
+    source, destination = lists.source[row].tolist(), lists.destination[row, i].tolist()
+    token = lists.token[row, j].tolist()
+    qk, ov = lists.qk[row, i].cpu().numpy(), lists.ov[row, j].cpu().numpy()
+    return pd.DataFrame(
+        {
+            "head": head.label,
+            "source": token_texts(model, source),
+            "source_id": source,
+            "destination": token_texts(model, destination),
+            "destination_id": destination,
+            "token": token_texts(model, token, output=True),
+            "token_id": token,
+            "qk": qk,
+            "ov": ov,
+            "value": np.clip(qk, 0, None) * np.clip(ov, 0, None),
+        }
+    )
+
+
+def _error(model: AttentionOnlyModel, head: Head, frame: pd.DataFrame) -> float:
+    """The first trigrams' halves, out of the full circuits' rows."""
+    first = frame.head(3)
+    qk, ov = qk_circuit(model, head), ov_circuit(model, head)
+    off = 0.0
+    for _, row in first.iterrows():
+        ids = [torch.tensor([row[n]], device=model.W_E.device) for n in ("destination_id", "source_id")]
+        scores = (qk.left(ids[0]) @ qk.right())[0] / head.bank.score_scale
+        centre = scores.mean() if head.bank.mixes_positions else 0.0
+        logits = (ov.left(ids[1]) @ ov.right())[0]
+        off = max(off, abs(float(scores[row["source_id"]] - centre) - row["qk"]))
+        off = max(off, abs(float(logits[row["token_id"]] - logits.mean()) - row["ov"]))
+    return off
+
+
+def _trigram_counts(model: AttentionOnlyModel, text: str | Tensor) -> Tensor:
+    tokens = model.to_tokens(text, prepend_bos=False)[0] if isinstance(text, str) else torch.as_tensor(text)
+    return tokens.flatten()
+
+
+def _support(
+    model: AttentionOnlyModel, source: int, destination: Tensor, token: Tensor, tokens: Tensor | None
+) -> Float[Tensor, "destination token"]:
+    """How well each (destination, output) is backed: counts in a text, or the direct path's logits
+    against their row."""
+    if tokens is None:
+        rows = model.W_E.detach()[destination].double()
+        table = rows @ model.W_U.detach()[:, token].double()
+        mean = rows @ model.W_U.detach().double().mean(1)
+        return table - mean[:, None]
+    out = torch.zeros(len(destination), len(token), dtype=torch.float64)
+    stands = (tokens == source).long().cumsum(0)
+    place = torch.arange(len(tokens))
+    before = torch.where(place >= REACH, stands[(place - REACH).clamp_min(0)], 0)
+    near = torch.zeros(len(tokens), dtype=torch.bool)
+    near[1:] = (stands[:-1] - before[1:]) > 0  # the source stands at most REACH tokens before
+    where = near[:-1].nonzero().flatten()
+    pairs = torch.stack([tokens[where], tokens[where + 1]], 1)
+    columns = {t: b for b, t in enumerate(token.tolist())}
+    rows_of = {d: a for a, d in enumerate(destination.tolist())}
+    for d, t in pairs[torch.isin(pairs[:, 0], destination.cpu())].tolist():
+        if t in columns:
+            out[rows_of[d], columns[t]] += 1
+    return out
+
+
+def _crossings(model: AttentionOnlyModel, lists: _Lists, row: int, tokens: Tensor | None) -> pd.DataFrame:
+    source = int(lists.source[row])
+    destination, token = lists.destination[row], lists.token[row]
+    strength = lists.qk[row].clamp_min(0)[:, None] * lists.ov[row].clamp_min(0)
+    support = _support(model, source, destination, token, tokens).to(strength)
+    good = torch.minimum(support[:, None, :, None], support[None, :, None, :])  # [d1, d2, o1, o2]
+    crossed = torch.maximum(support[:, None, None, :], support[None, :, :, None].expand_as(good))
+    weaker = torch.minimum(strength[:, None, None, :], strength[None, :, :, None].expand_as(good))
+    once = torch.arange(len(destination), device=support.device)
+    once = (once[:, None] < once)[:, :, None, None]
+    bug = once & (good > 0) & (good > crossed) & (weaker > 0)
+    if tokens is not None:
+        bug &= crossed == 0
+    value = weaker.where(bug, 0)
+    best = value.flatten().topk(min(50, value.numel()))
+    flat = best.indices[best.values > 0]
+    n, m = len(destination), len(token)
+    d1, d2, o1, o2 = flat // (n * m * m), flat // (m * m) % n, flat // m % m, flat % m
+    return pd.DataFrame(
+        {
+            "source": token_texts(model, [source])[0],
+            "source_id": source,
+            "destination": token_texts(model, destination[d1].tolist()),
+            "token": token_texts(model, token[o1].tolist(), output=True),
+            "other_destination": token_texts(model, destination[d2].tolist()),
+            "other_token": token_texts(model, token[o2].tolist(), output=True),
+            "strength": strength[d1, o1].cpu().numpy(),
+            "other_strength": strength[d2, o2].cpu().numpy(),
+            "crossing": strength[d1, o2].cpu().numpy(),
+            "other_crossing": strength[d2, o1].cpu().numpy(),
+            "value": value.flatten()[flat].cpu().numpy(),
+        }
+    )
