@@ -2,7 +2,7 @@
 
 Read in this order: ``stream`` (the augmented sequence), ``masks``, ``heads`` (a masked softmax head,
 a sublayer), ``activations``, ``neurons``, ``linear``, ``gated``, ``omega`` (masks in the weights),
-``norms``, ``literal`` and ``whole`` (a whole transformer).
+``norms``, ``literal`` and ``whole`` (a whole transformer), ``costs``, ``regularisation``.
 """
 
 from mechinterp_attn.theorems import masks
@@ -14,6 +14,7 @@ from mechinterp_attn.theorems.activations import (
     relu_bound,
     softmax_activation,
 )
+from mechinterp_attn.theorems.costs import Costs, Shape, costs, public_costs
 from mechinterp_attn.theorems.gated import (
     gated_mlp,
     glu_heads,
@@ -33,6 +34,7 @@ from mechinterp_attn.theorems.literal import LiteralModel
 from mechinterp_attn.theorems.neurons import bias_head, mlp_sublayer, neuron_heads
 from mechinterp_attn.theorems.norms import PartialNorm
 from mechinterp_attn.theorems.omega import check_omega, least_omega, log_leak, mask_error_bound
+from mechinterp_attn.theorems.regularisation import attention_dropout, decay
 from mechinterp_attn.theorems.stream import Layout
 from mechinterp_attn.theorems.whole import (
     MaskSweep,
@@ -45,16 +47,19 @@ from mechinterp_attn.theorems.whole import (
 )
 
 __all__ = [
+    "Costs",
     "Layout",
     "LiteralModel",
     "MaskSweep",
     "OmegaCalibration",
     "PartialNorm",
+    "Shape",
     "SoftmaxActivation",
     "SoftmaxHeads",
     "Steps",
     "Sublayer",
     "activation_heads",
+    "attention_dropout",
     "attention_only",
     "best_in_class",
     "bias_head",
@@ -62,6 +67,8 @@ __all__ = [
     "check_omega",
     "class_error",
     "clearing_head",
+    "costs",
+    "decay",
     "gated_mlp",
     "generalised_silu",
     "glu_heads",
@@ -76,6 +83,7 @@ __all__ = [
     "mlp_sublayer",
     "neuron_heads",
     "product_heads",
+    "public_costs",
     "relu_bound",
     "relu_squared_mlp",
     "run",

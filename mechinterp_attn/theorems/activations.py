@@ -47,7 +47,7 @@ def generalised_silu(a1: float, a2: float, name: str | None = None) -> SoftmaxAc
 GELU_SLOPE = 1.702
 RELU_SHARPNESS = 1000.0
 
-_FUNCTIONS: dict[str, Function] = {
+FUNCTIONS: dict[str, Function] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_new": lambda z: F.gelu(z, approximate="tanh"),
@@ -102,12 +102,12 @@ def softmax_activation(
         if not sharpness > 0:
             raise MechInterpError(f"sharpness={sharpness}; expected a positive number")
         return generalised_silu(1 / sharpness, sharpness)
-    if activation not in _FUNCTIONS:
+    if activation not in FUNCTIONS:
         raise MechInterpError(
-            f"activation {activation!r} is not known; use one of {', '.join(_FUNCTIONS)}, or "
+            f"activation {activation!r} is not known; use one of {', '.join(FUNCTIONS)}, or "
             "generalised_silu(a1, a2)"
         )
-    a1, a2, error = best_in_class(_FUNCTIONS[activation])
+    a1, a2, error = best_in_class(FUNCTIONS[activation])
     raise MechInterpError(
         f"activation {activation!r} is outside the generalised SiLU class a1 SiLU(a2 z); its best "
         f"approximation there, {a1:.4g} SiLU({a2:.4g} z), errs by {error:.2g} on |z| <= 6. To use it "
@@ -122,7 +122,7 @@ def class_error(
 
     On a float64 grid of step ``radius / 200,000``.
     """
-    act = _FUNCTIONS[activation] if isinstance(activation, str) else activation
+    act = FUNCTIONS[activation] if isinstance(activation, str) else activation
     z = torch.linspace(-radius, radius, 400_001, dtype=torch.float64)
     error = (act(z) - approximation(z)).abs()
     return float(error.max()), float(z[error.argmax()])

@@ -51,6 +51,8 @@ class LiteralModel(AttentionOnlyModel):
         activation: what the neuron heads compute instead of the source's activation function; None
             without neurons.
         exact: whether that is the source's activation function itself.
+        constant: the value of the constant coordinate on real rows, 1 unless it decayed (see
+            ``regularisation``).
         steps: the induction over sublayers, as measured when the model was made.
     """
 
@@ -72,6 +74,7 @@ class LiteralModel(AttentionOnlyModel):
         rows = 1 + model.spec.n_ctx
         self.layout = Layout(model.spec.d_model, positions=0 if omega is None else rows)
         self.omega = omega
+        self.constant = 1.0
         self.activation = _activation(model, activation)
         self.exact = self.activation is None or _is_exact(model, self.activation)
         for bank in self.banks:
@@ -123,7 +126,9 @@ class LiteralModel(AttentionOnlyModel):
             x = x + self.hook_pos_embed(self.W_pos[: tokens.shape[1]].expand_as(x))
         if self.spec.embed_norm is not None:
             x = self.embed_norm(x)
-        return self.layout.augment(x)
+        X = self.layout.augment(x)
+        X[..., self.layout.constant] *= self.constant
+        return X
 
     @torch.no_grad()
     def streams(self, input: Any) -> Iterator[tuple[str, Float[Tensor, "batch row width"]]]:

@@ -201,7 +201,7 @@ class MaskSweep(Result):
 def mask_sweep(
     model: Source,
     tokens: Int[Tensor, "batch pos"] | str,
-    omegas: Sequence[float],
+    omegas: Sequence[float | int],
     *,
     activation: str | SoftmaxActivation | None = None,
 ) -> MaskSweep:
