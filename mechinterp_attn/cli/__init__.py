@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from mechinterp_attn.cli import detect, models, report
+from mechinterp_attn.cli import circuits, detect, models, paths, report
 from mechinterp_attn.errors import MechInterpError
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for group in (models, report, detect):
+for group in (models, report, detect, paths, circuits):
     group.register(app)
 
 
