@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -90,7 +91,7 @@ def virtual_head(model: AttentionOnlyModel, *heads: str | Head) -> VirtualHead:
     for given in heads:
         head = resolve_head(model, given)
         parts += head.heads if isinstance(head, VirtualHead) else [head]
-    for one, two in zip(parts, parts[1:], strict=False):
+    for one, two in pairwise(parts):
         if one.writes_at >= two.reads_at:
             raise MechInterpError(
                 f"{two.label} does not read what {one.label} writes: it comes before it or beside it; "

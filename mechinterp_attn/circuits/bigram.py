@@ -110,10 +110,6 @@ def _table(model: AttentionOnlyModel, ids: Tensor, bias: bool) -> tuple[Tensor, 
     return left, right
 
 
-def _bar(rows: int, columns: int) -> str | None:
-    return "bigrams" if rows * columns > 2e8 else None
-
-
 def _correlations(model: AttentionOnlyModel, text: str | Tensor, bias: bool) -> pd.DataFrame:
     """Spearman's rho per source token, over the tokens that stand in the text."""
     tokens = model.to_tokens(text, prepend_bos=False)[0] if isinstance(text, str) else torch.as_tensor(text)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 
-from mechinterp_attn.circuits.composition import composition
+from mechinterp_attn.circuits.composition import CompositionScores, composition
 from mechinterp_attn.circuits.copying import copying_scores
 from mechinterp_attn.circuits.groups import Select, groups_of
 from mechinterp_attn.errors import MechInterpError
@@ -45,7 +45,7 @@ def virtual_heads(
     """
     if top_k < 1:
         raise MechInterpError(f"top_k={top_k}; expected at least 1")
-    scores = composition(model, "V", src, dst)
+    scores = cast(CompositionScores, composition(model, "V", src, dst))
     norms: dict[str, float] = {}
     for select in (src, dst):
         for group in groups_of(model, select):

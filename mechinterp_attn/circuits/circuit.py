@@ -69,7 +69,8 @@ class CircuitStatistics(Result):
     circuit: Which
 
     def __getitem__(self, statistic: str) -> float:
-        return float(self.frame.set_index("statistic").loc[statistic, "value"])
+        values = dict(zip(self.frame["statistic"], self.frame["value"], strict=True))
+        return float(values[statistic])
 
 
 @dataclass(frozen=True, eq=False)

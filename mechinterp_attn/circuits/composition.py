@@ -1,7 +1,7 @@
 """Composition scores between any heads and any later ones (Elhage et al. 2021, "composition").
 
-``|W_OV1 W_QK2| / (|W_OV1| |W_QK2|)`` for Q, ``W_QK2^T`` for K and ``W_OV2`` for V, Frobenius norms. A neuron's
-key is the constant coordinate, which nothing writes: K-composition into a neuron is 0. Between two
+``|W_OV1 W_QK2| / (|W_OV1| |W_QK2|)`` for Q, ``W_QK2^T`` for K and ``W_OV2`` for V, Frobenius norms. A
+neuron's key is the constant coordinate, which nothing writes: K-composition into a neuron is 0. Between two
 neurons Q and V are the cosine of the earlier's output and the later's input direction.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -69,25 +69,6 @@ class CompositionScores(Result):
         return composition_ranking(self, k) if ranking or self.scores is None else composition_heatmap(self)
 
 
-@overload
-def composition(
-    model: AttentionOnlyModel, kind: Composition = "K", *, plan: Literal[True], **options: Any
-) -> Plan: ...
-@overload
-def composition(
-    model: AttentionOnlyModel,
-    kind: Composition = "K",
-    src: Select = None,
-    dst: Select = None,
-    *,
-    top_k: int | None = None,
-    rank_by: RankBy = "score",
-    max_bytes: int = 2**30,
-    resume: str | os.PathLike[str] | None = None,
-    engine: Literal["local", "ray"] = "local",
-    precision: Precision = "float32",
-    plan: Literal[False] = False,
-) -> CompositionScores: ...
 @torch.no_grad()
 def composition(
     model: AttentionOnlyModel,
@@ -252,13 +233,13 @@ def _streamed(
     exact = _exact(job, found.row, found.column)
     frame = _frame(job, found.row, found.column, exact)
     measured = frame["z" if job.rank_by == "z" else "score"].to_numpy()
-    raw = found.value if job.rank_by == "z" else found.value.clamp_min(0).sqrt()
-    raw = raw.double().cpu().numpy()
+    seen = found.value if job.rank_by == "z" else found.value.clamp_min(0).sqrt()
+    raw = seen.double().cpu().numpy()
     error = float(np.nanmax(np.abs(raw - measured))) if len(measured) else 0.0
     scale = 1 / frame["spread"].min() if job.rank_by == "z" else 1.0
     check = Check("listed pairs computed one by one in float64", error, TOLERANCE[_used(job)] * scale)
     by = "z" if job.rank_by == "z" else "score"
-    order = frame.assign(_row=found.row.cpu(), _column=found.column.cpu()).sort_values(
+    order = frame.assign(_row=found.row.cpu().numpy(), _column=found.column.cpu().numpy()).sort_values(
         [by, "_row", "_column"], ascending=[False, True, True], kind="stable"
     )
     frame = order.drop(columns=["_row", "_column"]).head(top_k).reset_index(drop=True)

@@ -30,7 +30,7 @@ def run_on_ray(job: Job, units: list[tuple[int, Unit]]) -> Iterator[tuple[int, T
     if started:
         ray.init(include_dashboard=False, log_to_driver=False)
 
-    @ray.remote
+    @ray.remote  # type: ignore[untyped-decorator]
     def work(shared: Job, unit: Unit) -> Top:
         part = Top(shared)
         run_unit(shared, unit, part)

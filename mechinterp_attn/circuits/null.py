@@ -1,10 +1,10 @@
 """What composition scores random heads have.
 
-Turn two heads against each other at random and the mean of the squared score is exactly
-1 / d_model, whatever their singular values; its variance is ``2 (p1 - 1/d)(p2 - 1/d) / ((d - 1)(d + 2))``,
-where p, the participation, is the sum of the fourth powers of the singular values of a head scaled to
-norm 1 (1 for a rank-1 head, about 1/r for r equal ones). The squared score is taken as a Beta variable of that
-mean and variance; for two rank-1 heads it is one, the squared cosine of random vectors.
+Turn two heads against each other at random and the mean of the squared score is exactly 1 / d_model,
+whatever their singular values; its variance is ``2 (p1 - 1/d)(p2 - 1/d) / ((d - 1)(d + 2))``, where p, the
+participation, is the sum of the fourth powers of the singular values of a head scaled to norm 1 (1
+for a rank-1 head, 1/r for r equal ones). The squared score is taken as a Beta variable of that mean
+and variance; for two rank-1 heads it is one, the squared cosine of random vectors.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def position_circuit(
             "score": [
                 float(scores[k] if scores.ndim == 1 else scores.diagonal(-k).mean()) for k in range(n)
             ],
-            "attention": [float(pattern.diagonal(-k).mean()) for k in range(n)],
+            "attention": _by_offset(pattern),
         }
     )
     check = Check("one score computed on its own", error, 1e-8 * max(1.0, float(scores.abs().max())))
@@ -173,6 +173,11 @@ def _need_positions(model: AttentionOnlyModel, head: Head) -> None:
             f"this model has no positions that a head's weights could read ({head.label}); its heads "
             "tell positions apart through the causal mask only"
         )
+
+
+def _by_offset(table: Float[Tensor, "query key"]) -> list[float]:
+    """Means over the pairs whose key stands 0, 1, 2, ... tokens before the query."""
+    return [float(table.diagonal(-k).mean()) for k in range(len(table))]
 
 
 def _average(model: AttentionOnlyModel, head: Head) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -64,20 +64,6 @@ class TokenPairs(Result):
         return pair_bars(self, k)
 
 
-@overload
-def ov_top(model: AttentionOnlyModel, head: str | Head, *, plan: Literal[True], **options: Any) -> Plan: ...
-@overload
-def ov_top(
-    model: AttentionOnlyModel,
-    head: str | Head,
-    *,
-    top_k: int = 10,
-    over: Over = "all",
-    sources: Tokens | None = None,
-    largest: bool = True,
-    precision: Precision = "float32",
-    plan: Literal[False] = False,
-) -> TokenPairs: ...
 def ov_top(
     model: AttentionOnlyModel,
     head: str | Head,
@@ -110,21 +96,6 @@ def ov_top(
     return _top(circuit, **options, precision=precision, plan=plan)
 
 
-@overload
-def qk_top(model: AttentionOnlyModel, head: str | Head, *, plan: Literal[True], **options: Any) -> Plan: ...
-@overload
-def qk_top(
-    model: AttentionOnlyModel,
-    head: str | Head,
-    *,
-    top_k: int = 10,
-    over: Over = "all",
-    sources: Tokens | None = None,
-    largest: bool = True,
-    offset: int | None = None,
-    precision: Precision = "float32",
-    plan: Literal[False] = False,
-) -> TokenPairs: ...
 def qk_top(
     model: AttentionOnlyModel,
     head: str | Head,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mechinterp_attn.model import AttentionOnlyModel
 
 
-class Analysis(str, Enum):
+class Analysis(StrEnum):
     ov = "ov"
     qk = "qk"
     bigrams = "bigrams"
@@ -29,16 +29,21 @@ class Analysis(str, Enum):
     directions = "directions"
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     Q = "Q"
     K = "K"
     V = "V"
 
 
-class Over(str, Enum):
+class Over(StrEnum):
     all = "all"
     rows = "rows"
     columns = "columns"
+
+
+class RankBy(StrEnum):
+    score = "score"
+    z = "z"
 
 
 def register(app: typer.Typer) -> None:
@@ -55,9 +60,7 @@ def circuits(
         typer.Argument(help="Heads such as L1H2, L0N7 or 'L0H1 > L1H4'; all where that makes sense."),
     ] = None,
     top_k: Annotated[int, typer.Option(help="How many rows (per row or column with --over).")] = 10,
-    over: Annotated[
-        Over, typer.Option(help="ov, qk: rank all entries, or every row or column.")
-    ] = Over.all,
+    over: Annotated[Over, typer.Option(help="ov, qk: rank all entries, rows or columns.")] = Over.all,
     source: Annotated[
         list[str] | None, typer.Option(help="Only this source token; may be given several times.")
     ] = None,
@@ -67,7 +70,7 @@ def circuits(
         str | None, typer.Option(help="composition, virtual: earlier heads: attention, mlp, or L0H1,L0H2.")
     ] = None,
     dst: Annotated[str | None, typer.Option(help="composition, virtual: later heads, likewise.")] = None,
-    rank_by: Annotated[str, typer.Option(help="composition: 'score' or 'z'.")] = "score",
+    rank_by: Annotated[RankBy, typer.Option(help="composition: what the best are best by.")] = RankBy.score,
     max_bytes: Annotated[int, typer.Option(help="composition: memory it may use.")] = 2**30,
     resume: Annotated[
         Path | None, typer.Option(help="composition: file that keeps the state of the search.")
@@ -84,20 +87,17 @@ def circuits(
     tokens = _tokens(loaded, source)
     if analysis in (Analysis.ov, Analysis.qk):
         top = own.ov_top if analysis is Analysis.ov else own.qk_top
-        options = {"top_k": top_k, "over": over.value, "sources": tokens, "largest": not smallest}
+        options: dict[str, Any] = {
+            "top_k": top_k,
+            "over": over.value,
+            "sources": tokens,
+            "largest": not smallest,
+        }
         result = top(loaded, _one(heads, analysis), **options, plan=plan)
     elif analysis is Analysis.composition:
-        result = own.composition(
-            loaded,
-            kind.value,
-            _select(src) if src else _select(",".join(heads) if heads else None),
-            _select(dst),
-            top_k=top_k,
-            rank_by=rank_by,
-            max_bytes=max_bytes,
-            resume=resume,
-            plan=plan,
-        )
+        earlier = _select(src or (",".join(heads) if heads else None))
+        options = {"rank_by": rank_by.value, "max_bytes": max_bytes, "resume": resume, "top_k": top_k}
+        result = own.composition(loaded, kind.value, earlier, _select(dst), **options, plan=plan)
     else:
         emit(_table(loaded, analysis, heads, tokens, top_k, src, dst), as_json=as_json, csv=csv)
         return

@@ -26,8 +26,8 @@ def composition_heatmap(result: CompositionScores) -> go.Figure:
     assert result.scores is not None
     if result.scores.numel() > MAX_CELLS:
         raise MechInterpError(
-            f"{result.scores.numel():,} pairs are too many for a heatmap ({MAX_CELLS:,}); choose heads with "
-            "src= and dst=, or plot(ranking=True)"
+            f"{result.scores.numel():,} pairs are too many for a heatmap ({MAX_CELLS:,}); choose heads "
+            "with src= and dst=, or plot(ranking=True)"
         )
     scores = result.scores.cpu().numpy()
     above = np.full(scores.shape, np.nan)
