@@ -1,0 +1,182 @@
+"""Text from outside is never markup; what it says reads as itself. And the page is usable by everyone."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import mechinterp_attn as mia
+from mechinterp_attn.view.report.blocks import column, pattern, section, table, token
+from mechinterp_attn.view.text import shown
+
+HOSTILE = [
+    "</script>",
+    "<!--<script>",
+    "<script>document.title = 'owned'</script>",
+    "<img src=x onerror=\"document.title='owned'\">",
+    "<svg/onload=alert(1)>",
+    "\"><iframe src='javascript:alert(1)'></iframe>",
+    "javascript:alert(1)",
+    "{{ 7 * 7 }}",
+    "</style><style>*{display:none}</style>",
+    "</title><script>alert(1)</script>",
+    "]]>",
+    "&lt;b&gt; &amp;",
+    "https://example.invalid/x.png",
+    "url(https://example.invalid/y.png)",
+    "\u2028 \u2029",
+    "\u202egnp.exe\u202c",
+    "\u2066\u2069\u200f",
+    "\ud800",
+    "\udfff\ud800",
+    "\x00\x1b[31m",
+    "=cmd|'/c calc'!A1",
+    "\ufeff",
+    "x \u00a0 \u200b",
+    "__proto__",
+]
+
+
+def hostile_report(report):
+    """The report with every text in it replaced by hostile ones, wherever a token or label can stand."""
+    data = copy.deepcopy(report.data)
+    for key in ("title", "model", "software"):
+        data[key] = shown(" ".join(HOSTILE))
+    data["prompt"] = [shown(t) for t in HOSTILE]
+    n = len(HOSTILE)
+    weights = pattern(np.tril(np.ones((n, n + 1))) / n)
+    groups = [
+        {
+            "kind": kind,
+            "title": "Heads",
+            "heads": [{"head": shown(t), "why": shown(t), "weights": weights} for t in HOSTILE],
+        }
+        for kind in ("attention", "mlp")
+    ]
+    rows = pd.DataFrame({"token": HOSTILE, "head": HOSTILE, "text": HOSTILE, "kind": HOSTILE}, dtype=object)
+    columns = [
+        column("token", HOSTILE[0], "token", HOSTILE[3]),
+        column("head", "Head", "head"),
+        column("text", "Text", "text"),
+        column("kind", "Kind", "kind"),
+    ]
+    blocks = [
+        {"type": "prompt", "tokens": data["prompt"], "ids": list(range(n))},
+        {"type": "patterns", "id": "patterns", "tokens": data["prompt"], "groups": groups},
+        table("hostile", HOSTILE[2], rows, columns, filters=("head", "kind"), rows=len(HOSTILE)),
+        {
+            "type": "chart",
+            "id": HOSTILE[3],
+            "caption": HOSTILE[2],
+            "kind": "bars",
+            "labels": data["prompt"],
+            "values": [1.0, "nan", "inf"] + [-0.5] * (n - 3),
+            "x": HOSTILE[0],
+        },
+        {
+            "type": "facts",
+            "items": [{"name": shown(t), "value": shown(t), "note": shown(t)} for t in HOSTILE],
+        },
+        {"type": "words", "words": {shown(t): shown(t) for t in HOSTILE}},
+    ]
+    graph = next(b for s in report.data["sections"] for b in s["blocks"] if b["type"] == "graph")
+    graph = json.loads(json.dumps(graph))
+    graph["graph"]["title"] = graph["graph"]["note"] = shown(HOSTILE[2])
+    for i, node in enumerate(graph["graph"]["nodes"]):
+        node["label"] = shown(HOSTILE[i % n])
+    graph["graph"]["tokens"] = [shown(HOSTILE[i % n]) for i in range(len(graph["graph"]["tokens"]))]
+    lead = [[token(t) for t in HOSTILE]]
+    data["sections"] = [section("hostile", shown(HOSTILE[0]), lead, [*blocks, graph], {})]
+    return mia.Report(data)
+
+
+def test_hostile_text_is_only_text(report, watched, tmp_path):
+    page = watched.open(hostile_report(report).save(tmp_path / "hostile.html"))
+    assert page.title().split() == shown(" ".join(HOSTILE)).split()  # nobody renamed the page
+    assert page.locator("main :is(img, iframe, script, style, object, embed), body > img").count() == 0
+    assert page.locator("main [onerror], main [onload]").count() == 0
+    read = page.locator("#table-hostile td:nth-child(1)").all_inner_texts()
+    # trim: a table cell's inner text ends in no space of its own
+    assert [r.strip() for r in read] == [shown(t).strip() for t in HOSTILE]
+    page.get_by_text("heads in CircuitsVis").click()
+    page.wait_for_selector("#circuitsvis-mlp canvas", timeout=90_000)
+    assert page.locator(".circuitsvis :is(img, iframe, script, style)").count() == 0
+    assert watched.requests == []
+    assert watched.dialogs == []
+    assert [e for e in watched.errors if "WebGL" not in e] == []
+
+
+def test_every_token_of_gpt2_reads_as_itself(watched, data, report, tmp_path):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(data / "tokenizers" / "gpt2" / "tokenizer.json"))
+    n = tokenizer.get_vocab_size()
+    texts = [tokenizer.decode([i], skip_special_tokens=False) for i in range(n)]
+    expected = [shown(t) for t in texts]
+    rows = pd.DataFrame({"token": texts, "token_id": range(n)})
+    columns = [column("token", "Token", "token"), column("token_id", "Id", "id")]
+    block = table("vocabulary", "All", rows, columns, rows=n)
+    parts = [range(i, min(i + 1000, n)) for i in range(0, n, 1000)]  # no prompt is longer
+    strips = [{"type": "prompt", "tokens": [expected[i] for i in p], "ids": list(p)} for p in parts]
+    everything = section("all", "All", [], [block, *strips], {})
+    page_data = report.data | {"prompt": expected[:40], "sections": [everything]}
+    watched.page.set_default_timeout(120_000)  # 100,000 pieces of text at once
+    page = watched.open(mia.Report(page_data).save(tmp_path / "all.html"))
+    for selector in ("#table-vocabulary td:nth-child(1)", "figure.prompt li"):
+        read = page.evaluate("s => Array.from(document.querySelectorAll(s), n => n.textContent)", selector)
+        assert ["" if r == "–" and not e else r for r, e in zip(read, expected, strict=True)] == expected
+    kinds = page.evaluate("[...new Set(Array.from(document.querySelectorAll('main *'), n => n.localName))]")
+    assert not {"img", "iframe", "script", "style", "object", "embed"} & set(kinds)
+    watched.assert_quiet()
+
+
+def test_what_is_no_number_is_drawn_as_such(report, watched, tmp_path):
+    weights = np.full((3, 4), 0.25)
+    weights[1, 0], weights[2, 0], weights[2, 1] = np.nan, 1.5, -0.5
+    group = {
+        "kind": "attention",
+        "title": "Heads",
+        "heads": [{"head": "L0H0", "why": "odd", "weights": pattern(weights)}],
+    }
+    frame = pd.DataFrame({"value": [1.0, float("nan"), float("inf"), -float("inf")]})
+    data = report.data | {"prompt": ["a", "b", "c"]}
+    data["sections"] = [
+        section("odd", "Odd", [], [
+            {"type": "patterns", "id": "patterns", "tokens": ["a", "b", "c"], "groups": [group]},
+            table("odd", "Odd", frame, [column("value", "Value", "signed")]),
+        ], {})
+    ]  # fmt: skip
+    page = watched.open(mia.Report(data).save(tmp_path / "odd.html"))
+    assert page.locator("#table-odd td").all_inner_texts() == ["+1.000", "× NaN", "∞", "−∞"]
+    page.locator("#table-odd th button").click()
+    assert page.locator("#table-odd td").all_inner_texts() == ["∞", "+1.000", "−∞", "× NaN"]  # NaN last
+    titles = page.locator(".panel .strip li").evaluate_all("(nodes) => nodes.map((n) => n.title)")
+    assert [t.split(": ")[1] for t in titles] == ["> 1", "< 0", "0.25", "0.25"]
+    watched.assert_quiet()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_axe_finds_no_serious_violation(report, chromium, tmp_path, scheme, width):
+    """axe-core's rules, contrast AA included. It is put in by the test; the page's policy forbids it."""
+    context = chromium.new_context(
+        color_scheme=scheme, viewport={"width": width, "height": 900}, bypass_csp=True
+    )
+    page = context.new_page()
+    page.goto(report.save(tmp_path / "report.html").as_uri())
+    page.wait_for_selector(".patterns[data-ready]", state="attached")
+    for summary in page.locator("details:not(:has(.circuitsvis)) > summary").all():
+        if "CircuitsVis" not in summary.inner_text():
+            summary.click()
+    page.add_script_tag(path=Path(__file__).parent / "vendor" / "axe.min.js")
+    found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
+    context.close()
+    serious = [
+        f"{v['id']}: {v['help']}: {[n['target'] for n in v['nodes']][:4]}"
+        for v in found
+        if v["impact"] in ("serious", "critical")
+    ]
+    assert serious == []
