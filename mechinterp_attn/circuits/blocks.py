@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -143,6 +143,7 @@ def _squared(block: Tensor, r1: int, r2: int) -> Tensor:
     return block.view(len(block) // r1, r1, -1, r2).sum((1, 3))
 
 
+@runtime_checkable
 class Sink(Protocol):
     """What is done with the squared scores of a block."""
 
