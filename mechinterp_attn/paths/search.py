@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechinterp_attn.banks.block import FrozenSublayer
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.heads import FrozenBank
 from mechinterp_attn.paths.frozen import Frozen, sum_tolerance
@@ -220,8 +221,7 @@ class _Search:
         for j in range(depth - 1, -1, -1):
             sublayer = frozen.sublayers[j]
             if sublayer.out_bias is not None:
-                name = f"L{sublayer.banks[-1].bank.layer} norm bias"
-                self._add_source(name, w * (sublayer.out_bias @ v), tail)
+                self._add_source(_norm_bias(sublayer), w * (sublayer.out_bias @ v), tail)
             if sublayer.out is not None:
                 w, v = sublayer.out.weigh(w), sublayer.out.turn_back(v)
             for i, bank in enumerate(sublayer.banks):
@@ -399,7 +399,12 @@ def _sources(frozen: Frozen) -> Iterator[tuple[str, tuple[int, Tensor | None]]]:
             yield f"L{bank.bank.layer} {bank.bank.part} bias", (j, bank.bias)
         if sublayer.out_bias is not None:
             bias = sublayer.out_bias.expand_as(sublayer.stream)
-            yield f"L{sublayer.banks[-1].bank.layer} norm bias", (j + 1, bias)
+            yield _norm_bias(sublayer), (j + 1, bias)
+
+
+def _norm_bias(sublayer: FrozenSublayer) -> str:
+    last = sublayer.banks[-1].bank
+    return f"L{last.layer} {last.part} norm bias"
 
 
 def _frame(frozen: Frozen, goal: Goal, found: list[_Path], positions: Positions) -> pd.DataFrame:
