@@ -52,6 +52,8 @@ def assert_circuit(
 ) -> CircuitCheck:
     """Check that a circuit is in a model; made for tests.
 
+    The circuit as YAML::
+
         heads:
           L0H2: previous_token
           L1H3: {induction: 0.9}
