@@ -2,6 +2,7 @@
 
 from mechinterp_attn.detect.ablation import Ablations, ablate
 from mechinterp_attn.detect.circuit import CircuitCheck, assert_circuit, check_circuit
+from mechinterp_attn.detect.corpus import CorpusScores, over_corpus
 from mechinterp_attn.detect.induction import Induction, induction
 from mechinterp_attn.detect.losses import InContextLearning, in_context_learning
 from mechinterp_attn.detect.probes import Probe, random_repeats
@@ -11,6 +12,7 @@ from mechinterp_attn.detect.weights import WeightScores, score_weights
 __all__ = [
     "Ablations",
     "CircuitCheck",
+    "CorpusScores",
     "HeadScores",
     "InContextLearning",
     "Induction",
@@ -25,6 +27,7 @@ __all__ = [
     "induction",
     "match",
     "offsets",
+    "over_corpus",
     "random_repeats",
     "score_heads",
     "score_weights",
