@@ -34,7 +34,7 @@ GATED = {
     "relu": lambda g: np.maximum(g, 0.0),
 }
 COMPONENTS = (1, 2, 3, 4, 6, 8)
-GATED_COMPONENTS = (4, 6, 8, 12)
+GATED_COMPONENTS = (8, 4)
 RANGES = (4, 8, 16, 32)
 
 
@@ -165,10 +165,7 @@ def solve(problems: list[Problem], *, starts: int, keep: int, steps: int, seed: 
 def plain_problems(name: str, k: int) -> list[Problem]:
     grid = np.concatenate([np.linspace(0, 6, 240), np.linspace(6, 20, 60)[1:]])
     gate = PLAIN[name](grid)
-    return [
-        Problem(grid, grid, gate, True, pairs, k - 2 * pairs, 20.0)
-        for pairs in range(k // 2 + 1)
-    ]
+    return [Problem(grid, grid, gate, True, pairs, k - 2 * pairs, 20.0) for pairs in range(k // 2 + 1)]
 
 
 def gated_problem(name: str, k: int, r: float) -> list[Problem]:
@@ -199,12 +196,19 @@ def main() -> None:
     args = parser.parse_args()
     table = json.loads(OUT.read_text()) if OUT.exists() else {"plain": [], "gated": []}
     jobs = [("plain", n, k, 20.0) for n in PLAIN for k in COMPONENTS]
-    jobs += [("gated", n, k, float(r)) for n in GATED for k in GATED_COMPONENTS for r in RANGES]
+    jobs += [("gated", n, k, float(r)) for k in GATED_COMPONENTS for n in GATED for r in RANGES]
     for kind, name, k, r in tqdm(jobs, file=sys.stderr):
         if args.only not in (None, kind):
             continue
         problems = plain_problems(name, k) if kind == "plain" else gated_problem(name, k, r)
-        heads = solve(problems, starts=args.starts, keep=3, steps=args.steps, seed=k)
+        if name == "relu" and r > RANGES[0]:  # relu(s g) = s relu(g): one fit serves all ranges
+            base = next(
+                o for o in table[kind] if (o["act_fn"], o["components"], o["range"]) == (name, k, RANGES[0])
+            )
+            s = r / RANGES[0]
+            heads = [[s * c for c in base["values"]], [a / s for a in base["slopes"]], base["offsets"]]
+        else:
+            heads = solve(problems, starts=args.starts, keep=3, steps=args.steps, seed=k)
         measured = measure(heads, (PLAIN if kind == "plain" else GATED)[name], gated=kind == "gated", r=r)
         row = {"act_fn": name, "components": k} | ({"range": r} if kind == "gated" else {})
         known = [old for old in table[kind] if row.items() <= old.items()]

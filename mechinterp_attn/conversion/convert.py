@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def convert(
     source: TransformerBridge | Checkpoint | Any,
     *,
-    mlp: Mode = "exact",
+    mlp: Mode | str = "exact",
     components: int = 8,
     check: bool = True,
 ) -> AttentionOnlyModel:
@@ -61,7 +61,7 @@ def convert(
 def load(
     source: str | os.PathLike[str],
     *,
-    mlp: Mode = "exact",
+    mlp: Mode | str = "exact",
     components: int = 8,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -89,7 +89,7 @@ def load(
 
 
 def _build(
-    checkpoint: Checkpoint, source: Any, mlp: Mode, components: int, *, check: bool, shared: bool
+    checkpoint: Checkpoint, source: Any, mlp: str, components: int, *, check: bool, shared: bool
 ) -> AttentionOnlyModel:
     spec = checkpoint.spec()
     weights = attention_only_weights(spec, checkpoint.state_dict)

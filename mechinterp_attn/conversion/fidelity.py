@@ -80,10 +80,31 @@ class Fidelity:
         return numbers | {"ok": self.ok}
 
     def _repr_html_(self) -> str:
-        verdict = "equal within tolerance" if self.ok else "<b>NOT equal</b>"
-        rows = pd.DataFrame(self.summary().items(), columns=["", "value"])
-        layers = self.per_layer.to_html(index=False)
-        return f"<p>Fidelity: {verdict}</p>{rows.to_html(index=False)}{layers}"
+        sequence, position = self.worst_position
+        verdict, colour = (
+            ("equal within tolerance", "#1a7f37") if self.ok else ("not equal within tolerance", "#b3261e")
+        )
+        rows = {
+            "max logit error": f"{self.max_logit_error:.2e}",
+            "mean logit error": f"{self.mean_logit_error:.2e}",
+            "largest logit of the source": f"{self.logit_scale:.3g}",
+            "max error / largest logit": f"{self.relative_error:.1e} (tolerance {self.tolerance:.0e})",
+            "KL divergence (nats)": f"{self.kl:.1e}",
+            "loss of source and model (nats)": f"{self.loss_source:.4f}, {self.loss_model:.4f}",
+            "same top token": f"{self.top1_agreement:.2%} of {self.n_tokens:,} positions",
+            "worst position": f"sequence {sequence}, token {position}",
+            "compared in": self.dtype,
+        }
+        body = "".join(
+            f"<tr><td style='text-align:left'>{name}</td><td style='text-align:right'>{value}</td></tr>"
+            for name, value in rows.items()
+        )
+        layers = self.per_layer.to_html(index=False, float_format="{:.1e}".format, border=0)
+        return (
+            f"<p>Fidelity of the conversion: <b style='color:{colour}'>{verdict}</b></p>"
+            f"<table>{body}</table><details><summary>Residual stream after every sublayer</summary>{layers}"
+            "</details>"
+        )
 
     def __str__(self) -> str:
         verdict = "equal" if self.ok else "NOT EQUAL"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -39,7 +39,7 @@ def spec_from_config(cfg: Mapping[str, Any], name: str) -> Spec:
     _refuse_unsupported(cfg, name)
     norm = NORMS[cfg.get("normalization_type")]
     stream_norm: NormKind = NORMS[cfg.get("stream_norm")]
-    positions = _positions(cfg)
+    positions = cast(Positions, _positions(cfg))
     attn_only = bool(cfg.get("attn_only"))
     has_final_norm = cfg.get("final_norm", (norm or stream_norm) is not None)
     final: NormKind = "RMS" if cfg.get("final_rms") else norm or stream_norm
@@ -129,7 +129,7 @@ def _refuse_unsupported(cfg: Mapping[str, Any], name: str) -> None:
         raise UnsupportedModelError(name, reasons)
 
 
-def _positions(cfg: Mapping[str, Any]) -> Positions:
+def _positions(cfg: Mapping[str, Any]) -> str | None:
     kind = cfg.get("positional_embedding_type", "standard")
     return None if kind in (None, "none") else kind
 

@@ -50,11 +50,21 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def read_tokenizer(file: Path, bos_token: str | None = None) -> Any:
+def read_tokenizer(
+    file: Path,
+    bos_token: str | None = None,
+    eos_token: str | None = None,
+    pad_token: str | None = None,
+    unk_token: str | None = None,
+) -> Any:
     """A Hugging Face tokenizer from a ``tokenizer.json``, or None where there is no such file.
 
     Args:
-        bos_token: the text of the BOS token, where the folder's config names one.
+        bos_token: the text of the BOS token, where the folder's config names one; it ends and pads
+            texts as well where ``eos_token`` and ``pad_token`` are not given.
+
+    Raises:
+        CheckpointError: the file is damaged.
     """
     if not file.is_file():
         return None

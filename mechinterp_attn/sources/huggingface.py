@@ -279,7 +279,7 @@ def boot(source: str | Path, dtype: torch.dtype | None = None) -> TransformerBri
     except (OSError, ValueError, KeyError):
         tokenizer = None
     try:
-        with _some_tokenizer(tokenizer, config.vocab_size) as needed:
+        with some_tokenizer(tokenizer, config.vocab_size) as needed:
             bridge = TransformerBridge.boot_transformers(
                 name, hf_model=model, tokenizer=needed, device="cpu", dtype=dtype or wide
             )
@@ -297,7 +297,7 @@ def _has_tokenizer(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _some_tokenizer(tokenizer: Any, size: int) -> Iterator[Any]:
+def some_tokenizer(tokenizer: Any, size: int) -> Iterator[Any]:
     """Booting needs some tokenizer, readable from where it was saved, or the hub is asked for one."""
     if tokenizer is not None:
         yield tokenizer

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FORMAT = "mechinterp_attn.model"
 VERSION = 1
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def save(model: AttentionOnlyModel, folder: str | os.PathLike[str]) -> None:
@@ -36,16 +37,18 @@ def save(model: AttentionOnlyModel, folder: str | os.PathLike[str]) -> None:
     target = output_folder(folder)
     weights = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
     write_atomic(target / "model.safetensors", lambda path: save_file(weights, path))
+    files = ["model.safetensors"]
     if model.tokenizer is not None:
         backend = model.tokenizer.backend_tokenizer
         write_atomic(target / "tokenizer.json", lambda path: backend.save(str(path)))
+        files.append("tokenizer.json")
     config = {
         "format": FORMAT,
         "version": VERSION,
         "spec": model.spec.to_json(),
         "provenance": model.provenance,
-        "bos_token": getattr(model.tokenizer, "bos_token", None),
-        "sha256": {"model.safetensors": _sha256(target / "model.safetensors")},
+        "special_tokens": {name: getattr(model.tokenizer, name, None) for name in _SPECIAL},
+        "sha256": {file: _sha256(target / file) for file in files},
     }
     text = json.dumps(config, indent=1)
     write_atomic(target / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
@@ -64,18 +67,22 @@ def load_saved(folder: Path, dtype: torch.dtype | None = None) -> AttentionOnlyM
         raise CheckpointError(
             str(folder), [f"format version {config.get('version')!r}, this release reads {VERSION}"]
         )
-    file = folder / "model.safetensors"
+    sums = config.get("sha256", {})
+    for file in {"model.safetensors": None} | sums:
+        if (folder / file).is_file() and _sha256(folder / file) != sums.get(file):
+            raise CheckpointError(
+                str(folder), [f"{file} is damaged or not the file that was saved (its checksum differs)"]
+            )
     weights = read_tensors(folder)
-    if _sha256(file) != config.get("sha256", {}).get("model.safetensors"):
-        raise CheckpointError(
-            str(folder), ["model.safetensors is not the file that was saved (checksum differs)"]
-        )
+    missing = [f"{file} is missing" for file in sums if not (folder / file).is_file()]
+    if missing:
+        raise CheckpointError(str(folder), missing)
     spec = Spec.from_json(config.get("spec", {}))
     try:
         return AttentionOnlyModel(
             spec,
             {name: t.to(dtype) if dtype else t for name, t in weights.items()},
-            tokenizer=read_tokenizer(folder / "tokenizer.json", config.get("bos_token")),
+            tokenizer=read_tokenizer(folder / "tokenizer.json", **config.get("special_tokens", {})),
             provenance=config.get("provenance", {}),
         )
     except KeyError as error:
