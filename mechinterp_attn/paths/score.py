@@ -175,7 +175,8 @@ def _side(
                 if left:
                     rest = z_part.clone()
                     rest[:, chosen] = 0
-                    terms.append((f"{left:,} other {bank.bank.path}", bank.write(rest)))
+                    rest_name = f"{left:,} other L{bank.bank.layer} {bank.bank.part}"
+                    terms.append((rest_name, bank.write(rest)))
                 for name, written in terms:
                     through.append(True)
                     names.append(f"{source}{name}")
