@@ -40,7 +40,7 @@ docs: $(VENV)/.installed-docs  ## build docs/_build/html; a warning is an error
 	@echo "Open $(CURDIR)/docs/_build/html/index.html"
 
 notebooks: $(VENV)/.installed-test  ## run the notebooks and keep their outputs
-	$(BIN)/python notebooks/execute.py
+	$(ONE_THREAD) $(BIN)/python notebooks/execute.py
 
 clean:  ## remove what was built, .venv too
 	rm -rf $(VENV) docs/_build build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(REPORT)
