@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Generator, Tensor
 
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.circuits.copying import copying_scores
 from mechinterp_attn.heads import HeadBank
 from mechinterp_attn.model import AttentionOnlyModel
 from mechinterp_attn.results import Check, Receipt, Result
@@ -32,10 +32,11 @@ class WeightScores(Result):
     Attributes:
         frame: one row per head: ``head, layer, index, kind``; ``copying``: sum of the eigenvalues
             of ``W_E W_OV W_U`` over the sum of their sizes, in [-1, 1], ``copying_z``: in standard
-            deviations of random heads of the same shape; ``copying_size``: the sum of their sizes
-            divided by the vocabulary; ``pure_copying``: the head's OV alone on random tokens, the
-            share of the attended token in what is raised, scaled to [-1, 1]; ``induction``,
-            ``induction_z``, ``from_head``: the largest ``matching`` over earlier heads, and which.
+            deviations of random heads (``circuits.copying_scores``); ``copying_size``: the sum of
+            their sizes divided by the vocabulary; ``pure_copying``: the head's OV alone on random
+            tokens, the share of the attended token in what is raised, scaled to [-1, 1];
+            ``induction, induction_z, from_head``: ``matching`` and ``trace_z`` of the earlier head
+            with which the trace stands out most, and which that is.
         pairs: one row per pair of an earlier and a later head that move between positions:
             ``src, dst``; ``composition``: ``|W_QK W_OV^T| / (|W_QK| |W_OV|)``; ``trace``: of
             ``W_E W_QK W_OV^T W_E^T`` divided by the vocabulary: how much a token's score rises on
@@ -68,23 +69,24 @@ def score_weights(model: AttentionOnlyModel, *, seed: int = 0, draws: int = 10) 
     Raises:
         MechInterpError: inputs and outputs have different vocabularies, so nothing can be copied.
     """
-    if model.spec.d_vocab != model.spec.d_vocab_out:
-        raise MechInterpError(
-            f"copying needs one vocabulary for inputs and outputs; this model reads {model.spec.d_vocab} "
-            f"tokens and gives {model.spec.d_vocab_out} logits"
-        )
     W_E, W_U = model.W_E.detach().double(), model.W_U.detach().double()
     generator = torch.Generator().manual_seed(seed)
-    heads = [_copying(bank, W_E, W_U, draws=draws, generator=generator) for bank in model.banks]
-    frame = pd.concat(
-        [model.heads.frame[["head", "layer", "index", "kind"]], pd.concat(heads, ignore_index=True)], axis=1
+    copying = copying_scores(model, seed=seed)
+    frame = model.heads.frame[["head", "layer", "index", "kind"]].merge(
+        copying.frame[["head", "copying_score", "z", "size"]], on="head", validate="one_to_one"
+    )
+    frame.columns = ["head", "layer", "index", "kind", "copying", "copying_z", "copying_size"]
+    frame["pure_copying"] = (
+        torch.cat([_pure_copying(bank, W_E, W_U, draws=draws, generator=generator) for bank in model.banks])
+        .cpu()
+        .numpy()
     )
     pairs, check = _pairs(model, W_E, generator)
     best = pairs.sort_values("trace_z", ascending=False).drop_duplicates("dst").set_index("dst")
     for column, source in (("induction", "matching"), ("induction_z", "trace_z"), ("from_head", "src")):
         frame[column] = frame["head"].map(best[source])
     notes = {"dtype": "float64", "null": f"{NULL_DRAWS} random heads of the same shape", "seed": seed}
-    return WeightScores(frame=frame, receipt=Receipt((check,), notes), pairs=pairs)
+    return WeightScores(frame=frame, receipt=Receipt((*copying.receipt.checks, check), notes), pairs=pairs)
 
 
 def eigenvalue_score(eigenvalues: Complex[Tensor, "*head rank"]) -> Float[Tensor, "*head"]:
@@ -93,28 +95,10 @@ def eigenvalue_score(eigenvalues: Complex[Tensor, "*head rank"]) -> Float[Tensor
     return eigenvalues.real.sum(-1) / size.where(size > 0, 1)
 
 
-def _copying(bank: HeadBank, W_E: Tensor, W_U: Tensor, *, draws: int, generator: Generator) -> pd.DataFrame:
-    W_V, W_O = bank.stacked("V").double(), bank.stacked("O").double()
-    across = W_U @ W_E  # [d_model, d_model]: from the output direction back to the input
-    eigenvalues = torch.linalg.eigvals(W_O @ across @ W_V)
-    null = []
-    for _ in range(NULL_DRAWS):
-        V, out = (torch.randn(W.shape[1:], generator=generator, dtype=W.dtype).to(W) for W in (W_V, W_O))
-        null.append(eigenvalue_score(torch.linalg.eigvals(out @ across @ V)))
-    mean, deviation = torch.stack(null).mean(), torch.stack(null).std()
-    score = eigenvalue_score(eigenvalues)
-    columns = {
-        "copying": score,
-        "copying_z": (score - mean) / deviation,
-        "copying_size": eigenvalues.abs().sum(-1) / len(W_E),
-        "pure_copying": _pure_copying(W_V, W_O, W_E, W_U, draws=draws, generator=generator),
-    }
-    return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
-
-
 def _pure_copying(
-    W_V: Tensor, W_O: Tensor, W_E: Tensor, W_U: Tensor, *, draws: int, generator: Generator
+    bank: HeadBank, W_E: Tensor, W_U: Tensor, *, draws: int, generator: Generator
 ) -> Float[Tensor, " head"]:
+    W_V, W_O = bank.stacked("V").double(), bank.stacked("O").double()
     n = min(COPY_TOKENS, len(W_E))
     shares = []
     for _ in range(draws):

@@ -186,10 +186,21 @@ def test_a_broken_line_is_named(model, tmp_path):
         mia.detect.over_corpus(model, path)
 
 
-def test_two_ray_workers_count_the_same(tmp_path, monkeypatch):
+@pytest.fixture
+def two_workers():
+    """A local cluster; a machine on which Ray itself cannot start one has nothing to say about us."""
+    ray = pytest.importorskip("ray")
+    try:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    except Exception as error:
+        ray.shutdown()
+        pytest.skip(f"Ray cannot start a local cluster here: {error}")
+    yield
+    ray.shutdown()
+
+
+def test_two_ray_workers_count_the_same(tmp_path, two_workers):
     """A local cluster of two workers on a bundled model and a text file, against one process."""
-    pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")  # a busy machine is no failure
     model = mia.load("gelu-2l")
     path = tmp_path / "texts.jsonl"
     sentence = "It was the best of times, it was the worst of times, it was the age of wisdom. "
