@@ -32,8 +32,10 @@ format: $(VENV)/.installed-test  ## let ruff format and fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-bench  ## run every benchmarks/bench_*.py
-	@for script in $(wildcard benchmarks/bench_*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+# Those that need no arguments; the other scripts in benchmarks/ train or fit, and say what they need.
+BENCHMARKS := $(wildcard benchmarks/bench_*.py benchmarks/forward.py benchmarks/three_forms.py)
+bench: $(VENV)/.installed-bench  ## run the benchmarks
+	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 docs: $(VENV)/.installed-docs  ## build docs/_build/html; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
