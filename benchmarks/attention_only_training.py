@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=Recipe.tokens)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--novels", type=int, default=20, help="how many to train on")
+    parser.add_argument("--runs", type=int, default=1000, help="stop after so many new ones")
     options = parser.parse_args()
     torch.set_num_threads(1)
     novels = corpus.read_novels(options.corpus)

@@ -193,12 +193,18 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=40)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--only", help="plain or gated")
+    parser.add_argument("--act", help="one activation")
+    parser.add_argument("--components", type=int, help="one number of heads")
     args = parser.parse_args()
     table = json.loads(OUT.read_text()) if OUT.exists() else {"plain": [], "gated": []}
     jobs = [("plain", n, k, 20.0) for n in PLAIN for k in COMPONENTS]
     jobs += [("gated", n, k, float(r)) for k in GATED_COMPONENTS for n in GATED for r in RANGES]
     for kind, name, k, r in tqdm(jobs, file=sys.stderr):
-        if args.only not in (None, kind):
+        if (
+            args.only not in (None, kind)
+            or args.act not in (None, name)
+            or args.components not in (None, k)
+        ):
             continue
         problems = plain_problems(name, k) if kind == "plain" else gated_problem(name, k, r)
         if name == "relu" and r > RANGES[0]:  # relu(s g) = s relu(g): one fit serves all ranges

@@ -14,6 +14,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -58,6 +59,29 @@ def fastest(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
     return times
 
 
+def report_memory(bridge: object) -> None:
+    """Peak memory of a conversion beyond the source (Linux counts it), and what folding asked for."""
+
+    def read(field: str) -> float:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget earlier peaks
+        before = read("VmRSS")
+    except (OSError, StopIteration):
+        print("memory: not measured on this system")
+        return
+    model = mia.convert(bridge, check=False)
+    peak = read("VmHWM") - before
+    given = {p.data_ptr() for p in bridge.original_model.parameters()}
+    mib = {True: 0.0, False: 0.0}
+    for parameter in model.parameters():
+        mib[parameter.data_ptr() in given] += parameter.numel() * parameter.element_size() / 2**20
+    whole, shared, folded = (f"{size:.0f}" for size in (sum(mib.values()), mib[True], mib[False]))
+    print(f"memory in MiB: model {whole}, of it shared {shared}, folded {folded}; peak {peak:.0f} more")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=4)
@@ -74,6 +98,7 @@ def main() -> None:
         bridge = TransformerBridge.boot_transformers(
             "gpt2", hf_model=copy.deepcopy(hf), tokenizer=tokenizer, device="cpu"
         )
+    report_memory(bridge)
     model = mia.convert(bridge)
     start = time.perf_counter()
     n_heads = len(model.heads.frame)
