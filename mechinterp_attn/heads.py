@@ -87,7 +87,7 @@ class Head:
 
     Attributes:
         W_Q, W_K, W_V: ``[d_model, d_head]``;  b_Q, b_K, b_V: ``[d_head]``.
-        W_O: ``[d_head, d_model]``.
+        W_O: ``[d_head, d_model]``. (Values and outputs of a virtual head may be narrower.)
     """
 
     label: str
@@ -96,11 +96,11 @@ class Head:
     index: int
     W_Q: Float[Tensor, "d_model d_head"] = field(repr=False)
     W_K: Float[Tensor, "d_model d_head"] = field(repr=False)
-    W_V: Float[Tensor, "d_model d_head"] = field(repr=False)
-    W_O: Float[Tensor, "d_head d_model"] = field(repr=False)
+    W_V: Float[Tensor, "d_model d_value"] = field(repr=False)
+    W_O: Float[Tensor, "d_value d_model"] = field(repr=False)
     b_Q: Float[Tensor, " d_head"] = field(repr=False)
     b_K: Float[Tensor, " d_head"] = field(repr=False)
-    b_V: Float[Tensor, " d_head"] = field(repr=False)
+    b_V: Float[Tensor, " d_value"] = field(repr=False)
     bank: HeadBank = field(repr=False)
 
     @property
