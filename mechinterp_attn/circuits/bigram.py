@@ -62,9 +62,8 @@ def bigrams(
     if not 1 <= top_k <= spec.d_vocab_out:
         raise MechInterpError(f"top_k={top_k} is out of range; expected 1 to {spec.d_vocab_out}")
     left, right = _table(model, ids.to(model.W_E.device), bias)
-    found = top_of_rows(
-        left, right, min(top_k + 2, spec.d_vocab_out), progress=_bar(len(ids), spec.d_vocab_out)
-    )
+    bar = "bigrams" if len(ids) * spec.d_vocab_out > 2e8 else None
+    found = top_of_rows(left, right, min(top_k + 2, spec.d_vocab_out), progress=bar)
     exact = torch.cat(
         [
             (left[r].double() * right.T[c].double()).sum(-1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -143,13 +143,6 @@ def _squared(block: Tensor, r1: int, r2: int) -> Tensor:
     return block.view(len(block) // r1, r1, -1, r2).sum((1, 3))
 
 
-@runtime_checkable
-class Sink(Protocol):
-    """What is done with the squared scores of a block."""
-
-    def take(self, job: Job, unit: Unit, source: int, row: int, column: int, block: Tensor) -> None: ...
-
-
 class Dense:
     """All scores, ``[source, reader]``; NaN where the reader does not read the source."""
 
@@ -188,7 +181,7 @@ class Top:
         self.histogram += other.histogram
 
 
-def run_unit(job: Job, unit: Unit, sink: Sink) -> None:
+def run_unit(job: Job, unit: Unit, sink: Dense | Top) -> None:
     """Multiply a unit out and give its blocks to a sink."""
     for source, row, column, block in job.blocks(unit):
         sink.take(job, unit, source, row, column, block)

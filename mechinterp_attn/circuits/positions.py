@@ -104,9 +104,7 @@ def position_circuit(
     frame = pd.DataFrame(
         {
             "offset": range(n),
-            "score": [
-                float(scores[k] if scores.ndim == 1 else scores.diagonal(-k).mean()) for k in range(n)
-            ],
+            "score": scores.tolist() if scores.ndim == 1 else _by_offset(scores),
             "attention": _by_offset(pattern),
         }
     )

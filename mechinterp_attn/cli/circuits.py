@@ -87,13 +87,9 @@ def circuits(
     tokens = _tokens(loaded, source)
     if analysis in (Analysis.ov, Analysis.qk):
         top = own.ov_top if analysis is Analysis.ov else own.qk_top
-        options: dict[str, Any] = {
-            "top_k": top_k,
-            "over": over.value,
-            "sources": tokens,
-            "largest": not smallest,
-        }
-        result = top(loaded, _one(heads, analysis), **options, plan=plan)
+        options: dict[str, Any] = {"top_k": top_k, "over": over.value, "sources": tokens}
+        options["largest"] = not smallest
+        result: Any = top(loaded, _one(heads, analysis), **options, plan=plan)
     elif analysis is Analysis.composition:
         earlier = _select(src or (",".join(heads) if heads else None))
         options = {"rank_by": rank_by.value, "max_bytes": max_bytes, "resume": resume, "top_k": top_k}
