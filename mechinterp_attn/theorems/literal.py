@@ -80,7 +80,8 @@ class LiteralModel(AttentionOnlyModel):
         for bank in self.banks:
             if isinstance(bank, NeuronBank):
                 bank.rule = _rule(cast(SoftmaxActivation, self.activation))
-                bank.n_heads = bank.n_neurons * bank.rule.n
+                bank.parts = bank.rule.n
+                bank.n_heads = bank.n_neurons * bank.parts
 
     # -- the construction ---------------------------------------------------------------------
 
