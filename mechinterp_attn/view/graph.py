@@ -41,7 +41,8 @@ class GraphView:
             f'<script type="application/json" id="data">{inert_json(self.data)}</script>'
             f"<script>{_asset('graph.js')}\n"
             'drawAttributionGraph(document.getElementById("graph"), '
-            'JSON.parse(document.getElementById("data").textContent));</script></body></html>'
+            'JSON.parse(document.getElementById("data").textContent));'
+            'document.documentElement.dataset.ready = "";</script></body></html>'
         )
 
     def save(self, path: str | Path) -> Path:
