@@ -393,9 +393,7 @@ def main() -> None:
     if not names:
         return
     if not tokenizer_file.exists():
-        raise CheckpointError(
-            str(options.out), ["no tokenizer.json: give the name tokenizer first"]
-        )
+        raise CheckpointError(str(options.out), ["no tokenizer.json: give the name tokenizer first"])
     tokens = corpus.encode(Tokenizer.from_file(str(tokenizer_file)), novels)
     first_held_out = (tokens == corpus.BOS).nonzero()[-corpus.N_HELD_OUT].item()
     length = config(names[0])["n_ctx"] + 1
