@@ -31,6 +31,9 @@ def report(
         list[str] | None,
         typer.Option(help="This section instead of a preset's; may be given several times."),
     ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="A second model to set beside this one on the prompt.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the random tokens that heads are scored on.")] = 0,
     data: Annotated[
         bool, typer.Option("--data", help="Also write the report's data as JSON beside it.")
@@ -52,6 +55,7 @@ def report(
         position=position,
         preset=preset,
         sections=section,
+        compare=None if compare is None else mia.load(compare),
         seed=seed,
         progress=not quiet,
     )

@@ -11,7 +11,7 @@ import torch
 import mechinterp_attn as mia
 from tests.conftest import tiny_bridge
 
-PROMPT = "It was the best of times, it was the worst of times, it was the"
+PROMPT = "It was the best of times, it was the"
 
 
 @pytest.fixture(scope="session")
@@ -25,8 +25,8 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model(tokenizer):
-    """Random weights: 8 attention heads and 96 MLP-derived ones over the bundled vocabulary."""
-    bridge = tiny_bridge(torch.float32, d_vocab=len(tokenizer), n_ctx=64, d_model=32, d_head=8, d_mlp=48)
+    """Random weights: 8 attention heads and 48 MLP-derived ones over the bundled vocabulary."""
+    bridge = tiny_bridge(torch.float32, d_vocab=len(tokenizer), n_ctx=64, d_model=32, d_head=8, d_mlp=24)
     converted = mia.convert(bridge)
     converted.tokenizer = tokenizer
     converted.provenance["name"] = "tiny <b>&amp; random"  # a name is text too

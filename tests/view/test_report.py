@@ -15,6 +15,7 @@ from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.view.report.blocks import ABOVE, BELOW, NOT_A_NUMBER, SCALE, pattern
 from mechinterp_attn.view.report.presets import SECTIONS
 from mechinterp_attn.view.text import inert_json, number, shown
+from tests.conftest import tiny_bridge
 from tests.view.conftest import PROMPT
 
 
@@ -114,6 +115,46 @@ def test_a_prompt_of_one_token_has_no_loss(model):
     assert "<html" in page.html()
 
 
+def test_composition_is_that_of_the_weights(report, model):
+    exact = mia.circuits.composition(model, "K", src="attention", dst="attention")
+    table = as_frame(blocks(report, "table")["pairs-K"])
+    np.testing.assert_allclose(table["score"], exact.top(200)["score"], rtol=1e-5)
+    picture = blocks(report, "matrix")["composition-K"]
+    codes = np.frombuffer(zlib.decompress(base64.b64decode(picture["values"])), np.uint8)
+    drawn = np.where(codes == NOT_A_NUMBER, np.nan, codes / SCALE * picture["top"])
+    scores = np.asarray(exact.scores)[:4, 4:]  # heads of layer 0 into heads of layer 1
+    np.testing.assert_allclose(
+        drawn.reshape(scores.shape), scores, atol=0.5 * picture["top"] / SCALE + 1e-6
+    )
+
+
+def test_a_model_beside_itself_does_not_differ(model):
+    page = mia.report(model, PROMPT, sections=["summary"], compare=model, progress=False)
+    tables = blocks(page, "table")
+    sides = as_frame(tables["comparison"])
+    assert list(sides.columns) == ["what", "first", "second"]
+    assert len(tables["comparison"]["columns"]) == 3
+    assert list(sides["first"]) == list(sides["second"])
+    assert set(tables["comparison-heads"]["data"]["change"]) == {0.0}
+    assert len(as_frame(tables["comparison-heads"])) == model.n_heads
+
+
+def test_two_models_on_one_prompt(model, tokenizer):
+    other = mia.convert(
+        tiny_bridge(torch.float32, d_vocab=len(tokenizer), n_ctx=64, attn_only=True, seed=3)
+    )
+    page = mia.report(model, PROMPT, sections=["summary"], compare=other, progress=False)
+    sides = as_frame(blocks(page, "table")["comparison"]).set_index("what")
+    loss = other(model.as_tokens(PROMPT), return_type="loss").item()
+    assert float(sides.loc["loss", "second"].split()[0]) == pytest.approx(loss, abs=1e-3)
+    assert sides.loc["heads", "second"] == "8"
+
+
+def test_models_of_other_vocabularies_cannot_be_compared(model):
+    with pytest.raises(MechInterpError, match=r"d_vocab is 13, the first one's 1,024"):
+        mia.report(model, PROMPT, compare=mia.convert(tiny_bridge(torch.float32)), progress=False)
+
+
 def test_a_failed_check_is_on_the_front(report):
     data = json.loads(json.dumps(report.data))
     data["checks"] = {"passed": 9, "failed": 1}
@@ -123,7 +164,7 @@ def test_a_failed_check_is_on_the_front(report):
 def test_presets_choose_sections(model):
     page = mia.report(model, PROMPT, preset="induction", progress=False)
     ids = [s["id"] for s in page.data["sections"]]
-    assert ids[:4] == ["summary", "heads", "patterns", "vocabulary"]
+    assert ids[:4] == ["summary", "heads", "patterns", "composition"]
     assert "graph" not in ids
 
 

@@ -1,4 +1,4 @@
-const DRAW = { table: drawTable, patterns: drawPatterns, graph: drawGraph };
+const DRAW = { table: drawTable, patterns: drawPatterns, matrix: drawMatrix, graph: drawGraph };
 
 function drawGraph(host, block) {
   drawAttributionGraph(host, block.graph);

@@ -131,3 +131,26 @@ def pattern(weights: np.ndarray) -> str:
     coded = np.where(weights > 1 + 1e-3, ABOVE, coded)
     coded = np.where(weights < -1e-3, BELOW, coded)
     return base64.b64encode(zlib.compress(coded.astype(np.uint8).tobytes(), 9)).decode("ascii")
+
+
+def matrix(
+    id: str,
+    caption: str,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    axes: tuple[str, str],
+) -> Block:
+    """A heatmap of values from 0 up; NaN marks pairs that do not exist."""
+    finite = values[np.isfinite(values)]
+    top = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+    return {
+        "type": "matrix",
+        "id": id,
+        "caption": caption,
+        "axes": list(axes),
+        "rows": [shown(r) for r in rows],
+        "columns": [shown(c) for c in columns],
+        "top": number(top),
+        "values": pattern(values / top),
+    }

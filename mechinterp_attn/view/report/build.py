@@ -5,8 +5,9 @@ from __future__ import annotations
 import html
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ from mechinterp_attn import paths
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.sources.saved import write_atomic
 from mechinterp_attn.version import __version__
-from mechinterp_attn.view.report.blocks import section
+from mechinterp_attn.view.report.blocks import Block, section
 from mechinterp_attn.view.report.page import page
 from mechinterp_attn.view.report.presets import PRESETS, SECTIONS
+from mechinterp_attn.view.report.sections_pairs import comparison
 from mechinterp_attn.view.report.study import Study, tokens_of
 from mechinterp_attn.view.text import inert_json, shown
 
@@ -106,6 +108,7 @@ def report(
     position: int = -1,
     preset: str = "overview",
     sections: Sequence[str] | None = None,
+    compare: AttentionOnlyModel | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Report:
@@ -118,12 +121,14 @@ def report(
         preset: "overview" (every section), "induction" (what heads do) or "prediction" (where one
             prediction comes from).
         sections: which sections, in this order, instead of a preset's.
+        compare: a second model (or the same in another mode) to set beside this one on the prompt.
         seed: of the random tokens that heads are scored on.
         progress: show a progress bar.
 
     Raises:
         MechInterpError: an empty prompt or one longer than the context, a target that is no single
-            token, a position outside the prompt, an unknown section.
+            token, a position outside the prompt, an unknown preset or section, a second model with
+            another vocabulary.
     """
     if preset not in PRESETS:
         raise MechInterpError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
@@ -134,11 +139,14 @@ def report(
     frozen = paths.freeze(model, tokens_of(model, prompt))
     study = Study(model=model, frozen=frozen, target=target, position=position, seed=seed)
     study.attribution  # noqa: B018  (a bad target or position stops here, not in every section)
+    makers: dict[str, Callable[[], Block | None]] = {name: partial(SECTIONS[name], study) for name in names}
+    if compare is not None:
+        makers["comparison"] = partial(comparison, study, _beside(study, compare))
     parts = []
-    for name in (bar := tqdm(names, desc="report", unit="section", disable=not progress, leave=False)):
+    for name in (bar := tqdm(makers, desc="report", unit="section", disable=not progress, leave=False)):
         bar.set_postfix_str(name)
         try:
-            part = SECTIONS[name](study)
+            part = makers[name]()
         except MechInterpError as error:  # one part that cannot be had does not take the rest away
             part = section(name, name.capitalize(), [[f"Not shown: {shown(str(error))}."]], [], {})
         if part is not None:
@@ -157,6 +165,21 @@ def report(
             "sections": parts,
         }
     )
+
+
+def _beside(study: Study, model: AttentionOnlyModel) -> Study:
+    """A second model on the same tokens, explaining the same prediction."""
+    for name in ("d_vocab", "d_vocab_out"):
+        own, other = getattr(study.model.spec, name), getattr(model.spec, name)
+        if own != other:
+            raise MechInterpError(
+                f"compare: the second model's {name} is {other:,}, the first one's {own:,}; only models "
+                "with one vocabulary can be set side by side"
+            )
+    frozen = paths.freeze(model, study.frozen.tokens)
+    attribution = study.attribution
+    target, position = attribution.target, attribution.position
+    return Study(model=model, frozen=frozen, target=target, position=position, seed=study.seed)
 
 
 def writable(path: str | os.PathLike[str]) -> Path:

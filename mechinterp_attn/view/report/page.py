@@ -18,10 +18,10 @@ from markupsafe import Markup
 from mechinterp_attn.view.report.svg import svg
 from mechinterp_attn.view.text import inert_json
 
-_SCRIPTS = ("core.js", "table.js", "patterns.js", "graph.js", "main.js")
+_SCRIPTS = ("core.js", "table.js", "patterns.js", "matrix.js", "graph.js", "main.js")
 _STYLES = ("report.css", "graph.css")
 
-# CircuitsVis draws a few hundred rows at most: at 128 tokens it holds the browser for over 30 s.
+# CircuitsVis holds the browser up on longer prompts; the page's own patterns do not.
 CIRCUITSVIS_TOKENS = 64
 
 

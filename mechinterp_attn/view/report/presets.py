@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mechinterp_attn.view.report import sections, sections_paths
+from mechinterp_attn.view.report import sections, sections_pairs, sections_paths
 from mechinterp_attn.view.report.blocks import Block
 from mechinterp_attn.view.report.study import Study
 
@@ -16,6 +16,7 @@ SECTIONS: dict[str, Callable[[Study], Block | None]] = {
     "importance": sections_paths.importance,
     "heads": sections.heads,
     "patterns": sections.patterns,
+    "composition": sections_pairs.composition,
     "vocabulary": sections.vocabulary,
     "paths": sections_paths.top_paths,
     "graph": sections_paths.graph,
@@ -26,6 +27,6 @@ SECTIONS: dict[str, Callable[[Study], Block | None]] = {
 _HOW = ("provenance", "fidelity", "glossary")
 PRESETS: dict[str, tuple[str, ...]] = {
     "overview": tuple(SECTIONS),
-    "induction": ("summary", "heads", "patterns", "vocabulary", "orders", *_HOW),
+    "induction": ("summary", "heads", "patterns", "composition", "vocabulary", "orders", *_HOW),
     "prediction": ("summary", "neurons", "paths", "graph", "patterns", *_HOW),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 from mechinterp_attn import circuits
 from mechinterp_attn.view.report.blocks import (
@@ -293,7 +293,7 @@ def vocabulary(study: Study) -> Block:
             ("QK", circuits.qk_top, ("Query token", "Key token")),
         ):
             size = study.model.spec.d_vocab * study.model.spec.d_vocab_out
-            result = run(study.model, label, top_k=min(20, size))
+            result = cast(circuits.TokenPairs, run(study.model, label, top_k=min(20, size)))
             blocks.append(
                 table(
                     f"{circuit.lower()}-{label}",
