@@ -1,5 +1,7 @@
 """Virtual heads, copying, bigrams, trigrams, positions and singular directions."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -142,7 +144,7 @@ def test_rank_correlation_with_a_text_is_spearmans(model):
     row = result.correlations.iloc[0]
     source = int(row["source_id"])
     seen = sorted(set(tokens[1:]))
-    counts = [sum(a == source and b == t for a, b in zip(tokens, tokens[1:], strict=False)) for t in seen]
+    counts = [sum(a == source and b == t for a, b in pairwise(tokens)) for t in seen]
     logits = (model.W_E.detach()[source] @ model.W_U.detach())[seen]
     assert row["spearman"] == pytest.approx(scipy.spearmanr(logits, counts).statistic)
 
