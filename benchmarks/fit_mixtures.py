@@ -188,15 +188,37 @@ def measure(heads: list[list[float]], act, *, gated: bool, r: float) -> dict[str
     return out
 
 
+def print_table(table: dict[str, list[dict]]) -> None:
+    """The stored errors as two MyST tables."""
+    for kind, columns in (("plain", ["components"]), ("gated", ["components", "range"])):
+        print(
+            "| " + " | ".join(["activation", *columns, "max error", "in float32", "largest value"]) + " |"
+        )
+        print("|---|" + "--:|" * (len(columns) + 3))
+        for row in table[kind]:
+            cells = [
+                ("gated " if kind == "gated" else "") + row["act_fn"],
+                *(f"{row[c]:g}" for c in columns),
+            ]
+            cells += [f"{row['max_error']:.1e}", f"{row['max_error_float32']:.1e}"]
+            cells += [f"{max(map(abs, row['values'])):.2g}"]
+            print("| " + " | ".join(cells) + " |")
+        print()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--starts", type=int, default=40)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--only", help="plain or gated")
     parser.add_argument("--act", help="one activation")
+    parser.add_argument("--table", action="store_true", help="print the stored errors, fit nothing")
     parser.add_argument("--components", type=int, help="one number of heads")
     args = parser.parse_args()
     table = json.loads(OUT.read_text()) if OUT.exists() else {"plain": [], "gated": []}
+    if args.table:
+        print_table(table)
+        return
     jobs = [("plain", n, k, 20.0) for n in PLAIN for k in COMPONENTS]
     jobs += [("gated", n, k, float(r)) for k in GATED_COMPONENTS for n in GATED for r in RANGES]
     for kind, name, k, r in tqdm(jobs, file=sys.stderr):

@@ -21,7 +21,7 @@ import mechinterp_attn as mia
 from mechinterp_attn import theorems
 from mechinterp_attn.sources import corpus
 
-FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
+FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 DECAYS = {
     "Omega": ["omega"],
     "positions": ["positions"],
@@ -29,18 +29,18 @@ DECAYS = {
     "all three": ["omega", "positions", "constant"],
     "none (all exempt)": [],
 }
-RATES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3)
+RATES = (0.0, 0.05, 0.1, 0.2)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpus", type=Path, required=True, help="litbank.txt.xz")
     parser.add_argument("--out", type=Path, default=Path("docs/figures"))
-    parser.add_argument("--model", default="silu-2l")
+    parser.add_argument("--model", default="gelu-2l")
     parser.add_argument("--omega", type=float, default=30.0)
     parser.add_argument("--documents", type=int, default=2)
-    parser.add_argument("--length", type=int, default=48)
-    parser.add_argument("--draws", type=int, default=4)
+    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--draws", type=int, default=3)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     model = mia.load(options.model, dtype=torch.float64)

@@ -61,9 +61,9 @@ def peak_bytes(run: Callable[[], Tensor]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("docs/figures"))
-    parser.add_argument("--model", default="silu-2l")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    parser.add_argument("--model", default="gelu-2l")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 32, 64, 128])
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)

@@ -97,10 +97,14 @@ def _build(
     packages = ("mechinterp_attn", "transformer_lens", "transformers", "torch")
     provenance: dict[str, Any] = {
         "name": checkpoint.name,
+        "source": _description(source),
         "mlp": mlp,
         "act_fn": spec.act_fn,
         "versions": {package: version(package) for package in packages},
     }
+    config = getattr(getattr(source, "original_model", None), "config", None)
+    if revision := getattr(config, "_commit_hash", None):  # of the Hugging Face repository
+        provenance["revision"] = revision
     if mixtures:
         provenance["components"] = len(mixtures[0][0])
 
@@ -116,6 +120,13 @@ def _build(
     if fidelity is not None:
         model.provenance["fidelity"] = fidelity.summary()
     return model
+
+
+def _description(source: Any) -> str:
+    """What kind of source it was: ``TransformerBridge (GPT2LMHeadModel)``, ``Checkpoint``, ..."""
+    architecture = getattr(getattr(source, "cfg", None), "architecture", None)
+    kind = type(source).__name__
+    return f"{kind} ({architecture})" if architecture else kind
 
 
 def _read(source: Any) -> Checkpoint:

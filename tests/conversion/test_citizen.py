@@ -258,6 +258,7 @@ def test_saved_models_come_back_bit_for_bit_and_know_where_they_come_from(model,
         assert torch.equal(again.state_dict()[name], tensor), name
     assert again.provenance == model.provenance
     assert {"name", "mlp", "versions", "fidelity"} <= set(again.provenance)
+    assert again.provenance["source"] == "TransformerBridge (GPT2LMHeadModel)"
     assert again.to_str_tokens("w5 w6") == model.to_str_tokens("w5 w6")
 
 

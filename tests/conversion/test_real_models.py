@@ -107,3 +107,20 @@ def test_indhead_has_the_published_accuracy(data):
     predicted = model(tokens[kept])[:, -1].argmax(-1)
     accuracy = float((predicted == follows[kept]).double().mean())
     assert 0.85 < accuracy < 1.0
+
+
+@pytest.mark.parametrize("name", mia.models()["name"])
+def test_bundled_models_are_their_native_sources(name):
+    source, model = mia.source_model(name), mia.load(name)
+    card = mia.verify(model, source, "Mr. Dorling was a tall man. I had never seen Mr. Dorling before.")
+    assert card.ok, str(card)
+    assert card.top1_agreement == 1.0
+    assert card.kl < 1e-9
+
+
+def test_a_silu_model_is_literal_softmax_heads():
+    """The paper's construction without any error, on a trained model."""
+    source = mia.source_model("silu-2l")
+    model = mia.convert(source, mlp="silu")
+    assert model.provenance["fidelity"]["ok"]
+    assert all(bank.rule.is_softmax for bank in model.banks if bank.kind == "mlp")
