@@ -1,6 +1,7 @@
 """Composition of all heads of a GPT-2-small-shaped model with random weights.
 
     python benchmarks/bench_composition.py [--threads N] [--skip-bridge] [--device cuda]
+    python benchmarks/bench_composition.py --plan       (planning numbers of larger models, no work)
 
 Two comparisons, each within one run: 144 x 144 attention heads against TransformerLens's
 ``all_composition_scores``, and the streamed search over all 36,864 + 144 heads against the rate at which
@@ -30,9 +31,12 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of wall clock")
     parser.add_argument("--skip-bridge", action="store_true")
     parser.add_argument("--skip-stream", action="store_true")
+    parser.add_argument("--plan", action="store_true", help="only planning numbers of larger models")
     parser.add_argument("--kinds", default="VQ")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    if args.plan:
+        return print_plans()
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.cpu_time else time.perf_counter
     print(f"{args.device}, {args.threads} threads, {'CPU' if args.cpu_time else 'wall-clock'} time")
@@ -41,6 +45,27 @@ def main() -> None:
     if not args.skip_stream:
         for kind in args.kinds:
             stream(model, kind, clock)
+
+
+def print_plans() -> None:
+    """Pairs and FLOPs of V-composition among all heads: layers, heads x d_head, d_mlp, d_model."""
+    shapes = {
+        "GPT-2 small": (12, 12 * 64, 12, 3072, 768),
+        "Llama-3-8B": (32, 32 * 128, 32, 14336, 4096),
+        "Llama-3-70B": (80, 64 * 128, 64, 28672, 8192),
+    }
+    for name, (layers, vectors, heads, neurons, d_model) in shapes.items():
+        strictly, same = layers * (layers - 1) // 2, layers * (layers + 1) // 2
+
+        def count(a: int, n: int, strictly: int = strictly, same: int = same) -> int:
+            """Attention reads earlier layers, neurons their own block's attention too."""
+            return (a * a + n * a + n * n) * strictly + a * n * same
+
+        flops = 2 * d_model * count(vectors, neurons)
+        print(
+            f"{name}: {layers * neurons:,} neurons + {layers * heads:,} heads, "
+            f"{count(heads, neurons):.3g} pairs, {flops:.3g} FLOP"
+        )
 
 
 def dense(model: mia.AttentionOnlyModel, clock, *, bridge: bool) -> None:

@@ -48,7 +48,7 @@ def main() -> None:
         )
         rate = flops / seconds
         print(
-            f"{name}: {rate / 1e9:.0f} GFLOP/s, {rate / bare:.0%} of the bare product in the same blocks, "
+            f"{name}: {rate / 1e9:.0f} GFLOP/s, {rate / bare:.0%} of the bare product in blocks, "
             f"{rate / wide:.0%} of it in stripes, {memory / 2**20:.0f} MiB extra; {result.receipt.checks[0]}"
         )
 
