@@ -304,17 +304,20 @@ class FrozenBank(ABC):
 
     Attributes:
         pattern: the bank's compact pattern.
-        z_bias: what the heads' value biases add to ``read``, ``[pos, head, d_head]``.
     """
 
     bank: HeadBank
-    z_bias: Float[Tensor, "pos head d_head"]
 
     def __init__(self, bank: HeadBank, pattern: Tensor, norm: FrozenNorm, post: FrozenNorm):
         self.bank = bank
         self.pattern = pattern
         self._norm = norm
         self._post = post
+
+    @property
+    @abstractmethod
+    def z_bias(self) -> Float[Tensor, "pos head d_head"]:
+        """What the heads' value biases add to ``read``."""
 
     @abstractmethod
     def read(self, x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos head d_head"]:
@@ -377,7 +380,7 @@ class FrozenBank(ABC):
     @property
     def bias(self) -> Float[Tensor, "pos d_model"]:
         """What the sublayer adds beside its heads."""
-        return self._post.apply(self.bank.b_O.detach().expand(len(self.z_bias), -1))
+        return self._post.apply(self.bank.b_O.detach().expand(self.pattern.shape[-2], -1))
 
     @property
     def constant(self) -> Float[Tensor, "pos d_model"]:

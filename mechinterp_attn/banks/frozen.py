@@ -36,8 +36,11 @@ class FrozenAttention(FrozenBank):
         super().__init__(bank, pattern, norm, post)
         self._W_O = bank.W_O.detach()
         self._W_V = bank.W_V.detach()
-        value = bank.b_V.detach().repeat_interleave(bank.group, 0)  # [head, d_head]
-        self.z_bias = pattern.sum(-1).T[..., None] * value
+
+    @property
+    def z_bias(self) -> Float[Tensor, "pos head d_head"]:
+        value = self.bank.b_V.detach().repeat_interleave(self.bank.group, 0)  # [head, d_head]
+        return self.pattern.sum(-1).T[..., None] * value
 
     def read(self, x: Tensor) -> Tensor:
         values = torch.einsum("...pd,hdk->...hpk", self._norm.apply(x), self._W_V)
@@ -165,10 +168,15 @@ class FrozenNeurons(FrozenBank):
         self._W_in = bank.W_in.detach()
         self._W_out = bank.W_out.detach()
         self._n = bank.rule.n
-        values = pattern.new_tensor(bank.rule.values)
-        self._own = pattern * values.repeat(bank.n_neurons)  # [pos, head]
-        self._total = self._own.unflatten(-1, (-1, self._n)).sum(-1)  # [pos, neuron]
-        self.z_bias = (self._own * self._each(bank.b_in.detach()))[..., None]
+        self._own, self._total = pattern, pattern  # [pos, head], [pos, neuron]; no copy of the usual case
+        if bank.rule.values != (1.0,):
+            self._own = pattern * pattern.new_tensor(bank.rule.values).repeat(bank.n_neurons)
+            self._total = self._own.unflatten(-1, (-1, self._n)).sum(-1)
+
+    @property
+    def z_bias(self) -> Float[Tensor, "pos head 1"]:
+        """Made when asked for: for all banks it would be as large as the patterns."""
+        return (self._own * self._each(self.bank.b_in.detach()))[..., None]
 
     def _each(self, x: Float[Tensor, "*n neuron"]) -> Float[Tensor, "*n head"]:
         """A number per neuron given to each of its heads."""

@@ -10,7 +10,7 @@ attention heads only and those with at least one MLP-derived head.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -143,34 +143,40 @@ class _Terms:
             if sublayer.out_bias is not None:
                 streams[0] += sublayer.out_bias
                 pure[0] += sublayer.out_bias
-        self._logits = [frozen.read_out(part) for part in streams]
-        self._logits[0] = self._logits[0] + frozen.offset()
-        self._pure = [frozen.read_out(part) for part in pure]
-        self.upto = list(_running_sum(self._logits))
-        self.losses = [self.loss(logits) for logits in self.upto]
+        self._upto, self._pure = streams.cumsum(0), pure
+        self._recent: dict[int, Tensor] = {}  # logits are large, and asked for order by order
+        self.losses = [self.loss(self.upto(order)) for order in range(n_orders)]
+
+    def upto(self, order: int) -> Float[Tensor, "pos d_vocab"]:
+        """Logits by the paths up to an order."""
+        if order not in self._recent:
+            self._recent = {k: v for k, v in self._recent.items() if k == order - 1}
+            self._recent[order] = self.frozen.read_out(self._upto[order]) + self.frozen.offset()
+        return self._recent[order]
 
     def loss(self, logits: Tensor) -> float:
         return float(self.frozen.loss(logits))
 
     def sum_error(self) -> float:
-        return float((self.upto[-1] - self.frozen.logits).abs().max())
+        return float((self.upto(len(self.losses) - 1) - self.frozen.logits).abs().max())
 
     def attention_only(self, order: int) -> float:
         """Change of the loss by the attention-only paths of an order, added to all lower orders."""
         if order == 0:
             return math.nan
-        return self.loss(self.upto[order - 1] + self._pure[order]) - self.losses[order - 1]
+        pure = self.frozen.read_out(self._pure[order])
+        return self.loss(self.upto(order - 1) + pure) - self.losses[order - 1]
 
     def effects(self, order: int, term: Float[Tensor, "pos d_model"]) -> tuple[float, float]:
         """``alone`` and ``given_others`` of some terms of an order."""
         logits = self.frozen.read_out(term)
-        alone = self.loss(self.upto[order - 1] + logits) - self.losses[order - 1]
-        return alone, self.losses[order] - self.loss(self.upto[order] - logits)
+        alone = self.loss(self.upto(order - 1) + logits) - self.losses[order - 1]
+        return alone, self.losses[order] - self.loss(self.upto(order) - logits)
 
     def estimates(self, order: int) -> list[Float[Tensor, " head"]]:
         """First-order effect of the terms that end in each head, bank by bank, given all others."""
         frozen = self.frozen
-        gradient = self.upto[order].softmax(-1)[:-1]
+        gradient = self.upto(order).softmax(-1)[:-1]
         gradient[torch.arange(self.n), frozen.tokens[1:]] -= 1
         if frozen.cap is not None:
             gradient = gradient * frozen.cap[:-1]
@@ -276,13 +282,6 @@ class _Sums:
 
 def _float64(*numbers: float) -> Float[Tensor, " n"]:
     return torch.tensor(numbers, dtype=torch.float64)
-
-
-def _running_sum(parts: Sequence[Tensor]) -> Iterator[Tensor]:
-    so_far = torch.zeros_like(parts[0])
-    for part in parts:
-        so_far = so_far + part
-        yield so_far
 
 
 def _prompts(model: AttentionOnlyModel, tokens: str | Sequence[str] | Tensor) -> list[Tensor]:
