@@ -35,7 +35,7 @@ def test_the_best_member_for_gelu_beats_the_papers():
     assert error == pytest.approx(1.392e-2, abs=2e-5)  # against 2.03e-2 of 1.702
 
 
-@pytest.mark.parametrize("name", ["tanh", "elu", "softplus", "relu2", "identity"])
+@pytest.mark.parametrize("name", ["tanh", "relu2"])
 def test_outside_the_class_says_the_best_and_its_error(name):
     with pytest.raises(MechInterpError, match=f"{name!r} is outside.*errs by .*generalised_silu"):
         softmax_activation(name)
