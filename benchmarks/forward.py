@@ -5,7 +5,8 @@
 GPT-2-small shape with random weights. Rows: the plain Hugging Face model, the TransformerBridge
 around it, the converted model, and two other ways to run neurons as heads: a {self, bias} pair of
 keys for every neuron written out (padded), and full T x T patterns (dense, one layer's worth, scaled).
-Rounds are interleaved and the fastest of each is taken, so that a busy machine slows all alike.
+Rounds are interleaved and the least processor time of each is taken, so that a busy machine matters
+little; with OMP_NUM_THREADS=1 it is the time of a quiet one.
 """
 
 from __future__ import annotations
@@ -49,13 +50,11 @@ def dense_layer(model: mia.AttentionOnlyModel, x: torch.Tensor, neurons: int) ->
 
 def fastest(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     times = {name: float("inf") for name in runs}
-    for run in runs.values():  # warm up
-        run()
     for _ in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            times[name] = min(times[name], time.perf_counter() - start)
+            times[name] = min(times[name], time.process_time() - start)
     return times
 
 
@@ -120,7 +119,7 @@ def main() -> None:
     times["dense"] = times["converted"] + times["dense"] * 4 * hf.config.n_embd / some * args.layers
     print(f"batch {args.batch} x {args.tokens}, {args.layers} layers, {torch.get_num_threads()} threads")
     print(f"index of {n_heads:,} heads in {index_seconds:.2f} s")
-    print("| model | seconds | of the bridge | of plain Hugging Face |")
+    print("| model | CPU seconds | of the bridge | of plain Hugging Face |")
     print("|---|--:|--:|--:|")
     for name, label in (
         ("hf", "Hugging Face (sdpa)"),

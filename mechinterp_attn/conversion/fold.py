@@ -14,6 +14,8 @@ from torch import Tensor
 
 from mechinterp_attn.spec import NormKind, Spec
 
+_COLUMNS = 1024
+
 
 def attention_only_weights(spec: Spec, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the attention-only model from a TL-convention state dict.
@@ -90,17 +92,22 @@ def fold(
     *,
     kind: NormKind,
 ) -> tuple[Float[Tensor, "*head d_model out"], Float[Tensor, "*head out"]]:
-    """``(norm(x) * gain + beta) @ W + b`` as ``norm(x) @ W' + b'``; float64 inside."""
+    """``(norm(x) * gain + beta) @ W + b`` as ``norm(x) @ W' + b'``; float64 inside, some columns at a
+    time, so that a large vocabulary is never held in float64."""
     if kind is None:
         return W, b
-    wide = W.double()
-    if beta is not None:
-        b = (b.double() + torch.einsum("d,...do->...o", beta.double(), wide)).to(W.dtype)
-    if gain is not None:
-        wide = wide * gain.double()[:, None]
-    if kind == "LN":
-        wide = wide - wide.mean(-2, keepdim=True)
-    return wide.to(W.dtype), b
+    W_new, b_new = torch.empty_like(W), torch.empty_like(b)
+    for start in range(0, W.shape[-1], _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        wide, bias = W[..., columns].double(), b[..., columns].double()
+        if beta is not None:
+            bias = bias + torch.einsum("d,...do->...o", beta.double(), wide)
+        if gain is not None:
+            wide = wide * gain.double()[:, None]
+        if kind == "LN":
+            wide = wide - wide.mean(-2, keepdim=True)
+        W_new[..., columns], b_new[..., columns] = wide, bias
+    return W_new, b_new
 
 
 def _gain_and_bias(source: Mapping[str, Tensor], norm: str) -> tuple[Tensor | None, Tensor | None]:
