@@ -172,7 +172,7 @@ class MaskSweep(Result):
 
     title: ClassVar[str] = "Masks in weights: error and bound"
 
-    def slope(self, *, floor: float = 1e-10, ceiling: float = 1e-2) -> float:
+    def slope(self, *, floor: float = 1e-10, ceiling: float = 1e-4) -> float:
         """The slope of the logarithm of the logit error against Omega, by least squares over the
         errors between ``floor`` and ``ceiling`` of the largest logit.
 
