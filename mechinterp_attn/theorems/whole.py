@@ -172,9 +172,10 @@ class MaskSweep(Result):
 
     title: ClassVar[str] = "Masks in weights: error and bound"
 
-    def slope(self, *, floor: float = 1e-10, ceiling: float = 1e-4) -> float:
+    def slope(self, *, floor: float = 1e-12, ceiling: float = 1e-7) -> float:
         """The slope of the logarithm of the logit error against Omega, by least squares over the
-        errors between ``floor`` and ``ceiling`` of the largest logit.
+        errors between ``floor`` and ``ceiling`` of the largest logit. Larger errors are no longer
+        proportional to the leak, smaller ones are rounding.
 
         Raises:
             MechInterpError: fewer than two Omega are in that range.

@@ -77,13 +77,13 @@ def test_nothing_but_heads(silu):
 
 
 def test_masks_in_weights_stay_under_the_bound_with_slope_minus_one(silu):
-    sweep = mask_sweep(silu, random_tokens(silu), range(0, 65, 8))
+    sweep = mask_sweep(silu, random_tokens(silu), range(0, 65, 4))
     assert sweep.receipt.ok, sweep.receipt
     bounded = sweep.frame.dropna()
-    assert len(bounded) == 9 * 4
+    assert len(bounded) == 17 * 4
     assert sweep.slope() == pytest.approx(-1.0, abs=0.05)
     logits = sweep.frame[sweep.frame["sublayer"] == "logits"]
-    assert float(logits["error"].iloc[-1]) < 1e-12  # the floor
+    assert float(logits["error"].iloc[-1]) < 1e-12  # the floor of rounding
 
 
 def test_masks_in_weights_by_default_reach_the_precision_of_masks(silu):
