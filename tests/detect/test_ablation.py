@@ -57,6 +57,19 @@ def test_cutting_a_head_or_neuron_is_zeroing_it_in_the_source(model, bridge):
         assert result.frame["loss_change"][row] == pytest.approx(float(expected.mean()), abs=1e-6)
 
 
+def test_gated_neurons_and_shared_keys():
+    """The same in a Llama-shaped source: rotary, RMS, grouped keys and values, a gated MLP."""
+    rotary = dict(positional_embedding_type="rotary", rotary_dim=4, n_key_value_heads=2)
+    source = tiny_bridge(**rotary, normalization_type="RMS", act_fn="silu", gated_mlp=True)
+    tokens = random_tokens(mia.convert(source))
+    result = mia.detect.ablate(mia.convert(source), tokens, heads=["L0H2", "L1N7"])
+    plain = loss_with(source, tokens, []).mean()
+    hooks = [("blocks.0.attn.hook_z", setting(2)), ("blocks.1.mlp.hook_post", setting(7))]
+    for row, hook in enumerate(hooks):
+        expected = loss_with(source, tokens, [hook]).mean() - plain
+        assert result.frame["loss_change"][row] == pytest.approx(float(expected), abs=1e-6)
+
+
 def test_heads_cut_together(model, bridge):
     tokens = random_tokens(model)
     result = mia.detect.ablate(model, tokens, heads=["L0H2", "L0H3", "L1N5"], together=True)
@@ -186,7 +199,7 @@ def test_the_estimate_is_the_derivative(model):
             return z
 
         loss = model.run_with_hooks(tokens, return_type="loss", fwd_hooks=[(name, shrink)])
-        assert float((loss - plain) / step) == pytest.approx(estimate[label], rel=1e-4, abs=1e-8)
+        assert ((loss - plain) / step).item() == pytest.approx(estimate[label], rel=1e-4, abs=1e-8)
 
 
 def test_estimates_rank_heads_as_cutting_does():

@@ -152,6 +152,15 @@ def test_weighted_scores_are_shares_of_what_is_moved():
     assert scores.loc["L0N5", "current_token_weighted"] == pytest.approx(1)
 
 
+def test_the_gate_of_a_gated_neuron_is_no_distribution():
+    model = mia.convert(tiny_bridge(act_fn="silu", gated_mlp=True))
+    frame = mia.detect.score_heads(model, draws=2).frame
+    neurons = frame[frame["kind"] == "mlp"]
+    assert neurons["entropy"].isna().any()
+    assert neurons["current_token_weighted"].tolist() == pytest.approx([1] * len(neurons))
+    assert frame.loc[frame["kind"] == "attention", "entropy"].notna().all()
+
+
 def test_offsets_are_means_over_the_queries_that_reach_so_far_back():
     model = mia.convert(tiny_bridge())
     result = mia.detect.offsets(model, up_to=5, draws=3)
