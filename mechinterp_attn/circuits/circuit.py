@@ -267,7 +267,7 @@ def token_texts(model: AttentionOnlyModel, ids: Sequence[int], *, output: bool =
 
 def singular_values(
     left: Float[Tensor, "row rank"], right: Float[Tensor, "rank column"]
-) -> Float[Tensor, " rank"]:
+) -> Float[Tensor, " least"]:
     """Singular values of ``left @ right`` through QR of the thin factors, largest first."""
     return torch.linalg.svdvals(torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T)
 
