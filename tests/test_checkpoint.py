@@ -212,3 +212,21 @@ def test_what_is_no_model_is_refused(tmp_path):
 def test_an_unknown_mode_is_refused():
     with pytest.raises(mia.MechInterpError, match="mlp='magic' is not a conversion mode"):
         mia.convert(mia.Checkpoint(CFG, tensors()), mlp="magic")
+
+
+@pytest.mark.parametrize(
+    ("name", "hub_id"),
+    [("gpt2", "gpt2"), ("pythia-70m", "EleutherAI/pythia-70m"), ("who/what", "who/what")],
+)
+def test_names_of_hugging_face_go_to_the_bridge(name, hub_id, monkeypatch):
+    """No hub is asked: the door behind the name stands still."""
+    asked = []
+
+    def stop(source, dtype):
+        asked.append(source)
+        raise mia.MechInterpError("stopped at the door")
+
+    monkeypatch.setattr("mechinterp_attn.sources.doors.boot", stop)
+    with pytest.raises(mia.MechInterpError, match="stopped at the door"):
+        mia.load(name)
+    assert asked == [hub_id]

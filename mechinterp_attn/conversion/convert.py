@@ -71,7 +71,8 @@ def load(
     Args:
         source: the name of a bundled model (``mia.models()`` lists them), a folder made by
             ``model.save``, a folder with a TL-convention checkpoint (config.json and
-            model.safetensors) or with a Hugging Face model, or a Hugging Face id (``owner/name``).
+            model.safetensors) or with a Hugging Face model, or a Hugging Face id (``owner/name``, or
+            TransformerLens's short name such as ``gpt2``).
         mlp, components: see ``convert``; a saved model keeps the mode it was converted with.
         dtype: of the weights; as stored by default, half precisions widened to float32.
 

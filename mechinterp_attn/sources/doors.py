@@ -29,7 +29,8 @@ def open_source(
 
     Args:
         source: a bundled model's name, a folder with a TL-convention checkpoint or a Hugging Face
-            model, or a Hugging Face id (``owner/name``), which is fetched.
+            model, or a Hugging Face id (``owner/name``, or TransformerLens's short name such as
+            ``gpt2``), which is fetched.
         dtype: of the weights; as stored by default, half precisions widened to float32.
 
     Raises:
@@ -40,11 +41,12 @@ def open_source(
         return read_bundled(name, dtype)
     folder = Path(name)
     if not folder.is_dir():
-        if _HUB_ID.fullmatch(name) and not folder.exists():
-            return boot(name, dtype)
+        hub_id = None if folder.exists() else _hub_id(name)
+        if hub_id is not None:
+            return boot(hub_id, dtype)
         raise MechInterpError(
             f"{name!r} is neither a bundled model ({', '.join(bundled_names())}) nor a folder nor a "
-            "Hugging Face id such as 'openai-community/gpt2'"
+            "model of Hugging Face ('gpt2', 'owner/name')"
         )
     config = read_config(folder)
     if config.get("format") == FORMAT:
@@ -53,6 +55,18 @@ def open_source(
             "was converted from: a bundled model's name or the source's own folder"
         )
     return boot(folder, dtype) if "model_type" in config else read_checkpoint(folder, dtype)
+
+
+def _hub_id(name: str) -> str | None:
+    """The Hugging Face id behind a name: itself, or TransformerLens's short name (``gpt2``)."""
+    if _HUB_ID.fullmatch(name):
+        return name
+    from transformer_lens.supported_models import get_official_model_name
+
+    try:
+        return get_official_model_name(name)
+    except ValueError:
+        return None
 
 
 def is_saved(source: str | os.PathLike[str]) -> bool:
