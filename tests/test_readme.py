@@ -1,5 +1,6 @@
 """The examples that people copy: Python blocks of the README and the pages run, and so do the commands."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -55,6 +56,14 @@ def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
         exec(compile(block, f"{page.name}, Python block {i}", "exec"), namespace)
     if page.name == "README.md":
         assert (tmp_path / "report.html").stat().st_size > 0
+
+
+@pytest.fixture(autouse=True)
+def files_the_pages_speak_of(tmp_path: Path) -> None:
+    """What a reader of the pages has beside them: texts to run over."""
+    texts = ["It was the best of times, it was the worst of times.", "Call me Ishmael. Call me."]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (tmp_path / "texts.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def test_make_targets_exist() -> None:
