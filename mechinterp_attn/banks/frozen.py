@@ -77,7 +77,12 @@ class FrozenAttention(FrozenBank):
         return self._norm.turn_back(out)
 
     def spread(self, w: Tensor, index: Tensor) -> Tensor:
-        return self._norm.weigh(torch.einsum("nq,nqk->nk", self.weigh_out(w), self.pattern[index]))
+        w = self.weigh_out(w)
+        out = torch.empty_like(w)
+        for head in index.unique().tolist():  # no copy of a pattern per row
+            own = index == head
+            out[own] = w[own] @ self.pattern[head]
+        return self._norm.weigh(out)
 
     def reach(self, m: Tensor, *, summed: bool) -> Tensor:
         m = self._norm.weigh(m)
@@ -100,8 +105,10 @@ class FrozenAttention(FrozenBank):
 
     def norms(self) -> Tensor:
         written = self._post.turn(self._W_O)
-        ov = self._W_V.repeat_interleave(self.bank.group, 0) @ written
-        return torch.linalg.matrix_norm(ov, 2)
+        values = self._W_V.repeat_interleave(self.bank.group, 0)
+        # The largest singular value of values @ written, from their triangular factors: d_head wide.
+        left, right = torch.linalg.qr(values).R, torch.linalg.qr(written.mT).R
+        return torch.linalg.matrix_norm(left @ right.mT, 2)
 
     def score_sides(self, index: int, x: Tensor) -> ScoreSides:
         bank = self.bank

@@ -9,7 +9,7 @@ pre-activation: its key side is the constant 1, so its terms are linear.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -169,15 +169,8 @@ def _side(
         for bank, z in zip(earlier.banks, frozen.held[depth], strict=True):
             effect = (z * bank.unwrite(direct)).sum((0, -1)).abs()
             chosen = effect.topk(min(keep, len(effect))).indices.sort().values.tolist()
-            left = len(effect) - len(chosen)
             for source, z_part in _sources(frozen, bank, depth, z, by_source):
-                terms = [(bank.bank.label(i), _write_one(bank, z_part, i)) for i in chosen]
-                if left:
-                    rest = z_part.clone()
-                    rest[:, chosen] = 0
-                    rest_name = f"{left:,} other L{bank.bank.layer} {bank.bank.part}"
-                    terms.append((rest_name, bank.write(rest)))
-                for name, written in terms:
+                for name, written in _writings(bank, z_part, chosen):
                     through.append(True)
                     names.append(f"{source}{name}")
                     vectors.append(reading(frozen.carry(written, depth, sublayer)))
@@ -202,9 +195,17 @@ def pullback(
         return torch.autograd.grad(reading, probe)[0]
 
 
-def _write_one(bank: FrozenBank, z: Tensor, index: int) -> Float[Tensor, "pos d_model"]:
+def _writings(
+    bank: FrozenBank, z: Float[Tensor, "pos head d_head"], chosen: list[int]
+) -> Iterator[tuple[str, Float[Tensor, "pos d_model"]]]:
+    """What each chosen head of a bank writes, then all others together, one at a time."""
     pos = torch.arange(len(z), device=z.device)
-    return bank.write_at(z[:, index], torch.full_like(pos, index), pos)
+    for i in chosen:
+        yield bank.bank.label(i), bank.write_at(z[:, i], torch.full_like(pos, i), pos)
+    if left := z.shape[1] - len(chosen):
+        rest = z.clone()
+        rest[:, chosen] = 0
+        yield f"{left:,} other L{bank.bank.layer} {bank.bank.part}", bank.write(rest)
 
 
 def _sources(

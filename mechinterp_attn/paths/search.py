@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Positions = Literal["source", "apart", "summed"]
 WIDTH = 1000  # partial paths that one expansion may add to the queue
 CHUNK = 4096  # complete paths evaluated at once
+QUEUE = 100_000  # partial paths that wait to be opened
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -181,6 +182,7 @@ class _Search:
         self._best: list[tuple[float, int, _Path]] = []  # a heap: the smallest of the k largest first
         self._count = itertools.count()
         self._dropped = 0.0
+        self._z_bias = [[bank.z_bias for bank in sublayer.banks] for sublayer in frozen.sublayers]
         self._reach = _reaches(frozen, summed=positions != "apart")
         at = frozen.end.new_zeros(len(frozen.tokens))
         at[goal.position] = 1
@@ -230,21 +232,32 @@ class _Search:
                 self._extend(j, i, w, v, tail)
         for name, part in frozen.parts.items():
             self._add_source(name, w * (part @ v), tail)
+        self._shorten()
+
+    def _shorten(self) -> None:
+        """Keep the queue bounded: the weakest partial paths are left out, and counted as such."""
+        if len(self.queue) <= 2 * QUEUE:
+            return
+        self.queue.sort()  # a sorted list is a heap
+        weakest = max(partial.bound for _, _, partial in self.queue[QUEUE:])
+        self._dropped = max(self._dropped, weakest)
+        del self.queue[QUEUE:]
 
     def _extend(self, j: int, i: int, w: Tensor, v: Tensor, tail: tuple[_Step, ...]) -> None:
         """All heads of a bank in front of a partial path."""
         bank = self.frozen.sublayers[j].banks[i]
         held = bank.hold(v[None])
-        weights = bank.weigh_out(w)[:, None]  # [pos, 1]
-        carried = weights * (self.frozen.held[j][i] * held).sum(-1)  # [pos, head]
-        own = weights * (bank.z_bias * held).sum(-1)
-        bound = w.abs()[:, None] * self._reach[j][i] * bank.pull_norms(held)
+        at = w.nonzero()[:, 0]  # behind a neuron one position only
+        weights = bank.weigh_out(w)[at, None]  # [at, 1]
+        carried = weights * (self.frozen.held[j][i][at] * held).sum(-1)  # [at, head]
+        own = weights * (self._z_bias[j][i][at] * held).sum(-1)
+        bound = w[at].abs()[:, None] * self._reach[j][i][at] * bank.pull_norms(held)
         if self.mode != "apart":
             carried, own, bound = carried.sum(0, True), own.sum(0, True), bound.sum(0, True)
         n_heads = carried.shape[1]
 
         def step(flat: int) -> _Step:
-            position = flat // n_heads if self.mode == "apart" else None
+            position = int(at[flat // n_heads]) if self.mode == "apart" else None
             return _Step(j, i, flat % n_heads, position)
 
         largest = own.abs().flatten().topk(min(self.k, own.numel()))
@@ -256,7 +269,7 @@ class _Search:
         live = (bound > self.threshold).nonzero()[:, 0]
         if j == 0:
             for chunk in live.split(CHUNK):
-                self._finish(bank, chunk, n_heads, w, v, lambda flat: (step(flat), *tail))
+                self._finish(bank, chunk, n_heads, at, w, v, lambda flat: (step(flat), *tail))
             return
         if len(live) > WIDTH:
             order = carried[live].abs().argsort(descending=True)
@@ -272,13 +285,14 @@ class _Search:
         bank: FrozenBank,
         chosen: Int[Tensor, " n"],
         n_heads: int,
+        at: Int[Tensor, " positions"],
         w: Tensor,
         v: Tensor,
         steps: Callable[[int], tuple[_Step, ...]],
     ) -> None:
         """Heads that read the start of the stream: their paths are complete, many at once."""
         n = len(chosen)
-        position = chosen // n_heads if self.mode == "apart" else None
+        position = at[chosen // n_heads] if self.mode == "apart" else None
         ws, vs = _in_front(bank, chosen % n_heads, position, w.expand(n, -1), v.expand(n, -1))
         for name, part in self.frozen.parts.items():
             values = ws * (vs @ part.T)  # [n, pos]
@@ -289,8 +303,8 @@ class _Search:
                 if abs(value) <= self.threshold:
                     break
                 row, source = divmod(index, values.shape[1])
-                at = None if self.mode == "summed" else source
-                self._add(value, name, at, steps(int(chosen[row])))
+                start = None if self.mode == "summed" else source
+                self._add(value, name, start, steps(int(chosen[row])))
 
     def _add_source(self, name: str, values: Float[Tensor, " pos"], tail: tuple[_Step, ...]) -> None:
         """Complete a path with a part of the stream at every position, or over all."""
