@@ -479,14 +479,19 @@ def _check_options(node_threshold: float, edge_threshold: float, max_nodes: int)
 
 
 def _check_memory(frozen: Frozen, max_nodes: int, max_bytes: int) -> None:
-    """What every head holds, and the edges among the candidates (with two copies on the way)."""
-    pos, size = len(frozen.tokens), frozen.end.element_size()
+    """What every head holds, the edges among the candidates and their copies while pruning (of which
+    one is of 64-bit indices), what the candidates wrote, and the fields on the stream."""
+    pos, d_model = frozen.end.shape
+    size = frozen.end.element_size()
     held = sum(bank.z_bias.numel() for bank in frozen.banks)
     candidates = min(max_nodes, sum(pos * bank.bank.n_heads for bank in frozen.banks))
     edges = (candidates + 1) * (candidates + pos)
-    need = size * (2 * held + 4 * edges)
+    wrote = (candidates + pos) * (4 * d_model + 4 * pos)
+    fields = (3 * len(frozen.sublayers) + 8) * frozen.end.numel()
+    need = size * (2 * held + 8 * edges + wrote + fields) + 16 * edges
     if need > max_bytes:
         raise MechInterpError(
-            f"the graph needs about {need / 2**30:.2f} GiB ({pos} tokens, {candidates:,} candidates), more "
-            f"than max_bytes={max_bytes:,}; give a smaller max_nodes, a shorter prompt or more max_bytes"
+            f"the graph needs about {need / 2**30:.2f} GiB ({pos} tokens, {candidates:,} candidates), "
+            f"more than max_bytes={max_bytes:,}; give a smaller max_nodes, a shorter prompt or "
+            f"max_bytes={need:,}"
         )

@@ -73,6 +73,7 @@ def term_importance(
     *,
     max_order: int = 4,
     heads: int | Sequence[str] = 32,
+    max_bytes: int = 4 << 30,
     progress: bool = True,
 ) -> TermImportance:
     """Measure what each order of paths is worth, per order, per layer and per head.
@@ -83,11 +84,12 @@ def term_importance(
         max_order: the highest order kept apart; the rest is one row, ``>max_order``.
         heads: labels of heads to measure exactly, or how many per order: those with the largest
             first-order estimate.
+        max_bytes: the largest working memory to take, beside the frozen prompt itself.
         progress: show a progress bar when there are several prompts.
 
     Raises:
-        MechInterpError: a prompt without a next token, a negative max_order or number of heads, or
-            an unknown head label.
+        MechInterpError: a prompt without a next token, a negative max_order or number of heads, an
+            unknown head label, or the longest prompt needs more than max_bytes.
     """
     if max_order < 0:
         raise MechInterpError(f"max_order={max_order}; expected 0 or more")
@@ -97,6 +99,7 @@ def term_importance(
     longest = len(model.sublayers())
     top = min(max_order, longest)
     n_orders = top + 1 if top == longest else top + 2
+    _check_memory(model, max(map(len, prompts)), n_orders, max_bytes)
     names = order_names(n_orders, top)
     sums = _Sums(names, model)
     bar = tqdm(prompts, desc="term importance", disable=not progress or len(prompts) < 4)
@@ -139,7 +142,8 @@ class _Terms:
                 self.ends.append(ends)
             if sublayer.out is not None:
                 streams, pure = sublayer.out.apply(streams), sublayer.out.apply(pure)
-                self.ends = [sublayer.out.apply(ends) for ends in self.ends]
+                for i, ends in enumerate(self.ends):
+                    self.ends[i] = sublayer.out.apply(ends)
             if sublayer.out_bias is not None:
                 streams[0] += sublayer.out_bias
                 pure[0] += sublayer.out_bias
@@ -282,6 +286,19 @@ class _Sums:
 
 def _float64(*numbers: float) -> Float[Tensor, " n"]:
     return torch.tensor(numbers, dtype=torch.float64)
+
+
+def _check_memory(model: AttentionOnlyModel, pos: int, n_orders: int, max_bytes: int) -> None:
+    """The streams of all orders that every bank reads and writes, a few copies of the logits, and what
+    the heads of one bank hold."""
+    streams = n_orders * model.spec.d_model * (len(model.sublayers()) + len(model.banks) + 12)
+    held = max(bank.n_heads * bank.d_head for bank in model.banks)
+    need = model.W_U.element_size() * pos * (streams + 8 * model.spec.d_vocab_out + 6 * held)
+    if need > max_bytes:
+        raise MechInterpError(
+            f"{n_orders} orders on a prompt of {pos:,} tokens need about {need / 2**30:.2f} GiB, more than "
+            f"max_bytes={max_bytes:,}; give a smaller max_order, shorter prompts or max_bytes={need:,}"
+        )
 
 
 def _prompts(model: AttentionOnlyModel, tokens: str | Sequence[str] | Tensor) -> list[Tensor]:

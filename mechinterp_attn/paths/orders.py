@@ -68,10 +68,11 @@ def orders(
         max_order: the highest order kept apart; by default all (the number of counted sublayers).
         count: "attention" counts attention heads only: paths may pass through any number of
             MLP-derived heads on the way. "mlp" is the reverse.
-        max_bytes: the largest result to make (order x pos x vocabulary).
+        max_bytes: the largest working memory to take; most of it is the result (order x pos x
+            vocabulary).
 
     Raises:
-        MechInterpError: max_order is negative, count is unknown, or the result would be larger than
+        MechInterpError: max_order is negative, count is unknown, or the work needs more than
             max_bytes.
     """
     if count not in ("all", "attention", "mlp"):
@@ -79,12 +80,7 @@ def orders(
     if max_order is not None and max_order < 0:
         raise MechInterpError(f"max_order={max_order}; expected 0 or more")
     n_orders, top = _n_streams(frozen, max_order, count)
-    size = n_orders * frozen.logits.numel() * frozen.logits.element_size()
-    if size > max_bytes:
-        raise MechInterpError(
-            f"{n_orders} orders x {tuple(frozen.logits.shape)} logits are {size / 2**30:.1f} GiB, more "
-            f"than max_bytes={max_bytes:,}; give a smaller max_order, a shorter prompt or more max_bytes"
-        )
+    _check_memory(frozen, n_orders, max_bytes)
     logits = frozen.read_out(_polynomial(frozen, n_orders, count))
     logits[0] += frozen.offset()
     error = float((logits.sum(0) - frozen.logits).abs().max())
@@ -117,6 +113,22 @@ def _n_streams(frozen: Frozen, max_order: int | None, count: Count) -> tuple[int
     longest = sum(any(counted(bank, count) for bank in sub.banks) for sub in frozen.sublayers)
     top = longest if max_order is None else min(max_order, longest)
     return (top + 1 if top == longest else top + 2), top  # one more for everything above
+
+
+def _check_memory(frozen: Frozen, n_orders: int, max_bytes: int) -> None:
+    """The result (twice under a soft cap) with a few copies of one order's logits; the streams while a
+    sublayer writes to them; and what the heads of one bank hold."""
+    result = n_orders * (1 if frozen.cap is None else 2) + 4
+    held = max(bank.bank.n_heads * bank.bank.d_head for bank in frozen.banks) * len(frozen.tokens)
+    need = frozen.logits.element_size() * (
+        result * frozen.logits.numel() + 5 * n_orders * frozen.end.numel() + 6 * held
+    )
+    if need > max_bytes:
+        raise MechInterpError(
+            f"{n_orders} orders x {tuple(frozen.logits.shape)} logits need about {need / 2**30:.2f} GiB, "
+            f"more than max_bytes={max_bytes:,}; give a smaller max_order, a shorter prompt or "
+            f"max_bytes={need:,}"
+        )
 
 
 def _polynomial(frozen: Frozen, n_orders: int, count: Count) -> Float[Tensor, "order pos d_model"]:

@@ -62,8 +62,6 @@ def test_ablation_runs_of_the_framework_are_partial_sums_of_the_path_expansion(m
 def test_taking_an_edge_away_changes_the_target_by_its_weight(model, name):
     """Replay: what a head wrote is taken out of what a later head or neuron reads, all else frozen."""
     if name != "tiny":
-        if name not in set(mia.models()["name"]):
-            pytest.skip(f"{name} is not bundled")
         model = mia.load(name, dtype=torch.float64)
         frozen = mia.paths.freeze(model, "The old man looked at the ship. The old man looked at the")
     else:
@@ -223,14 +221,8 @@ PLAIN = (
 )
 
 
-def _bundled(name):
-    if name not in set(mia.models()["name"]):
-        pytest.skip(f"{name} is not bundled")
-    return mia.load(name)
-
-
 def test_one_layer_has_nothing_beyond_order_one():
-    result = mia.paths.term_importance(_bundled("attn-1l"), PLAIN, heads=0)
+    result = mia.paths.term_importance(mia.load("attn-1l"), PLAIN, heads=0)
     assert list(result.frame["order"]) == ["0", "1"]
     assert result.frame["change"][1] < 0
 
@@ -238,7 +230,7 @@ def test_one_layer_has_nothing_beyond_order_one():
 def test_single_later_heads_gain_where_induction_predicts():
     """The induction head's pattern needs layer 0, its copying does not: an order-1 term of layer 1,
     worth nats on repeated random tokens and nothing on plain text."""
-    model = _bundled("attn-2l")
+    model = mia.load("attn-2l")
     repeated = mia.paths.term_importance(model, _repeated(model), heads=0)
     plain = mia.paths.term_importance(model, PLAIN, heads=0)
     assert repeated.frame["change"][1] < -2
@@ -249,10 +241,11 @@ def test_single_later_heads_gain_where_induction_predicts():
     assert (repeated.frame["with_mlp"][1:].abs() < 1e-12).all()
 
 
-def test_with_neurons_as_heads_induction_needs_them():
+@pytest.mark.parametrize("name", ["gelu-2l", "silu-2l"])
+def test_with_neurons_as_heads_induction_needs_them(name):
     """What the framework could not ask: with MLPs the gain comes from order 2, most of it through an
     MLP-derived head; with those as part of the wires it is an order-1 gain again."""
-    model = _bundled("gelu-2l")
+    model = mia.load(name)
     tokens = _repeated(model)
     result = mia.paths.term_importance(model, tokens, heads=0)
     assert result.frame["change"][2] < -2
@@ -342,8 +335,6 @@ class TestErrors:
                 call(frozen, target=3, against=3)
 
     def test_a_target_of_several_tokens_says_how_it_splits(self):
-        if "gelu-2l" not in set(mia.models()["name"]):
-            pytest.skip("gelu-2l is not bundled")
         frozen = mia.paths.freeze(mia.load("gelu-2l"), "The old man")
         with pytest.raises(MechInterpError, match=r"is \d+ tokens, not one: \["):
             mia.paths.top_paths(frozen, target=" Constantinople")
