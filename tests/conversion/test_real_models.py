@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import mechinterp_attn as mia
+from mechinterp_attn.sources.folder import read_checkpoint
+from mechinterp_attn.sources.reference import run_checkpoint
 
 PROMPT = "Once upon a time, there was a little girl named Lily. She loved to play with her red ball"
 
@@ -94,10 +96,12 @@ def test_nano_sort_is_the_same_model_through_both_doors(data):
 
 
 def test_indhead_has_the_published_accuracy(data):
-    """On sequences whose last token occurred before, once: 91.6 % continue with what followed it."""
-    model = mia.load(data / "models" / "indhead_2l")
+    """Random sequences whose last token occurred once before, with room for another token between:
+    91.6 % continue with what followed it, for the source and, one by one, for the converted model."""
+    folder = data / "models" / "indhead_2l"
+    model = mia.load(folder)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(26, (20000, 8), generator=generator)
+    tokens = torch.randint(26, (200_000, 8), generator=generator)
     last = tokens[:, -1:]
     where = (tokens[:, :-1] == last).float()
     once = where.sum(-1) == 1
@@ -105,8 +109,10 @@ def test_indhead_has_the_published_accuracy(data):
     follows = tokens.gather(1, (index + 1)[:, None])[:, 0]
     kept = once & (index < 6)
     predicted = model(tokens[kept])[:, -1].argmax(-1)
+    expected = run_checkpoint(read_checkpoint(folder), tokens[kept])[0][:, -1].argmax(-1)
+    assert torch.equal(predicted, expected)
     accuracy = float((predicted == follows[kept]).double().mean())
-    assert 0.85 < accuracy < 1.0
+    assert accuracy == pytest.approx(0.916, abs=0.005)  # 36,000 sequences: standard error 0.0015
 
 
 @pytest.mark.parametrize("name", mia.models()["name"])
