@@ -23,7 +23,7 @@ from mechinterp_attn.view.figures.theorems import curves_with_spread, lines
 
 
 def training(frame: pd.DataFrame) -> go.Figure:
-    return curves_with_spread(
+    fig = curves_with_spread(
         frame,
         x="tokens",
         y="loss",
@@ -32,6 +32,8 @@ def training(frame: pd.DataFrame) -> go.Figure:
         x_name="tokens of training",
         y_name="loss (nats per token)",
     )
+    # Long names: beside the curves they would take a third of the width.
+    return fig.update_layout(legend={"x": 1, "xanchor": "right", "y": 1})
 
 
 def decay(frame: pd.DataFrame) -> go.Figure:
