@@ -26,6 +26,9 @@ TOLERANCE = {
     torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2,
 }  # fmt: skip
 
+_AT_ONCE = 2**18  # logits compared in float64 at a time: 2 MiB
+_LARGE_VOCABULARY = 2**15
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -167,9 +170,13 @@ def check_conversion(model: AttentionOnlyModel, source: TransformerBridge | Chec
 
 
 def random_tokens(model: AttentionOnlyModel) -> Int[Tensor, "batch pos"]:
-    """Two sequences of up to 64 tokens, the same ones every time."""
+    """Two sequences of up to 64 tokens, the same ones every time.
+
+    Up to 32 where the vocabulary is large: source and model give a row of logits for every token, and
+    the check should need little memory beside the weights.
+    """
     generator = torch.Generator().manual_seed(0)
-    shape = (2, min(model.spec.n_ctx, 64))
+    shape = (2, min(model.spec.n_ctx, 64 if model.spec.d_vocab_out < _LARGE_VOCABULARY else 32))
     return torch.randint(model.spec.d_vocab, shape, generator=generator)
 
 
@@ -181,18 +188,17 @@ def _compare(
     streams: dict[str, Tensor],
     tokens: Int[Tensor, "batch pos"],
 ) -> Fidelity:
-    error = (logits.double() - expected.double()).abs()
-    worst = error.amax(-1).argmax()
-    p, q = (F.log_softmax(x.double(), -1) for x in (expected, logits))
+    errors = _position_errors(expected, logits, tokens)
+    worst = errors["max"].argmax()
     dtype = model.W_E.dtype
     return Fidelity(
-        max_logit_error=float(error.max()),
-        mean_logit_error=float(error.mean()),
-        logit_scale=float(expected.abs().max()),
-        kl=float((p.exp() * (p - q)).sum(-1).mean()),
-        loss_source=_loss(expected, tokens),
-        loss_model=_loss(logits, tokens),
-        top1_agreement=float((logits.argmax(-1) == expected.argmax(-1)).double().mean()),
+        max_logit_error=float(errors["max"].max()),
+        mean_logit_error=float(errors["mean"].mean()),
+        logit_scale=float(errors["scale"].max()),
+        kl=float(errors["kl"].mean()),
+        loss_source=float(errors["loss_source"][:, :-1].mean()),  # NaN for a single token
+        loss_model=float(errors["loss_model"][:, :-1].mean()),
+        top1_agreement=float(errors["same_top"].mean()),
         worst_position=(int(worst) // tokens.shape[1], int(worst) % tokens.shape[1]),
         per_layer=_residual_errors(own, streams),
         # A source that takes its norms in float32 is no float64 model, whatever its weights are.
@@ -200,6 +206,44 @@ def _compare(
         dtype=str(dtype).removeprefix("torch."),
         n_tokens=tokens.numel(),
     )
+
+
+def _position_errors(
+    expected: Float[Tensor, "batch pos d_vocab"],
+    logits: Float[Tensor, "batch pos d_vocab"],
+    tokens: Int[Tensor, "batch pos"],
+) -> dict[str, Float[Tensor, "batch pos"]]:
+    """What each position has to say, in float64, some positions at a time: the logits of a long text
+    over a large vocabulary are never held in float64 whole.
+
+    The losses are those of the next token, meaningless at a sequence's last position and NaN where a
+    token is no class of the logits.
+    """
+    rows, given = expected.flatten(0, 1), logits.flatten(0, 1)
+    following = tokens.roll(-1, 1).flatten()
+    is_class = int(tokens.max()) < rows.shape[-1]
+    found: dict[str, list[Tensor]] = {}
+    for start in range(0, len(rows), step := max(1, _AT_ONCE // rows.shape[-1])):
+        at = slice(start, start + step)
+        p, q = rows[at].double(), given[at].double()
+        error = (q - p).abs()
+        numbers = {
+            "max": error.amax(-1),
+            "mean": error.mean(-1),
+            "scale": p.abs().amax(-1),
+            "same_top": (q.argmax(-1) == p.argmax(-1)).double(),
+        }
+        p, q = F.log_softmax(p, -1), F.log_softmax(q, -1)
+        numbers["kl"] = (p.exp() * (p - q)).sum(-1)
+        for name, log_prob in (("loss_source", p), ("loss_model", q)):
+            numbers[name] = (
+                -log_prob.gather(-1, following[at, None])[:, 0]
+                if is_class
+                else torch.full_like(numbers["kl"], float("nan"))
+            )
+        for name, values in numbers.items():
+            found.setdefault(name, []).append(values)
+    return {name: torch.cat(values).view(tokens.shape) for name, values in found.items()}
 
 
 def _residual_errors(own: dict[str, Tensor], streams: dict[str, Tensor]) -> pd.DataFrame:
@@ -213,10 +257,3 @@ def _residual_errors(own: dict[str, Tensor], streams: dict[str, Tensor]) -> pd.D
         relative = error / scale if scale else error
         rows.append((f"{block}.{part}", error, scale, relative))
     return pd.DataFrame(rows, columns=["sublayer", "max_error", "scale", "relative"])
-
-
-def _loss(logits: Tensor, tokens: Tensor) -> float:
-    """Mean next-token loss; NaN where there is none to speak of."""
-    if tokens.shape[1] < 2 or int(tokens.max()) >= logits.shape[-1]:
-        return float("nan")
-    return float(F.cross_entropy(logits[:, :-1].double().flatten(0, 1), tokens[:, 1:].flatten()))

@@ -7,6 +7,8 @@ What is left of the norm is its per-position scale.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from mechinterp_attn.spec import NormKind, Spec
 
-_COLUMNS = 1024
+_AT_ONCE = 2**18  # numbers held in float64 at a time while folding: 2 MiB
 
 
 def attention_only_weights(spec: Spec, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,20 +95,24 @@ def fold(
     kind: NormKind,
 ) -> tuple[Float[Tensor, "*head d_model out"], Float[Tensor, "*head out"]]:
     """``(norm(x) * gain + beta) @ W + b`` as ``norm(x) @ W' + b'``; float64 inside, some columns at a
-    time, so that a large vocabulary is never held in float64."""
+    time, so that no large tensor is ever held in float64."""
     if kind is None:
         return W, b
     W_new, b_new = torch.empty_like(W), torch.empty_like(b)
-    for start in range(0, W.shape[-1], _COLUMNS):
-        columns = slice(start, start + _COLUMNS)
-        wide, bias = W[..., columns].double(), b[..., columns].double()
-        if beta is not None:
-            bias = bias + torch.einsum("d,...do->...o", beta.double(), wide)
-        if gain is not None:
-            wide = wide * gain.double()[:, None]
-        if kind == "LN":
-            wide = wide - wide.mean(-2, keepdim=True)
-        W_new[..., columns], b_new[..., columns] = wide, bias
+    # Steps of whole vector registers: the sums below then round as they would for all columns at once.
+    step = max(1, _AT_ONCE // W.shape[-2] // 64) * 64
+    for head in product(*map(range, W.shape[:-2])):
+        for start in range(0, W.shape[-1], step):
+            columns: Any = (*head, ..., slice(start, start + step))
+            wide = W[columns].to(torch.float64, copy=True)  # changed in place: never the source's own
+            bias = b[columns].double()
+            if beta is not None:
+                bias = bias + torch.einsum("d,do->o", beta.double(), wide)
+            if gain is not None:
+                wide *= gain.double()[:, None]
+            if kind == "LN":
+                wide -= wide.mean(0)
+            W_new[columns], b_new[columns] = wide, bias
     return W_new, b_new
 
 
