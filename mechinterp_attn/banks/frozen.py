@@ -7,6 +7,7 @@ where there is one, the norm behind the heads keep the scales of the run.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,10 +93,13 @@ class FrozenAttention(FrozenBank):
     def hold(self, v: Tensor) -> Tensor:
         return torch.einsum("nd,hkd->nhk", self._post.turn_back(v), self._W_O)
 
-    def pull_norms(self, held: Tensor) -> Tensor:
-        W_V = self._W_V.repeat_interleave(self.bank.group, 0)
-        gram = W_V.transpose(1, 2) @ W_V  # [head, d_head, d_head]; centring only shortens
-        return torch.einsum("nhk,hkl,nhl->nh", held, gram, held).clamp_min(0).sqrt()
+    @cached_property
+    def _value_gram(self) -> Float[Tensor, "head d_head d_head"]:
+        """Asked for once per path opened."""
+        return (self._W_V.mT @ self._W_V).repeat_interleave(self.bank.group, 0)
+
+    def pull_norms(self, held: Tensor) -> Tensor:  # centring only shortens
+        return torch.einsum("nhk,hkl,nhl->nh", held, self._value_gram, held).clamp_min(0).sqrt()
 
     def write_norms(self, z: Tensor) -> Tensor:
         written = self._post.turn(self._W_O)
@@ -227,7 +231,12 @@ class FrozenNeurons(FrozenBank):
         return self._each(self._post.turn_back(v) @ self._W_out.T)[..., None]
 
     def pull_norms(self, held: Tensor) -> Tensor:
-        return held[..., 0].abs() * self._each(self._W_in.norm(dim=0))
+        return held[..., 0].abs() * self._read_norms
+
+    @cached_property
+    def _read_norms(self) -> Float[Tensor, " head"]:
+        """Asked for once per path opened."""
+        return self._each(self._W_in.norm(dim=0))
 
     def write_norms(self, z: Tensor) -> Tensor:
         norms = z[..., 0].abs() * self._each(self._post.turn(self._W_out).norm(dim=1))
