@@ -1,17 +1,22 @@
 """Cost of path analyses in GPT-2-small shape with random weights: time and memory, as ratios.
 
 Run: python benchmarks/bench_paths.py [--tokens 64] [--max-order 8]
+     python benchmarks/bench_paths.py --long [--small]
 
 Times are processor seconds over all threads; every one is compared with one forward and backward pass
-of the same model in the same run.
+of the same model in the same run. ``--long`` measures prompts of 1,024 tokens: what each analysis adds
+to the memory in use, and its time; ``--small`` does so in a model of 4 layers.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformer_lens import TransformerBridgeConfig
@@ -21,16 +26,18 @@ import mechinterp_attn as mia
 from mechinterp_attn.paths.frozen import Frozen
 
 SHAPE = dict(d_model=768, d_head=64, n_heads=12, n_layers=12, n_ctx=1024, d_vocab=50257, d_mlp=3072)
+SMALL = dict(d_model=256, d_head=32, n_heads=8, n_layers=4, n_ctx=1024, d_vocab=8192, d_mlp=1024)
 
 
-def model() -> mia.AttentionOnlyModel:
+def model(shape: dict[str, int]) -> mia.AttentionOnlyModel:
     torch.manual_seed(0)
-    config = TransformerBridgeConfig(**SHAPE, act_fn="gelu", normalization_type="LN", seed=0)
+    config = TransformerBridgeConfig(**shape, act_fn="gelu", normalization_type="LN", seed=0)
     bridge = TransformerBridge.boot_native(config).eval()
     with torch.no_grad():  # residual streams and patterns with some structure in them
         for name, parameter in bridge.named_parameters():
-            if parameter.ndim > 1 and "embed" not in name:
-                parameter.normal_(std=parameter.shape[-2] ** -0.5)
+            if parameter.ndim > 1:  # [out, in], or an embedding
+                starts = "embed" in name or name.startswith("pos")
+                parameter.normal_(std=1.0 if starts else parameter.shape[-1] ** -0.5)
     return mia.convert(bridge, check=False)
 
 
@@ -69,12 +76,79 @@ def dense_edges_of_one_sublayer_pair(frozen: Frozen, position: int) -> torch.Ten
     return written @ late.pull(field.expand(n, -1), every).T
 
 
+def resident() -> float:
+    """GiB in use now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def watched(work: Callable[[], object]) -> tuple[object, float, float]:
+    """What some work gives, its processor seconds, and the most GiB that it added, by sampling."""
+    before = top = resident()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal top
+        while not done.wait(0.005):
+            top = max(top, resident())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    start = time.process_time()
+    try:
+        result = work()
+    finally:
+        done.set()
+        thread.join()
+    return result, time.process_time() - start, top - before
+
+
+def long_prompt(small: bool) -> None:
+    shape = SMALL if small else SHAPE
+    net = model(shape)
+    tokens = torch.randint(shape["d_vocab"], (1024,), generator=torch.Generator().manual_seed(0))
+    print(f"{net}\n1,024 tokens, {torch.get_num_threads()} threads; {resident():.2f} GiB before work")
+
+    def forward_backward() -> None:
+        net(tokens, return_type="loss").backward()
+
+    _, both, extra = watched(forward_backward)
+    net.zero_grad(set_to_none=True)
+    print(f"{'forward + backward':26} {both:6.1f} s   1.00x  +{extra:.2f} GiB", flush=True)
+    frozen, spent, extra = watched(lambda: mia.paths.freeze(net, tokens))
+    print(f"{'freeze':26} {spent:6.1f} s  {spent / both:5.2f}x  +{extra:.2f} GiB", flush=True)
+    paths, last = mia.paths, shape["n_layers"] - 1
+    works: dict[str, Callable[[], object]] = {
+        "logit attribution": lambda: paths.logit_attribution(frozen),
+        "attribution graph": lambda: paths.attribution_graph(frozen),
+        "score of a head": lambda: paths.expand_score(
+            frozen, f"L{last}H0", -1, 5, against="others", keep=8
+        ),
+        "20 partial paths": lambda: paths.top_paths(frozen, k=10, max_expansions=20, progress=False),
+        "orders 0..4": lambda: paths.orders(frozen, max_order=4),
+    }
+    if small:
+        works["term importance, 4 heads"] = lambda: paths.term_importance(net, tokens, heads=4)
+    for name, work in works.items():
+        result, spent, extra = watched(work)
+        print(
+            f"{name:26} {spent:6.1f} s  {spent / both:5.2f}x  +{extra:.2f} GiB   {result.receipt}",
+            flush=True,
+        )
+    print(f"peak {peak_gib():.2f} GiB, the model included")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--max-order", type=int, default=8)
+    parser.add_argument("--long", action="store_true")
+    parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
-    net = model()
+    if args.long:
+        long_prompt(args.small)
+        return
+    net = model(SHAPE)
     tokens = torch.randint(SHAPE["d_vocab"], (args.tokens,), generator=torch.Generator().manual_seed(0))
     print(f"{net}\n{args.tokens} tokens, {torch.get_num_threads()} threads")
 
@@ -99,7 +173,6 @@ def main() -> None:
         f"{peak_gib():.2f} GiB (+{peak_gib() - before:.2f})\n    {graph.receipt}"
     )
     dense = seconds(lambda: dense_edges_of_one_sublayer_pair(frozen, args.tokens - 1))
-    entries = SHAPE["d_mlp"] ** 2
     entries, pairs = SHAPE["d_mlp"] ** 2, 66  # of MLPs in 12 layers
     print(
         f"dense activation-times-gradient edges between two MLPs at one position: {dense:.2f} s for "
@@ -107,13 +180,20 @@ def main() -> None:
         f"{dense * pairs * args.tokens:,.0f} s and {pairs * args.tokens * entries * 4 / 2**30:,.0f} GiB"
     )
     one = seconds(lambda: frozen_pass(frozen), 2)
-    order_time = seconds(lambda: mia.paths.orders(frozen, max_order=args.max_order))
+    order_time = seconds(lambda: mia.paths.orders(frozen, max_order=args.max_order), 2)
     print(
         f"orders 0..{args.max_order}: {order_time:.2f} s = {order_time / one:.1f} frozen passes "
         f"(goal: {args.max_order + 2})"
     )
-    search_time = seconds(lambda: mia.paths.top_paths(frozen, k=10, max_expansions=20, progress=False))
-    print(f"top paths: {search_time / 20:.3f} s per opened partial path")
+    start = time.process_time()
+    few = mia.paths.top_paths(frozen, k=10, max_expansions=1, progress=False)
+    first = time.process_time() - start
+    start = time.process_time()
+    paths = mia.paths.top_paths(frozen, k=10, max_expansions=30, progress=False)
+    more = time.process_time() - start
+    rate = (paths.expansions - few.expansions) / (more - first)
+    print(f"top paths: {first:.2f} s to begin, then {rate:.1f} partial paths opened per second")
+    print(f"    {paths.receipt}")
     print(f"peak {peak_gib():.2f} GiB")
 
 
