@@ -33,12 +33,13 @@ class CopyingScores(Result):
     """How much every head copies what it attends to.
 
     Attributes:
-        frame: one row per head: ``head, layer, kind``; ``copying_score``, ``sum(lambda) / sum(|lambda|)`` in
-            [-1, 1]; ``size``, ``sum(|lambda|)`` per token of the vocabulary; ``z`` against random heads of the
-            same shape in this vocabulary. A rank-1 head has one eigenvalue, so its score is only a
-            sign: ``eigenvalue`` holds it, ``percentile`` its place among the rank-1 heads scored, and
-            ``z`` compares it with rank-1 heads of the same norm and random directions. With
-            ``diagonals``: ``positive_diagonal`` and ``top1_on_diagonal`` (see ``CircuitStatistics``).
+        frame: one row per head: ``head, layer, kind``; ``copying_score``, ``sum(lambda) /
+            sum(|lambda|)`` in [-1, 1]; ``size``, ``sum(|lambda|)`` per token of the vocabulary;
+            ``z`` against random heads of the same shape in this vocabulary. A rank-1 head has one
+            eigenvalue, so its score is only a sign: ``eigenvalue`` holds it, ``percentile`` its
+            place among the rank-1 heads scored, and ``z`` compares it with rank-1 heads of the same
+            norm and random directions. With ``diagonals``: ``positive_diagonal`` and
+            ``top1_on_diagonal`` (see ``CircuitStatistics``).
         eigenvalues: of every head of more than one dimension, complex128.
     """
 
