@@ -272,8 +272,6 @@ def test_singular_directions(model):
 def test_induction_circuit_of_a_bundled_model_from_weights_alone():
     """On attn-2l: the previous-token head by its position circuit, the induction head by copying and
     the K-composed QK circuit; both are the heads that their patterns name."""
-    if "attn-2l" not in mia.models()["name"].tolist():
-        pytest.skip("attn-2l is not bundled yet")
     model = mia.load("attn-2l")
     behaviour = mia.detect.score_heads(model).frame.set_index("head")
     heads = [label for label in model.heads if label.startswith("L0H")]

@@ -41,9 +41,6 @@ def test_figures_show_what_the_results_hold(frozen):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    if "gelu-2l" not in set(mia.models()["name"]):
-        pytest.skip("gelu-2l is not bundled")
-
     def call(*arguments):
         argv = ["mechinterp-attn", "paths", "gelu-2l", "--prompt", PROMPT, *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", argv)

@@ -242,8 +242,6 @@ def test_edits_through_hooks_have_the_same_effect(silu):
 
 
 def bundled(name):
-    if name not in set(mia.models()["name"]):
-        pytest.skip(f"no bundled model {name}")
     return mia.load(name, dtype=torch.float64)
 
 
