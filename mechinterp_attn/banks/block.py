@@ -14,7 +14,8 @@ from mechinterp_attn.banks.gates import Function, Rule
 from mechinterp_attn.banks.neurons import MLPNames, NeuronBank
 from mechinterp_attn.banks.norm import FrozenNorm, Norm
 from mechinterp_attn.banks.step import Step
-from mechinterp_attn.heads import Cache, FrozenBank, HeadBank
+from mechinterp_attn.frozen import FrozenBank
+from mechinterp_attn.heads import Cache, HeadBank
 from mechinterp_attn.spec import Spec
 
 Weights = Mapping[str, Mapping[str, Tensor]]

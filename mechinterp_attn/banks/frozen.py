@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.banks.norm import FrozenNorm, Norm
-from mechinterp_attn.heads import FrozenBank, ScoreSides
+from mechinterp_attn.frozen import FrozenBank, ScoreSides
 
 if TYPE_CHECKING:
     from mechinterp_attn.banks.attention import AttentionBank

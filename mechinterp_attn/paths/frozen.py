@@ -19,7 +19,7 @@ from mechinterp_attn.banks.block import FrozenSublayer
 from mechinterp_attn.banks.norm import FrozenNorm
 from mechinterp_attn.conversion.fidelity import TOLERANCE
 from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.heads import FrozenBank
+from mechinterp_attn.frozen import FrozenBank
 from mechinterp_attn.model import AttentionOnlyModel
 from mechinterp_attn.results import Check, Receipt
 

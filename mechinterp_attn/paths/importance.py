@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.heads import FrozenBank
+from mechinterp_attn.frozen import FrozenBank
 from mechinterp_attn.paths.frozen import Frozen, freeze, sum_tolerance
 from mechinterp_attn.paths.orders import order_names
 from mechinterp_attn.results import Check, Receipt, Result

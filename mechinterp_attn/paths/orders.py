@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.heads import FrozenBank
+from mechinterp_attn.frozen import FrozenBank
 from mechinterp_attn.paths.frozen import Frozen, sum_tolerance
 from mechinterp_attn.results import Check, Receipt, Result
 

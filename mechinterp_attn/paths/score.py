@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mechinterp_attn.conversion.fidelity import TOLERANCE
 from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.heads import FrozenBank, ScoreSides
+from mechinterp_attn.frozen import FrozenBank, ScoreSides
 from mechinterp_attn.paths.frozen import Frozen
 from mechinterp_attn.paths.goals import resolve_position
 from mechinterp_attn.results import Check, Receipt, Result

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from mechinterp_attn.banks.block import FrozenSublayer
 from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.heads import FrozenBank
+from mechinterp_attn.frozen import FrozenBank
 from mechinterp_attn.paths.frozen import Frozen, sum_tolerance
 from mechinterp_attn.paths.goals import Goal, Target, resolve_goal
 from mechinterp_attn.results import Check, Receipt, Result
