@@ -1,11 +1,14 @@
 """Does an attention-only transformer in the paper's form train as well as one with MLPs?
 
     python benchmarks/attention_only_training.py --corpus litbank.txt.xz --out docs/figures
+    python benchmarks/attention_only_training.py --corpus litbank.txt.xz --out docs/figures --speed 40
 
 Huben & Morris 2023 leave the question open. Here it is asked at a very small scale: five models of
 d_model 64 on the same novels, tokenizer, batches, schedule and seeds. Writes training_curves.csv (a
 row per evaluation) and training_runs.csv (a row per run) after every run, so that it may be stopped;
-runs already in the file are not repeated. The page is docs/training_comparison.md.
+runs already in the file are not repeated. With --speed it trains nothing to the end: it times steps
+of all variants in turn, on a machine that should do nothing else, and writes training_speed.csv. The
+page is docs/training_comparison.md.
 """
 
 from __future__ import annotations
@@ -117,70 +120,99 @@ class Model(nn.Module):
 
 @dataclass(frozen=True)
 class Recipe:
-    tokens: int = 600_000
+    tokens: int = 3_000_000
     batch: int = 16
     peak_lr: float = 4e-3
     warmup: float = 0.05
     weight_decay: float = 0.1
     clip: float = 1.0
     evaluations: int = 12
-    held_out: int = 64  # documents
+    held_out: int = 64  # documents of each held-out novel
+
+
+class Run:
+    """One model on its way: `step` takes a batch and returns its loss."""
+
+    def __init__(self, variant: Variant, seed: int, recipe: Recipe, stream: Tensor) -> None:
+        self.model, self.recipe, self.stream = Model(variant, seed), recipe, stream
+        decayed = [p for p in self.model.parameters() if p.ndim == 2]
+        others = [p for p in self.model.parameters() if p.ndim != 2]
+        groups = [
+            {"params": decayed, "weight_decay": recipe.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+        self.generator = torch.Generator().manual_seed(seed)  # the same batches for every variant
+        self.steps, self.taken = math.ceil(recipe.tokens / (recipe.batch * N_CTX)), 0
+
+    def step(self) -> float:
+        self.taken += 1
+        done = self.taken / self.steps
+        warm = min(done / self.recipe.warmup, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.peak_lr * warm * 0.5 * (1 + math.cos(math.pi * done))
+        documents = corpus.sample_documents(
+            self.stream,
+            n_natural=self.recipe.batch,
+            n_repeated=0,
+            length=N_CTX + 1,
+            generator=self.generator,
+        )
+        loss = self.model.loss(documents)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        return loss.item()
 
 
 def train(
     variant: Variant, seed: int, recipe: Recipe, stream: Tensor, held_out: Tensor
 ) -> tuple[dict, list[dict]]:
-    model = Model(variant, seed)
-    decayed = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": recipe.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.98),
-    )
-    generator = torch.Generator().manual_seed(seed)  # the same batches for every variant
-    steps = math.ceil(recipe.tokens / (recipe.batch * N_CTX))
-    at = {round(steps * (i + 1) / recipe.evaluations) for i in range(recipe.evaluations)}
-    rows, losses, seconds = [], [], 0.0
-    for step in range(1, steps + 1):
-        start = time.process_time()
-        done = step / steps
-        warm = min(done / recipe.warmup, 1.0)
-        lr = recipe.peak_lr * warm * 0.5 * (1 + math.cos(math.pi * done))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        documents = corpus.sample_documents(
-            stream, n_natural=recipe.batch, n_repeated=0, length=N_CTX + 1, generator=generator
-        )
-        loss = model.loss(documents)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
-        losses.append(loss.item())
-        seconds += time.process_time() - start
+    run = Run(variant, seed, recipe, stream)
+    at = {round(run.steps * (i + 1) / recipe.evaluations) for i in range(recipe.evaluations)}
+    rows, losses, cpu, wall = [], [], 0.0, 0.0
+    for step in range(1, run.steps + 1):
+        start = time.process_time(), time.perf_counter()
+        losses.append(run.step())
+        cpu += time.process_time() - start[0]
+        wall += time.perf_counter() - start[1]
         if step in at:
-            with torch.no_grad():
-                measured = float(model.loss(held_out))
+            with torch.no_grad():  # documents are as many for every novel: the mean of means is the mean
+                measured = sum(float(run.model.loss(part)) for part in held_out) / len(held_out)
             row = {"variant": variant.name, "seed": seed, "tokens": step * recipe.batch * N_CTX}
             rows.append(row | {"loss": measured, "loss_train": sum(losses) / len(losses)})
             losses = []
-    parts = list(model.sublayers)
-    run = {
+    tokens, parts = run.steps * recipe.batch * N_CTX, list(run.model.sublayers)
+    summary = {
         "variant": variant.name,
         "seed": seed,
-        "tokens": steps * recipe.batch * N_CTX,
+        "tokens": tokens,
         "loss": rows[-1]["loss"],
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
         "sublayer_parameters": sum(p.numel() for part in parts for p in part.parameters()),
         "heads": sum(part.n_heads for part in parts if not isinstance(part, MLP)),
         "forward_flops_per_token": sum(part.flops for part in parts) + 2 * D_MODEL * corpus.D_VOCAB,
-        "cpu_seconds": seconds,
-        "tokens_per_cpu_second": steps * recipe.batch * N_CTX / seconds,
+        "cpu_seconds": cpu,
+        "wall_seconds": wall,
     }
-    return run, rows
+    return summary, rows
+
+
+def speed(recipe: Recipe, stream: Tensor, steps: int, rounds: int = 5) -> list[dict]:
+    """Training steps of every variant in turn, some rounds of them, so that all meet the same machine."""
+    runs = {variant.name: Run(variant, 0, recipe, stream) for variant in VARIANTS}
+    rows = []
+    for i in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            for _ in range(steps):
+                run.step()
+            seconds = time.perf_counter() - start
+            if i:  # the first round warms up
+                rate = steps * recipe.batch * N_CTX / seconds
+                rows.append({"round": i, "variant": name, "tokens_per_second": rate})
+    return rows
 
 
 def main() -> None:
@@ -190,15 +222,25 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=Recipe.tokens)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--novels", type=int, default=20, help="how many to train on")
-    parser.add_argument("--runs", type=int, default=1000, help="stop after so many new ones")
+    parser.add_argument("--speed", type=int, metavar="STEPS", help="only time so many steps a round")
     options = parser.parse_args()
     torch.set_num_threads(1)
     novels = corpus.read_novels(options.corpus)
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
     stream = corpus.encode(tokenizer, novels[: options.novels])
     recipe = Recipe(tokens=options.tokens)
-    held_out = corpus.windows(corpus.encode(tokenizer, novels[-1:]), N_CTX + 1)[: recipe.held_out]
     print(asdict(recipe), f"{len(stream):,} tokens of {options.novels} novels", flush=True)
+    if options.speed:
+        table = pd.DataFrame(speed(recipe, stream, options.speed))
+        table.to_csv(options.out / "training_speed.csv", index=False, float_format="%.5g")
+        print(table.groupby("variant", sort=False)["tokens_per_second"].median())
+        return
+    held_out = torch.stack(
+        [
+            corpus.windows(corpus.encode(tokenizer, [novel]), N_CTX + 1)[: recipe.held_out]
+            for novel in novels[-corpus.N_HELD_OUT :]
+        ]
+    )
     files = options.out / "training_runs.csv", options.out / "training_curves.csv"
     tables = [pd.read_csv(f) if f.exists() else pd.DataFrame() for f in files]
     for seed in range(options.seeds):
@@ -209,9 +251,8 @@ def main() -> None:
             for i, new in enumerate(([run], rows)):
                 tables[i] = pd.concat([tables[i], pd.DataFrame(new)], ignore_index=True)
                 tables[i].to_csv(files[i], index=False, float_format="%.5g")
-            print(
-                f"{variant.name:36s} seed {seed}: {run['loss']:.4f}, {run['cpu_seconds']:.0f} s", flush=True
-            )
+            took = f"{run['cpu_seconds']:.0f} s of CPU, {run['wall_seconds']:.0f} s"
+            print(f"{variant.name:36s} seed {seed}: {run['loss']:.4f}, {took}", flush=True)
 
 
 if __name__ == "__main__":
