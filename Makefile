@@ -33,9 +33,12 @@ format: $(VENV)/.installed-test  ## let ruff format and fix
 	$(BIN)/ruff format .
 
 # Those that need no arguments; the other scripts in benchmarks/ train or fit, and say what they need.
-BENCHMARKS := $(wildcard benchmarks/bench_*.py benchmarks/forward.py benchmarks/three_forms.py)
-bench: $(VENV)/.installed-bench  ## run the benchmarks
-	@for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+# `make bench ONLY=forward` runs one of them.
+ONLY ?=
+BENCHMARKS := $(wildcard benchmarks/bench_*.py) $(patsubst %,benchmarks/%.py,forward memory modes three_forms)
+bench: $(VENV)/.installed-bench  ## run the benchmarks; their tables go to docs/benchmarks/
+	@for script in $(if $(ONLY),$(patsubst %,benchmarks/%.py,$(ONLY)),$(BENCHMARKS)); do \
+		echo "== $$script"; BENCH_TABLES=docs/benchmarks $(BIN)/python $$script || exit 1; done
 
 docs: $(VENV)/.installed-docs  ## build docs/_build/html; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html

@@ -6,11 +6,14 @@ Heavy imports stay inside the commands, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import sys
+import traceback
 
 import typer
 
 from mechinterp_attn.cli import circuits, detect, models, paths, report
+from mechinterp_attn.cli.common import BUG, INTERRUPTED, WRONG_INPUT, fail, remark
 from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.interrupt import gentle_interrupt
 
 app = typer.Typer(
     name="mechinterp-attn",
@@ -23,9 +26,36 @@ for group in (models, report, detect, paths, circuits):
 
 
 def main() -> None:
-    """Entry point: errors of ours are one line on stderr and exit code 2."""
-    try:
-        app()
-    except MechInterpError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point: an error is one line on stderr, whoever noticed it.
+
+    Exit codes: 0 all went well; 1 ``verify`` found a difference; 2 wrong input; 70 a bug; 130
+    interrupted (what there was by then has been given).
+    """
+
+    def say() -> None:
+        remark("stopping at the next step; Ctrl-C again to stop at once")
+
+    with gentle_interrupt(say) as stopped:
+        try:
+            code = app(standalone_mode=False) or 0
+        except MechInterpError as error:
+            fail(str(error))
+            code = WRONG_INPUT
+        except typer.TyperException as error:  # an unknown option, a missing argument
+            fail(error.format_message())
+            code = WRONG_INPUT
+        except OSError as error:  # a file that cannot be read or written
+            fail(str(error))
+            code = WRONG_INPUT
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except Exception:
+            traceback.print_exc()
+            fail("this is a bug; please report it with the lines above")
+            code = BUG
+        if code == INTERRUPTED:  # typer says so too
+            fail("interrupted")
+        elif stopped() and code == 0:
+            remark("interrupted: this is what there was by then")
+            code = INTERRUPTED
+    sys.exit(code)

@@ -1,30 +1,208 @@
-"""What all commands share: how a model is named, how a table is printed."""
+"""What all commands share: one name and one meaning for every option, one way to answer.
+
+The result goes to standard output, everything else to standard error.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mechinterp_attn.interrupt import state
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mechinterp_attn.model import AttentionOnlyModel
+    from mechinterp_attn.results import Result
+
+# Exit codes, as the manual has them (docs/cli.md).
+DIFFERS, WRONG_INPUT, BUG, INTERRUPTED = 1, 2, 70, 130
+
+
+def _bundled(incomplete: str) -> list[str]:
+    from mechinterp_attn.sources.zoo import bundled_names
+
+    return [name for name in bundled_names() if name.startswith(incomplete)]
+
+
+def _hush(quiet: bool) -> bool:
+    state.quiet = quiet
+    return quiet
+
+
 Model = Annotated[
-    str, typer.Argument(help="Name of a bundled model, or a folder with a model.", show_default=False)
+    str,
+    typer.Argument(
+        help="A bundled model, a folder with a model, or a Hugging Face id.",
+        show_default=False,
+        autocompletion=_bundled,
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the table as JSON, one object a row.")]
-CsvFile = Annotated[Path | None, typer.Option("--csv", help="Write the table to this CSV file instead.")]
+Heads = Annotated[
+    list[str] | None,
+    typer.Argument(help="Heads such as L1H2, L0N7 or 'L0H1 > L1H4'; all where that makes sense."),
+]
+Prompt = Annotated[str | None, typer.Option(help="The text to analyse.", show_default=False)]
+Ids = Annotated[
+    str | None,
+    typer.Option(
+        "--tokens", help="Token ids such as '2 1 0' instead, for a model without tokenizer.", metavar="IDS"
+    ),
+]
+Target = Annotated[
+    str | None, typer.Option(help="The next token to explain [default: the model's own].", metavar="TOKEN")
+]
+Against = Annotated[str | None, typer.Option(help="Explain the logit over this token's.", metavar="TOKEN")]
+Position = Annotated[int, typer.Option(help="Where it is predicted; negative counts from the end.")]
+Top = Annotated[int | None, typer.Option("--top", "-k", help="How many rows, the first ones.", min=1)]
+Seed = Annotated[int, typer.Option(help="Of all that is random.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the table as JSON: one object a row.")]
+CsvFile = Annotated[
+    Path | None, typer.Option("--csv", help="Write the table to this file, print its path.", metavar="FILE")
+]
+FigureFile = Annotated[
+    Path | None, typer.Option("--figure", help="Also write the figure, as HTML.", metavar="FILE")
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Nothing on standard error but errors.", callback=_hush)
+]
+
+
+def remark(text: str) -> None:
+    """A line on standard error, unless ``--quiet``."""
+    if not state.quiet:
+        typer.echo(_style(text, sys.stderr, dim=True), err=True)
+
+
+def fail(text: str) -> None:
+    """An error, in one line on standard error."""
+    line = " ".join(text.split())
+    typer.echo(f"{_style('error:', sys.stderr, fg='red', bold=True)} {line}", err=True)
+
+
+def _style(text: str, stream: Any, **look: Any) -> str:
+    colour = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return typer.style(text, **look) if colour else text
+
+
+def deliver(
+    result: Result,
+    frame: pd.DataFrame | None = None,
+    *,
+    about: str | None = None,
+    as_json: bool = False,
+    csv: Path | None = None,
+    figure: Path | None = None,
+) -> None:
+    """Answer with a result: what it is and its receipt as remarks, the table, and the figure.
+
+    Args:
+        frame: the rows to give; by default all.
+        about: what it is, where the title does not say enough.
+    """
+    remark(about or result.title)
+    remark(str(result.receipt))
+    emit(result.frame if frame is None else frame, as_json=as_json, csv=csv)
+    if figure is not None:
+        write_figure(result, figure)
 
 
 def emit(frame: pd.DataFrame, *, as_json: bool = False, csv: Path | None = None) -> None:
-    """Print a table: aligned text, JSON lines of records, or a CSV file (its path on stdout)."""
+    """Print a table: aligned text, JSON records, or a CSV file (its path on stdout)."""
     if csv is not None:
         from mechinterp_attn.sources.saved import write_atomic
 
         write_atomic(csv, lambda path: frame.to_csv(path, index=False))
         typer.echo(str(csv))
     elif as_json:
-        typer.echo(frame.to_json(orient="records", indent=1))
+        emit_json(records(frame))
     else:
-        typer.echo(frame.to_string(index=False))
+        from mechinterp_attn.view.table import text_table
+
+        head, *rows = text_table(frame).splitlines()
+        typer.echo("\n".join([_style(head, sys.stdout, bold=True), *rows]))
+
+
+def emit_json(data: Any) -> None:
+    """Print JSON that every reader takes: pure ASCII, no NaN (``null`` in its place)."""
+    typer.echo(json.dumps(_plain(data), indent=1, allow_nan=False))
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table as JSON has them."""
+    return [_plain(row) for row in frame.to_dict(orient="records")]
+
+
+def _plain(value: Any) -> Any:
+    """numpy's scalars as Python's; what is no number as ``None``."""
+    if isinstance(value, dict):
+        return {str(key): _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    return str(value)
+
+
+def write_figure(result: Result, file: Path) -> None:
+    """The figure of a result as one HTML file that opens offline."""
+    from mechinterp_attn.errors import MechInterpError
+    from mechinterp_attn.sources.saved import write_atomic
+
+    plot = getattr(result, "plot", None)
+    if plot is None:
+        raise MechInterpError(f"there is no figure of '{result.title}'; leave --figure away")
+    drawn = plot()
+    if hasattr(drawn, "save"):  # the attribution graph's own page
+        drawn.save(file)
+    else:
+        text = drawn.to_html(include_plotlyjs=True, full_html=True)
+        write_atomic(file, lambda path: path.write_text(text, encoding="utf-8"))
+    remark(f"wrote {file}")
+
+
+def prompt_of(prompt: str | None, tokens: str | None) -> str | list[int]:
+    """What ``--prompt`` or ``--tokens`` give.
+
+    Raises:
+        MechInterpError: both or neither, or ids that are no integers.
+    """
+    from mechinterp_attn.errors import MechInterpError
+
+    if (prompt is None) == (tokens is None):
+        raise MechInterpError("give a text with --prompt, or token ids with --tokens (one of the two)")
+    if prompt is not None:
+        return prompt
+    try:
+        return [int(part) for part in str(tokens).replace(",", " ").split()]
+    except ValueError as error:
+        raise MechInterpError(f"--tokens {tokens!r}: expected ids such as '2 1 0'") from error
+
+
+def token_of(model: AttentionOnlyModel, text: str | None) -> str | int | None:
+    """A token as an option gives it: its text, or its id where the model has no tokenizer."""
+    return int(text) if text is not None and model.tokenizer is None and text.isdigit() else text
+
+
+def one_head(heads: list[str] | None, what: str) -> str:
+    """The one head that an analysis takes.
+
+    Raises:
+        MechInterpError: none, or several.
+    """
+    from mechinterp_attn.errors import MechInterpError
+
+    if not heads or len(heads) != 1:
+        raise MechInterpError(f"{what} takes one head, got {len(heads or [])}; give one such as L0H1")
+    return heads[0]
