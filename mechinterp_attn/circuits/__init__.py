@@ -18,6 +18,7 @@ from mechinterp_attn.circuits.positions import (
     position_circuit,
     token_positions,
 )
+from mechinterp_attn.circuits.rank_one import ReadsAndWrites, reads_and_writes
 from mechinterp_attn.circuits.spectrum import SingularDirections, singular_directions
 from mechinterp_attn.circuits.trigrams import FactoringBugs, SkipTrigrams, factoring_bugs, skip_trigrams
 from mechinterp_attn.circuits.vocabulary import TokenPairs, ov_top, qk_top
@@ -31,6 +32,7 @@ __all__ = [
     "FactoringBugs",
     "Plan",
     "PositionCircuit",
+    "ReadsAndWrites",
     "SingularDirections",
     "SkipTrigrams",
     "TokenBlock",
@@ -48,6 +50,7 @@ __all__ = [
     "position_circuit",
     "qk_circuit",
     "qk_top",
+    "reads_and_writes",
     "resolve_head",
     "singular_directions",
     "skip_trigrams",

@@ -1,0 +1,101 @@
+"""What heads of inner dimension 1 read and write, as tokens: all MLP-derived heads, and any like them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mechinterp_attn.circuits.circuit import NORMS, token_texts
+from mechinterp_attn.circuits.streaming import top_of_rows
+from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.heads import Head
+from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.virtual import resolve_head
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class ReadsAndWrites(Result):
+    """Tokens at either end of heads of inner dimension 1.
+
+    Attributes:
+        frame: ``head, side, token, token_id, value, rank``. Sides: "query" (tokens whose embedding
+            scores highest: they make a neuron fire), "value" (tokens whose embedding gives the
+            largest value; only where that is another reading than the query's, as in a gated
+            MLP), "raises" and "lowers" (tokens whose logit a value of 1 raises and lowers most).
+    """
+
+    title: ClassVar[str] = "What heads read and write"
+
+    def tokens(self, head: str, side: str) -> list[str]:
+        """The tokens of one head and side, strongest first; none where the side is left out."""
+        frame = self.frame
+        return frame.loc[(frame["head"] == head) & (frame["side"] == side), "token"].tolist()
+
+
+@torch.no_grad()
+def reads_and_writes(
+    model: AttentionOnlyModel, heads: Sequence[str | Head], *, top_k: int = 8
+) -> ReadsAndWrites:
+    """Which tokens make heads fire, and whose logits they move (Huben & Morris 2023).
+
+    From the weights alone: embeddings go in as they are, positions and the layers between are left
+    out. Ungated neurons read the same direction as query and value, up to a factor.
+
+    Args:
+        heads: labels or heads of inner dimension 1 (every MLP-derived head is one).
+        top_k: tokens of each side.
+
+    Raises:
+        MechInterpError: no heads, no such head, one of a larger inner dimension, or top_k out of range.
+    """
+    chosen = [resolve_head(model, head) for head in heads]
+    wide = [head.label for head in chosen if head.W_Q.shape[1] != 1 or head.W_V.shape[1] != 1]
+    most = min(model.spec.d_vocab, model.spec.d_vocab_out)
+    if wide or not chosen or not 1 <= top_k <= most:
+        raise MechInterpError(
+            f"heads={wide or list(heads)}, top_k={top_k}; expected some heads, all of inner dimension "
+            f"1 (ov_top and qk_top read the others), and top_k from 1 to {most}"
+        )
+    dtype = torch.promote_types(model.W_E.dtype, torch.float32)
+    W_E, W_U = model.W_E.detach().to(dtype), model.W_U.detach().to(dtype)
+    query = torch.stack([head.W_Q[:, 0] for head in chosen]).to(dtype)  # [head, d_model]
+    value = torch.stack([head.W_V[:, 0] for head in chosen]).to(dtype)
+    output = torch.stack([head.W_O[0] for head in chosen]).to(dtype)
+    other = ~(_unit(query) * _unit(value)).sum(-1).isclose(query.new_ones(()))
+    none = query.new_zeros(len(chosen))
+    sides = (
+        ("query", query, W_E.T, torch.cat([head.b_Q for head in chosen]).to(dtype), 1),
+        ("value", value, W_E.T, torch.cat([head.b_V for head in chosen]).to(dtype), 1),
+        ("raises", output, W_U, none, 1),
+        ("lowers", output, W_U, none, -1),
+    )
+    parts, error, scale = [], 0.0, 1.0
+    for side, directions, table, bias, sign in sides:
+        found = top_of_rows(directions, table, top_k, sign=sign)
+        exact = (directions[found.row].double() * table.T[found.column].double()).sum(-1)
+        error = max(error, float((exact - found.value).abs().max()))
+        scale = max(scale, float(exact.abs().max()))
+        frame = pd.DataFrame(
+            {
+                "head": [chosen[i].label for i in found.row.tolist()],
+                "side": side,
+                "token": token_texts(model, found.column.tolist(), output=table is W_U),
+                "token_id": found.column.tolist(),
+                "value": (exact + bias.double()[found.row]).cpu().numpy(),
+                "rank": [i % top_k + 1 for i in range(len(found.row))],
+            }
+        )
+        parts.append(frame if side != "value" else frame[other[found.row].cpu().numpy()])
+    check = Check("tokens found against the same entries in float64", error, 1e-4 * scale)
+    notes = {"dtype": f"values float64, search {str(dtype).removeprefix('torch.')}", "norms": NORMS}
+    return ReadsAndWrites(frame=pd.concat(parts, ignore_index=True), receipt=Receipt((check,), notes))
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-30)
