@@ -10,19 +10,31 @@ is replaced by a trained approximation, so there are no error nodes: what prunin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.paths.flow import (
+    Fields,
+    Flow,
+    Nodes,
+    edge_flow,
+    influence_of,
+    inside,
+    largest_nodes,
+    most_influential,
+    prune_edges,
+    share_of,
+    stream_fields,
+)
 from mechinterp_attn.paths.frozen import Frozen, sum_tolerance
 from mechinterp_attn.paths.goals import Goal, Target, resolve_goal
+from mechinterp_attn.paths.score_edges import score_edges
 from mechinterp_attn.results import Check, Receipt, Result
 
 if TYPE_CHECKING:
@@ -123,21 +135,21 @@ def attribution_graph(
     goal = resolve_goal(frozen, target=target, against=against, position=position)
     _check_options(node_threshold, edge_threshold, max_nodes)
     _check_memory(frozen, max_nodes, max_bytes)
-    fields = _fields(frozen, goal)
+    fields = stream_fields(frozen, goal)
     gradients = fields.sums
-    candidates, n_all = _candidates(frozen, gradients, max_nodes)
-    flow = _flow(frozen, goal, candidates, gradients)
-    influence = _influence(flow)
-    chosen = _most(influence[: len(candidates)], node_threshold)
-    kept_influence = _share(influence[: len(candidates)], chosen)
+    candidates, n_all = largest_nodes(frozen, gradients, max_nodes)
+    flow = edge_flow(frozen, goal, candidates, gradients)
+    influence = influence_of(flow)
+    chosen = most_influential(influence[: len(candidates)], node_threshold)
+    kept_influence = share_of(influence[: len(candidates)], chosen)
     kept = candidates.select(chosen)
-    flow = _flow(frozen, goal, kept, gradients)
-    influence = _influence(flow)
-    weights = _prune_edges(flow, influence, edge_threshold)
+    flow = edge_flow(frozen, goal, kept, gradients)
+    influence = influence_of(flow)
+    weights = prune_edges(flow, influence, edge_threshold)
     tables = _Tables(frozen, goal, kept, flow, weights, influence, fields)
     if scores:
         tables.add_scores(gradients)
-    inside = _inside(frozen, goal, kept)
+    total_inside = inside(frozen, goal, kept)
     tolerance = sum_tolerance(frozen)
     checks = (
         Check("tokens and biases over all paths sum to the target", tables.error, tolerance),
@@ -147,7 +159,7 @@ def attribution_graph(
         **frozen.receipt.notes,
         "nodes kept": f"{len(kept)} of {n_all:,}",
         "influence kept": f"{kept_influence:.3f}",
-        "logit inside the graph": f"{inside:.4g} of {goal.total:.4g}",
+        "logit inside the graph": f"{total_inside:.4g} of {goal.total:.4g}",
     }
     return AttributionGraph(
         frame=tables.edges(),
@@ -155,7 +167,7 @@ def attribution_graph(
         nodes=tables.nodes(),
         edges=tables.edges(),
         total=goal.total,
-        kept=inside,
+        kept=total_inside,
         kept_influence=kept_influence,
         n_candidates=n_all,
         target=goal.target,
@@ -169,210 +181,6 @@ def attribution_graph(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Nodes:
-    """(bank, head, position) triples in the order of the forward pass.
-
-    Attributes:
-        bank: the bank's number in ``frozen.banks``;  depth: its sublayer.
-        value: the node's contribution to the target through all paths.
-    """
-
-    bank: Int[Tensor, " n"]
-    depth: Int[Tensor, " n"]
-    head: Int[Tensor, " n"]
-    position: Int[Tensor, " n"]
-    value: Float[Tensor, " n"]
-
-    def __len__(self) -> int:
-        return len(self.bank)
-
-    def select(self, chosen: Tensor) -> _Nodes:
-        return _Nodes(*(getattr(self, f)[chosen] for f in _Nodes.__dataclass_fields__))
-
-
-@dataclass(frozen=True, eq=False)
-class _Flow:
-    """Edges into every node and into the target. Sources: the nodes, then a token per position.
-
-    Attributes:
-        weights: ``[n + 1, n + pos]``, row n is the target.
-        bias: what comes in from biases, ``[n + 1]``.
-        pruned: what comes in from nodes that are not listed, ``[n + 1]``.
-        error: the largest difference between what a node reads of the whole stream and what it
-            contributes.
-    """
-
-    weights: Float[Tensor, "targets sources"]
-    bias: Float[Tensor, " targets"]
-    pruned: Float[Tensor, " targets"]
-    error: float
-
-
-@dataclass(frozen=True, eq=False)
-class _Fields:
-    """What the streams add to the target, through all frozen paths behind them.
-
-    Attributes:
-        streams: for the stream that every sublayer reads, then the last, ``[pos, d_model]`` each.
-        sums: for the sum in every sublayer (before a norm over the stream, where there is one).
-    """
-
-    streams: list[Float[Tensor, "pos d_model"]]
-    sums: list[Float[Tensor, "pos d_model"]]
-
-
-def _fields(frozen: Frozen, goal: Goal) -> _Fields:
-    at_end = torch.zeros_like(frozen.end)
-    at_end[goal.position] = goal.direction
-    streams = frozen.gradients(at_end)
-    sums = [
-        y if sublayer.out is None else sublayer.out.adjoint(y)
-        for sublayer, y in zip(frozen.sublayers, streams[1:], strict=True)
-    ]
-    return _Fields(streams, sums)
-
-
-def _candidates(frozen: Frozen, gradients: list[Tensor], max_nodes: int) -> tuple[_Nodes, int]:
-    """The nodes with the largest contributions over all paths, and how many nodes there are."""
-    found = []
-    n_all, number = 0, 0
-    for depth, sublayer in enumerate(frozen.sublayers):
-        for bank, held in zip(sublayer.banks, frozen.held[depth], strict=True):
-            values = (held * bank.unwrite(gradients[depth])).sum(-1).flatten()
-            n_all += values.numel()
-            best = values.abs().topk(min(max_nodes, len(values))).indices.sort().values
-            n_heads = bank.bank.n_heads
-            same = torch.full_like(best, number)
-            found.append(
-                _Nodes(same, torch.full_like(best, depth), best % n_heads, best // n_heads, values[best])
-            )
-            number += 1
-    merged = _Nodes(*(torch.cat([getattr(f, name) for f in found]) for name in _Nodes.__dataclass_fields__))
-    best = merged.value.abs().topk(min(max_nodes, len(merged))).indices.sort().values
-    return merged.select(best), n_all
-
-
-def _flow(frozen: Frozen, goal: Goal, nodes: _Nodes, gradients: list[Tensor]) -> _Flow:
-    """All edges among some nodes, the tokens, the biases and the target."""
-    n, pos = len(nodes), len(frozen.tokens)
-    weights = frozen.end.new_zeros(n + 1, n + pos)
-    bias = frozen.end.new_zeros(n + 1)
-    values = torch.cat([nodes.value, nodes.value.new_tensor([goal.total])])
-    error = 0.0
-    for depth, earlier, outputs, biases in _walk(frozen, nodes):
-        positions = torch.cat([nodes.position[earlier], torch.arange(pos, device=earlier.device)])
-        columns = torch.cat([earlier, n + torch.arange(pos, device=earlier.device)])
-        for rows, w, v, own in _readings(frozen, goal, nodes, gradients, depth):
-            weights[rows[:, None], columns] = (v @ outputs.T) * w[:, positions]
-            bias[rows] = own + torch.einsum("tp,pd,td->t", w, biases, v)
-            whole = own + torch.einsum("tp,pd,td->t", w, frozen.residuals[depth], v)
-            error = max([error, *(whole - values[rows]).abs().tolist()])
-    return _Flow(weights, bias, values - weights.sum(-1) - bias, error)
-
-
-def _walk(frozen: Frozen, nodes: _Nodes) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """For each sublayer, then the end: which nodes are earlier, what they and the tokens wrote as it is
-    in the stream read there ``[sources, d_model]``, and the biases ``[pos, d_model]``."""
-    earlier = nodes.bank[:0]
-    outputs = frozen.end.new_zeros(0, frozen.end.shape[-1])
-    tokens, biases = frozen.start, torch.zeros_like(frozen.start)
-    number = 0
-    for depth, sublayer in enumerate(frozen.sublayers):
-        yield depth, earlier, torch.cat([outputs, tokens]), biases
-        for bank, held in zip(sublayer.banks, frozen.held[depth], strict=True):
-            own = (nodes.bank == number).nonzero()[:, 0]
-            head, position = nodes.head[own], nodes.position[own]
-            written = bank.write_at(held[position, head], head, position)
-            earlier, outputs = torch.cat([earlier, own]), torch.cat([outputs, written])
-            biases = biases + bank.bias
-            number += 1
-        if sublayer.out is not None:
-            outputs = sublayer.out.at(nodes.position[earlier]).apply(outputs)
-            tokens, biases = sublayer.out.apply(tokens), sublayer.out.apply(biases)
-        if sublayer.out_bias is not None:
-            biases = biases + sublayer.out_bias
-    yield len(frozen.sublayers), earlier, torch.cat([outputs, tokens]), biases
-
-
-def _readings(
-    frozen: Frozen, goal: Goal, nodes: _Nodes, gradients: list[Tensor], depth: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """What the nodes of one sublayer (or the target, behind the last) read: their rows, weights over
-    positions, the vector they read along, and what their own bias gives."""
-    pos = len(frozen.tokens)
-    if depth == len(frozen.sublayers):
-        at = frozen.end.new_zeros(1, pos)
-        at[0, goal.position] = 1
-        row = torch.tensor([len(nodes)], device=at.device)
-        yield row, at, goal.direction[None], at.new_tensor([goal.offset])
-        return
-    number = sum(len(sublayer.banks) for sublayer in frozen.sublayers[:depth])
-    for i, bank in enumerate(frozen.sublayers[depth].banks, start=number):
-        rows = (nodes.bank == i).nonzero()[:, 0]
-        head, position = nodes.head[rows], nodes.position[rows]
-        at = frozen.end.new_zeros(len(rows), pos)
-        at[torch.arange(len(rows), device=at.device), position] = 1
-        y = gradients[depth]
-        own = (bank.z_bias * bank.unwrite(y)).sum(-1)[position, head]
-        yield rows, bank.spread(at, head), bank.pull(y[position], head), own
-
-
-def _influence(flow: _Flow) -> Float[Tensor, " sources"]:
-    """Share of the target's input, by absolute size, that passes through every node and token."""
-    targets = len(flow.weights)
-    size = flow.weights.abs()
-    size = size / (size.sum(-1) + flow.bias.abs() + flow.pruned.abs()).clamp_min(1e-30)[:, None]
-    influence = size[-1].clone()
-    for row in range(targets - 2, -1, -1):  # nodes stand in the order of the pass
-        influence += influence[row] * size[row]
-    return influence
-
-
-def _most(influence: Float[Tensor, " n"], share: float) -> Int[Tensor, " kept"]:
-    """The fewest entries that hold a share of the sum, in their old order."""
-    order = influence.argsort(descending=True, stable=True)
-    so_far = influence[order].cumsum(0)
-    enough = len(order) if share >= 1 else int((so_far < share * so_far[-1:]).sum()) + 1
-    return order[:enough].sort().values
-
-
-def _share(influence: Tensor, chosen: Tensor) -> float:
-    whole = float(influence.sum())
-    return float(influence[chosen].sum()) / whole if whole else 1.0
-
-
-def _prune_edges(flow: _Flow, influence: Tensor, threshold: float) -> Tensor:
-    """The weights with the least influential edges set to zero."""
-    size = flow.weights.abs()
-    size = size / (size.sum(-1) + flow.bias.abs() + flow.pruned.abs()).clamp_min(1e-30)[:, None]
-    reach = torch.cat([influence[: len(size) - 1], influence.new_ones(1)])
-    kept = _most((size * reach[:, None]).flatten(), threshold)
-    weights = torch.zeros_like(flow.weights)
-    weights.view(-1)[kept] = flow.weights.reshape(-1)[kept]
-    return weights
-
-
-def _inside(frozen: Frozen, goal: Goal, nodes: _Nodes) -> float:
-    """The target by paths through the given nodes only: a frozen pass with all others silent."""
-    x = frozen.start
-    number = 0
-    for sublayer in frozen.sublayers:
-        written = torch.zeros_like(x)
-        for bank in sublayer.banks:
-            own = nodes.bank == number
-            head, position = nodes.head[own], nodes.position[own]
-            z = bank.read(x) + bank.z_bias
-            kept = torch.zeros_like(z)
-            kept[position, head] = z[position, head]
-            written = written + bank.write(kept) + bank.bias
-            number += 1
-        x = x + written
-        x = x if sublayer.out is None else sublayer.out.apply(x)
-        x = x if sublayer.out_bias is None else x + sublayer.out_bias
-    return float(x[goal.position] @ goal.direction) + goal.offset
-
-
 class _Tables:
     """Nodes and edges as data frames."""
 
@@ -380,11 +188,11 @@ class _Tables:
         self,
         frozen: Frozen,
         goal: Goal,
-        nodes: _Nodes,
-        flow: _Flow,
+        nodes: Nodes,
+        flow: Flow,
         weights: Tensor,
         influence: Tensor,
-        fields: _Fields,
+        fields: Fields,
     ):
         self.frozen, self.goal, self.kept = frozen, goal, nodes
         self._fields, gradients = fields.streams, fields.sums
@@ -441,8 +249,6 @@ class _Tables:
 
     def add_scores(self, gradients: list[Tensor]) -> None:
         """A node for where each kept attention head looks, with the edges into its score."""
-        from mechinterp_attn.paths.score_edges import score_edges
-
         nodes, edges = score_edges(self.frozen, self.kept, self.ids, gradients)
         self._nodes += nodes
         self._edges += edges

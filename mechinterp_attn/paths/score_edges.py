@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mechinterp_attn.paths.flow import Nodes, walk
 from mechinterp_attn.paths.frozen import Frozen
 from mechinterp_attn.paths.score import key_weights, pullback
-
-if TYPE_CHECKING:
-    from mechinterp_attn.paths.graph import _Nodes
 
 MIN_SHARE = 0.01  # edges below this share of a side's absolute sum are left out
 
 
 def score_edges(
-    frozen: Frozen, kept: _Nodes, ids: list[str], gradients: list[Tensor]
+    frozen: Frozen, kept: Nodes, ids: list[str], gradients: list[Tensor]
 ) -> tuple[list[tuple[Any, ...]], list[tuple[str, str, str, float]]]:
     """For every kept head that sees several keys: the key it takes the most from, as a score node.
 
@@ -25,13 +23,11 @@ def score_edges(
     edges the query side, so either kind adds up to the score, with the head's own bias and what the
     graph leaves out.
     """
-    from mechinterp_attn.paths.graph import _walk
-
     nodes: list[tuple[Any, ...]] = []
     edges: list[tuple[str, str, str, float]] = []
     tokens, pos = frozen.str_tokens, len(frozen.tokens)
     banks = [(depth, bank) for depth, sub in enumerate(frozen.sublayers) for bank in sub.banks]
-    for depth, earlier, outputs, _ in _walk(frozen, kept):
+    for depth, earlier, outputs, _ in walk(frozen, kept):
         where = torch.cat([kept.position[earlier], torch.arange(pos, device=earlier.device)])
         names = [ids[i] for i in earlier.tolist()] + [f"token@{p}" for p in range(pos)]
         for row in (kept.depth == depth).nonzero()[:, 0].tolist():

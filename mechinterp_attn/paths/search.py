@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechinterp_attn.banks.block import FrozenSublayer
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.frozen import FrozenBank
 from mechinterp_attn.paths.frozen import Frozen, sum_tolerance
 from mechinterp_attn.paths.goals import Goal, Target, resolve_goal
+from mechinterp_attn.paths.replay import Path, Step, norm_bias, path_frame, replay
 from mechinterp_attn.results import Check, Receipt, Result
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ def top_paths(
             bar.update()
     found = search.found()
     explained = sum(path.value for path in found)
-    error = max((abs(_replay(frozen, goal, path) - path.value) for path in found), default=0.0)
+    error = max((abs(replay(frozen, goal, path) - path.value) for path in found), default=0.0)
     proven = search.left_out() <= search.threshold
     notes = {
         **frozen.receipt.notes,
@@ -127,7 +126,7 @@ def top_paths(
     }
     check = Check("listed paths, run forward one by one", error, sum_tolerance(frozen))
     return TopPaths(
-        frame=_frame(frozen, goal, found, positions),
+        frame=path_frame(frozen, goal, found),
         receipt=Receipt((check,), notes),
         total=goal.total,
         explained=explained,
@@ -142,34 +141,13 @@ def top_paths(
     )
 
 
-class _Step(NamedTuple):
-    """A head on a path: its sublayer, its bank there, its index, its position (None: summed)."""
-
-    depth: int
-    bank: int
-    head: int
-    position: int | None
-
-
-class _Path(NamedTuple):
-    """A complete path: where it starts, at which position (None: summed), its heads, earliest first.
-
-    A source is a part of the stream's start, a sublayer's bias, or the value bias of the first head.
-    """
-
-    value: float
-    source: str
-    position: int | None
-    steps: tuple[_Step, ...]
-
-
 class _Partial(NamedTuple):
     """The end of a path: a head to enter, and the field behind it. ``step`` None is the target."""
 
     w: Float[Tensor, " pos"]
     v: Float[Tensor, " d_model"]
-    step: _Step | None
-    tail: tuple[_Step, ...]
+    step: Step | None
+    tail: tuple[Step, ...]
     bound: float
 
 
@@ -179,7 +157,7 @@ class _Search:
     def __init__(self, frozen: Frozen, goal: Goal, k: int, positions: Positions):
         self.frozen, self.k, self.mode = frozen, k, positions
         self.expansions = 0
-        self._best: list[tuple[float, int, _Path]] = []  # a heap: the smallest of the k largest first
+        self._best: list[tuple[float, int, Path]] = []  # a heap: the smallest of the k largest first
         self._count = itertools.count()
         self._dropped = 0.0
         self._z_bias = [[bank.z_bias for bank in sublayer.banks] for sublayer in frozen.sublayers]
@@ -196,7 +174,7 @@ class _Search:
         """What a path must exceed to be listed."""
         return self._best[0][0] if len(self._best) == self.k else 0.0
 
-    def found(self) -> list[_Path]:
+    def found(self) -> list[Path]:
         return [path for _, _, path in sorted(self._best, key=lambda entry: (-entry[0], entry[1]))]
 
     def left_out(self) -> float:
@@ -223,7 +201,7 @@ class _Search:
         for j in range(depth - 1, -1, -1):
             sublayer = frozen.sublayers[j]
             if sublayer.out_bias is not None:
-                self._add_source(_norm_bias(sublayer), w * (sublayer.out_bias @ v), tail)
+                self._add_source(norm_bias(sublayer), w * (sublayer.out_bias @ v), tail)
             if sublayer.out is not None:
                 w, v = sublayer.out.weigh(w), sublayer.out.turn_back(v)
             for i, bank in enumerate(sublayer.banks):
@@ -243,7 +221,7 @@ class _Search:
         self._dropped = max(self._dropped, weakest)
         del self.queue[QUEUE:]
 
-    def _extend(self, j: int, i: int, w: Tensor, v: Tensor, tail: tuple[_Step, ...]) -> None:
+    def _extend(self, j: int, i: int, w: Tensor, v: Tensor, tail: tuple[Step, ...]) -> None:
         """All heads of a bank in front of a partial path."""
         bank = self.frozen.sublayers[j].banks[i]
         held = bank.hold(v[None])
@@ -256,9 +234,9 @@ class _Search:
             carried, own, bound = carried.sum(0, True), own.sum(0, True), bound.sum(0, True)
         n_heads = carried.shape[1]
 
-        def step(flat: int) -> _Step:
+        def step(flat: int) -> Step:
             position = int(at[flat // n_heads]) if self.mode == "apart" else None
-            return _Step(j, i, flat % n_heads, position)
+            return Step(j, i, flat % n_heads, position)
 
         largest = own.abs().flatten().topk(min(self.k, own.numel()))
         for size, flat in zip(*(t.tolist() for t in largest), strict=True):
@@ -288,7 +266,7 @@ class _Search:
         at: Int[Tensor, " positions"],
         w: Tensor,
         v: Tensor,
-        steps: Callable[[int], tuple[_Step, ...]],
+        steps: Callable[[int], tuple[Step, ...]],
     ) -> None:
         """Heads that read the start of the stream: their paths are complete, many at once."""
         n = len(chosen)
@@ -306,7 +284,7 @@ class _Search:
                 start = None if self.mode == "summed" else source
                 self._add(value, name, start, steps(int(chosen[row])))
 
-    def _add_source(self, name: str, values: Float[Tensor, " pos"], tail: tuple[_Step, ...]) -> None:
+    def _add_source(self, name: str, values: Float[Tensor, " pos"], tail: tuple[Step, ...]) -> None:
         """Complete a path with a part of the stream at every position, or over all."""
         if self.mode == "summed":
             self._add(float(values.sum()), name, None, tail)
@@ -314,10 +292,10 @@ class _Search:
         for position in values.abs().topk(min(self.k, len(values))).indices.tolist():
             self._add(float(values[position]), name, position, tail)
 
-    def _add(self, value: float, source: str, position: int | None, steps: tuple[_Step, ...]) -> None:
+    def _add(self, value: float, source: str, position: int | None, steps: tuple[Step, ...]) -> None:
         if abs(value) <= self.threshold or value == 0:
             return
-        entry = (abs(value), -next(self._count), _Path(value, source, position, steps))
+        entry = (abs(value), -next(self._count), Path(value, source, position, steps))
         if len(self._best) == self.k:
             heapq.heapreplace(self._best, entry)
         else:
@@ -361,92 +339,3 @@ def _reaches(frozen: Frozen, *, summed: bool) -> list[list[Float[Tensor, "pos he
         if sublayer.out_bias is not None:
             m = m.clamp_min(float(sublayer.out_bias.norm()))
     return reaches
-
-
-def _replay(frozen: Frozen, goal: Goal, path: _Path) -> float:
-    """Run one path forward: its source alone, through its heads alone."""
-    depth, x = _source(frozen, path)
-    if x is None:
-        return goal.offset
-    steps = path.steps
-    if path.source == "value bias":  # it starts inside the first head
-        first, steps = steps[0], steps[1:]
-        bank = frozen.sublayers[first.depth].banks[first.bank]
-        x, depth = _through(frozen, first, bank.z_bias), first.depth
-    for step in steps:
-        bank = frozen.sublayers[step.depth].banks[step.bank]
-        x = _through(frozen, step, bank.read(frozen.carry(x, depth, step.depth)))
-        depth = step.depth
-    return float(frozen.carry(x, depth, len(frozen.sublayers))[goal.position] @ goal.direction)
-
-
-def _through(
-    frozen: Frozen, step: _Step, z: Float[Tensor, "pos head d_head"]
-) -> Float[Tensor, "pos d_model"]:
-    """What one head writes, at one position or at all."""
-    bank = frozen.sublayers[step.depth].banks[step.bank]
-    kept = torch.zeros_like(z)
-    where = slice(None) if step.position is None else step.position
-    kept[where, step.head] = z[where, step.head]
-    return bank.write(kept)
-
-
-def _source(frozen: Frozen, path: _Path) -> tuple[int, Tensor | None]:
-    """The stream that a path starts as, and the sublayer it is in; None for b_U."""
-    sources = dict(_sources(frozen))
-    if path.source == "value bias":
-        return 0, frozen.start
-    depth, x = sources[path.source]
-    if x is None or path.position is None:
-        return depth, x
-    alone = torch.zeros_like(x)
-    alone[path.position] = x[path.position]
-    return depth, alone
-
-
-def _sources(frozen: Frozen) -> Iterator[tuple[str, tuple[int, Tensor | None]]]:
-    yield "unembedding bias", (0, None)
-    for name, part in frozen.parts.items():
-        yield name, (0, part)
-    for j, sublayer in enumerate(frozen.sublayers):
-        for bank in sublayer.banks:
-            yield f"L{bank.bank.layer} {bank.bank.part} bias", (j, bank.bias)
-        if sublayer.out_bias is not None:
-            bias = sublayer.out_bias.expand_as(sublayer.stream)
-            yield _norm_bias(sublayer), (j + 1, bias)
-
-
-def _norm_bias(sublayer: FrozenSublayer) -> str:
-    last = sublayer.banks[-1].bank
-    return f"L{last.layer} {last.part} norm bias"
-
-
-def _frame(frozen: Frozen, goal: Goal, found: list[_Path], positions: Positions) -> pd.DataFrame:
-    tokens = frozen.str_tokens
-
-    def at(position: int | None) -> str:
-        return "" if position is None else f"@{position}"
-
-    def start(path: _Path) -> str:
-        if path.source == "embed" and path.position is not None:
-            return f"{tokens[path.position]!r}{at(path.position)}"
-        return f"{path.source}{at(path.position)}"
-
-    def label(step: _Step) -> str:
-        bank = frozen.sublayers[step.depth].banks[step.bank].bank
-        return f"{bank.label(step.head)}{at(step.position)}"
-
-    rows = [
-        (
-            " > ".join([start(path), *map(label, path.steps), "logit"]),
-            len(path.steps),
-            path.value,
-            path.value / goal.total if goal.total else float("nan"),
-            path.source,
-            path.position,
-            None if path.position is None else tokens[path.position],
-        )
-        for path in found
-    ]
-    columns = ["path", "order", "contribution", "share", "source", "source_position", "token"]
-    return pd.DataFrame(rows, columns=columns).astype({"source_position": "Int64"})
