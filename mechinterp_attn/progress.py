@@ -1,7 +1,8 @@
 """Progress of long work: one bar for all of it, and a stop that keeps what the work has so far.
 
 Every loop that may run for seconds goes through ``Progress``: one look, silent while the work is
-short, in a pipe and under ``--quiet``. ``interrupt.py`` says when a loop is asked to stop.
+short and under ``--quiet``, and a word every half minute where it goes to a file. ``interrupt.py``
+says when a loop is asked to stop.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from tqdm.auto import tqdm
 
 from mechinterp_attn.interrupt import state
 
-PATIENCE = 1.0  # seconds of work before a bar is shown
+PATIENCE, BETWEEN = 1.0, 0.1  # seconds before a bar is shown, and from one picture of it to the next
+IN_A_FILE = 30.0  # both, where nobody sees it move
 
-PATIENCE = 1.0  # seconds of work before a bar is shown
+PATIENCE, BETWEEN = 1.0, 0.1  # seconds before a bar is shown, and from one picture of it to the next
+IN_A_FILE = 30.0  # both, where nobody sees it move
 
 
 class Progress(tqdm):
@@ -25,7 +28,7 @@ class Progress(tqdm):
     Args:
         iterable: what to go over, if anything.
         desc: what is being done, in a word or two.
-        show: draw the bar (where somebody can see it: in a notebook, or on a terminal).
+        show: draw the bar.
         stops: the loop gives what it has when it is stopped: iteration ends early, and a loop of
             its own looks at ``bar.stopped`` after each step.
         options: as for tqdm (``total``, ``unit``, ``initial``, ...).
@@ -43,12 +46,13 @@ class Progress(tqdm):
         self.what, self._stops = desc, stops
         self.done = options.get("initial", 0)  # tqdm itself does not count where it draws nothing
         self._iterates = iterable is not None
-        seen = show and not state.quiet and (_in_notebook() or sys.stderr.isatty())
+        seen = _in_notebook() or sys.stderr.isatty()
         super().__init__(
             iterable,
             desc=desc,
-            disable=not seen,
-            delay=PATIENCE,
+            disable=state.quiet or not show,
+            delay=PATIENCE if seen else IN_A_FILE,
+            mininterval=BETWEEN if seen else IN_A_FILE,
             leave=False,
             dynamic_ncols=True,
             **options,

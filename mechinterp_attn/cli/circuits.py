@@ -8,12 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mechinterp_attn.cli.common import AsJson, CsvFile, Model, emit
+from mechinterp_attn.cli.common import (
+    AsJson,
+    CsvFile,
+    FigureFile,
+    Heads,
+    Model,
+    Quiet,
+    Top,
+    deliver,
+    load,
+    one_head,
+    token_of,
+)
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from mechinterp_attn.model import AttentionOnlyModel
+    from mechinterp_attn.results import Result
 
 
 class Analysis(StrEnum):
@@ -55,11 +66,8 @@ def circuits(
     analysis: Annotated[
         Analysis, typer.Argument(help="What to read from the weights.", show_default=False)
     ],
-    heads: Annotated[
-        list[str] | None,
-        typer.Argument(help="Heads such as L1H2, L0N7 or 'L0H1 > L1H4'; all where that makes sense."),
-    ] = None,
-    top_k: Annotated[int, typer.Option(help="How many rows (per row or column with --over).")] = 10,
+    heads: Heads = None,
+    top: Top = 10,
     over: Annotated[Over, typer.Option(help="ov, qk: rank all entries, rows or columns.")] = Over.all,
     source: Annotated[
         list[str] | None, typer.Option(help="Only this source token; may be given several times.")
@@ -78,62 +86,60 @@ def circuits(
     plan: Annotated[bool, typer.Option("--plan", help="ov, qk, composition: say the cost only.")] = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
+    figure: FigureFile = None,
+    quiet: Quiet = False,
 ) -> None:
     """Read circuits from the weights: tables over tokens, copying, composition, virtual heads."""
     import mechinterp_attn as mia
 
-    loaded = mia.load(model)
+    loaded, top = load(model), top or 10
     own = mia.circuits
-    tokens = _tokens(loaded, source)
+    tokens = [token_of(loaded, text) or text for text in source] if source else None
     if analysis in (Analysis.ov, Analysis.qk):
-        top = own.ov_top if analysis is Analysis.ov else own.qk_top
-        options: dict[str, Any] = {"top_k": top_k, "over": over.value, "sources": tokens}
+        ranked = own.ov_top if analysis is Analysis.ov else own.qk_top
+        options: dict[str, Any] = {"top_k": top, "over": over.value, "sources": tokens}
         options["largest"] = not smallest
-        result: Any = top(loaded, _one(heads, analysis), **options, plan=plan)
+        result: Any = ranked(loaded, one_head(heads, f"circuits ... {analysis}"), **options, plan=plan)
     elif analysis is Analysis.composition:
         earlier = _select(src or (",".join(heads) if heads else None))
-        options = {"rank_by": rank_by.value, "max_bytes": max_bytes, "resume": resume, "top_k": top_k}
+        options = {"rank_by": rank_by.value, "max_bytes": max_bytes, "resume": resume, "top_k": top}
         result = own.composition(loaded, kind.value, earlier, _select(dst), **options, plan=plan)
     else:
-        emit(_table(loaded, analysis, heads, tokens, top_k, src, dst), as_json=as_json, csv=csv)
-        return
-    if plan:
+        result = _others(loaded, analysis, heads, tokens, top, src, dst)
+    if plan and analysis in (Analysis.ov, Analysis.qk, Analysis.composition):
         typer.echo(str(result))
-    else:
-        emit(result.frame, as_json=as_json, csv=csv)
+        return
+    ranked_here = analysis in (Analysis.copying, Analysis.positions)  # the others come as long as asked
+    rows = result.top(top) if ranked_here else result.frame
+    deliver(result, rows, as_json=as_json, csv=csv, figure=figure)
 
 
-def _table(
+def _others(
     model: AttentionOnlyModel,
     analysis: Analysis,
     heads: list[str] | None,
     tokens: list[str | int] | None,
-    top_k: int,
+    top: int,
     src: str | None,
     dst: str | None,
-) -> pd.DataFrame:
+) -> Result:
     from mechinterp_attn import circuits as own
 
+    name = f"circuits ... {analysis}"
     if analysis is Analysis.bigrams:
-        return own.bigrams(model, top_k=top_k, sources=tokens).frame
+        return own.bigrams(model, top_k=top, sources=tokens)
     if analysis is Analysis.skip_trigrams:
-        return own.skip_trigrams(model, heads or None, sources=tokens, top_k=top_k).frame
+        return own.skip_trigrams(model, heads or None, sources=tokens, top_k=top)
     if analysis is Analysis.factoring_bugs:
-        return own.factoring_bugs(model, _one(heads, analysis), sources=tokens, top_k=top_k).frame
+        return own.factoring_bugs(model, one_head(heads, name), sources=tokens, top_k=top)
     if analysis is Analysis.copying:
-        return own.copying_scores(model, heads or None).top(top_k)
+        return own.copying_scores(model, heads or None)
     if analysis is Analysis.virtual:
         src, dst = src or "attention", dst or "attention"
-        return own.virtual_heads(model, src=_select(src), dst=_select(dst), top_k=top_k).frame
+        return own.virtual_heads(model, src=_select(src), dst=_select(dst), top_k=top)
     if analysis is Analysis.positions:
-        return own.position_circuit(model, _one(heads, analysis)).top(top_k)
-    return own.singular_directions(model, _one(heads, analysis), top_k=top_k, components=1).frame
-
-
-def _one(heads: list[str] | None, analysis: Analysis) -> str:
-    if not heads or len(heads) != 1:
-        raise typer.BadParameter(f"{analysis.value} takes one head, got {len(heads or [])}; such as L0H1")
-    return heads[0]
+        return own.position_circuit(model, one_head(heads, name))
+    return own.singular_directions(model, one_head(heads, name), top_k=top, components=1)
 
 
 def _select(text: str | None) -> str | list[str] | None:
@@ -141,12 +147,3 @@ def _select(text: str | None) -> str | list[str] | None:
     if text is None or text in ("attention", "mlp"):
         return text
     return [label.strip() for label in text.split(",")]
-
-
-def _tokens(model: AttentionOnlyModel, source: list[str] | None) -> list[str | int] | None:
-    """Texts of tokens; ids where the model has no tokenizer."""
-    if not source:
-        return None
-    if model.tokenizer is None and all(text.isdigit() for text in source):
-        return [int(text) for text in source]
-    return list(source)

@@ -172,6 +172,14 @@ def write_figure(result: Result, file: Path) -> None:
     remark(f"wrote {file}")
 
 
+def load(model: str) -> AttentionOnlyModel:
+    """``mia.load``, with a remark: a large model takes a while."""
+    import mechinterp_attn as mia
+
+    remark(f"loading {model}")
+    return mia.load(model)
+
+
 def prompt_of(prompt: str | None, tokens: str | None) -> str | list[int]:
     """What ``--prompt`` or ``--tokens`` give.
 

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mechinterp_attn.cli.common import AsJson, CsvFile, Model, emit
+from mechinterp_attn.cli.common import (
+    AsJson,
+    CsvFile,
+    FigureFile,
+    Model,
+    Quiet,
+    Seed,
+    Top,
+    deliver,
+    load,
+    remark,
+)
 
 if TYPE_CHECKING:
     from mechinterp_attn.model import AttentionOnlyModel
@@ -22,7 +33,7 @@ def register(app: typer.Typer) -> None:
 
 def detect(
     model: Model,
-    top: Annotated[int | None, typer.Option(help="Only this many heads, best first.", min=1)] = None,
+    top: Top = None,
     by: Annotated[
         str,
         typer.Option(
@@ -39,29 +50,33 @@ def detect(
     save: Annotated[
         Path | None, typer.Option(help="Keep what was counted here; the same command goes on from it.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
+    seed: Seed = 0,
     as_json: AsJson = False,
     csv: CsvFile = None,
+    figure: FigureFile = None,
+    quiet: Quiet = False,
 ) -> None:
     """Score every head, attention and MLP-derived: by attention, weights or cutting, or on a corpus."""
     import mechinterp_attn as mia
     from mechinterp_attn.errors import MechInterpError
 
-    opened = mia.load(model)
+    opened = load(model)
     result: Result
     if corpus is not None:
         result = mia.detect.over_corpus(opened, corpus, field=field, limit=limit, save=save)
     elif by == CIRCUIT:
         circuit = mia.detect.induction(opened, seed=seed)
-        typer.echo(str(circuit), err=True)
-        emit(circuit.frame.head(top or len(circuit.frame)), as_json=as_json, csv=csv)
+        remark(str(circuit))
+        rows = circuit.frame.head(top or len(circuit.frame))
+        deliver(circuit, rows, as_json=as_json, csv=csv, figure=figure)
         return
     else:
         result = _scores(opened, by, seed)
     names = list(result.frame.select_dtypes("float").columns)
     if by not in names:
         raise MechInterpError(f"no score {by!r}; there are {', '.join(names)}")
-    emit(result.top(top or len(result.frame), by=by), as_json=as_json, csv=csv)
+    rows = result.top(top or len(result.frame), by=by)
+    deliver(result, rows, as_json=as_json, csv=csv, figure=figure)
 
 
 def _scores(model: AttentionOnlyModel, by: str, seed: int) -> Result:

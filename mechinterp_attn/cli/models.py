@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mechinterp_attn.cli.common import AsJson, CsvFile, Model, emit
+from mechinterp_attn.cli.common import (
+    DIFFERS,
+    AsJson,
+    CsvFile,
+    Model,
+    Quiet,
+    emit,
+    emit_json,
+    records,
+    remark,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +35,7 @@ def register(app: typer.Typer) -> None:
     app.command()(verify)
 
 
-def models(as_json: AsJson = False, csv: CsvFile = None) -> None:
+def models(as_json: AsJson = False, csv: CsvFile = None, quiet: Quiet = False) -> None:
     """List the bundled models."""
     import mechinterp_attn as mia
 
@@ -34,46 +44,52 @@ def models(as_json: AsJson = False, csv: CsvFile = None) -> None:
 
 def convert(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder to write the converted model to.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the converted model to.", metavar="FOLDER")],
     mlp: MLPMode = "exact",
     components: Components = 8,
+    quiet: Quiet = False,
 ) -> None:
-    """Convert a model to attention-only form and save it; the folder is printed."""
+    """Convert a model to attention-only form, check it, and save it; the folder is printed."""
     import mechinterp_attn as mia
 
+    remark(f"loading {model}")
     converted = mia.load(model, mlp=mlp, components=components)
     converted.save(out)
-    typer.echo(f"{converted}", err=True)
+    remark(str(converted))
     typer.echo(str(out))
 
 
 def verify(
     model: Model,
     text: Annotated[
-        Path, typer.Option(help="Text to compare on; token ids, one sequence a line, without a tokenizer.")
+        Path,
+        typer.Option(
+            help="Text to compare on; token ids, one sequence a line, without a tokenizer.", metavar="FILE"
+        ),
     ],
     mlp: MLPMode = "exact",
     components: Components = 8,
     max_tokens: Annotated[int, typer.Option(help="How many tokens of the text to use at most.")] = 4096,
     as_json: AsJson = False,
+    csv: CsvFile = None,
+    quiet: Quiet = False,
 ) -> None:
     """Compare a model in attention-only form with its source; exit code 1 where they differ."""
-    import json
-
     import mechinterp_attn as mia
     from mechinterp_attn.sources.doors import open_source
 
+    remark(f"loading {model}")
     source = open_source(model)
     converted = mia.convert(source, mlp=mlp, components=components, check=False)
     tokens = windows(converted, read_text(text), max_tokens)
     fidelity = mia.verify(converted, source, tokens)
     if as_json:
-        layers = fidelity.per_layer.to_dict(orient="records")
-        typer.echo(json.dumps(fidelity.summary() | {"model": model, "per_layer": layers}, indent=1))
+        emit_json({"model": model} | fidelity.summary() | {"per_layer": records(fidelity.per_layer)})
     else:
-        typer.echo(f"{model}: {fidelity}")
-        emit(fidelity.per_layer)
-    raise typer.Exit(0 if fidelity.ok else 1)
+        if csv is None:
+            typer.echo(f"{model}: {fidelity}")
+        emit(fidelity.per_layer, csv=csv)
+    raise typer.Exit(0 if fidelity.ok else DIFFERS)
 
 
 def read_text(file: Path) -> str:

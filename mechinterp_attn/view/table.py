@@ -92,7 +92,7 @@ def formatter(values: pd.Series) -> Callable[[Any], str]:
     """How the numbers of a column are written: the same decimals for all, or, where they span many
     sizes, the same significant digits; with a sign where some are negative."""
     if values.dtype.kind in "iu":
-        return lambda v: f"{v:,}"
+        return lambda v: _special(v) or f"{v:,}"
     finite = [abs(v) for v in values.tolist() if _finite(v) and v]
     sign = "+" if any(_finite(v) and v < 0 for v in values.tolist()) else ""
     if not finite:

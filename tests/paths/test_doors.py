@@ -61,7 +61,7 @@ def test_tables_as_json(run, analysis):
 
 
 def test_a_score(run):
-    code, out, err = run("score", "--head", "L1H3", "--key", 5, "--json", "-k", 3)
+    code, out, err = run("score", "L1H3", "--key", 5, "--json", "-k", 3)
     assert code == 0
     assert len(json.loads(out)) == 3
     assert "score of L1H3 from 'or' (20) to 'ling' (5) over its other keys" in err
@@ -69,7 +69,7 @@ def test_a_score(run):
 
 def test_a_graph_as_viewers_json_and_as_a_page(run, tmp_path):
     page = tmp_path / "graph.html"
-    code, out, err = run("graph", "--target", "ling", "--json", "--html", page)
+    code, out, err = run("graph", "--target", "ling", "--json", "--figure", page)
     assert code == 0
     assert set(json.loads(out)) == {"metadata", "qParams", "nodes", "links"}
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
@@ -77,7 +77,7 @@ def test_a_graph_as_viewers_json_and_as_a_page(run, tmp_path):
 
 
 def test_errors_are_one_line(run):
-    code, out, err = run("top", "--target", " Constantinople")
+    code, out, err = run("top", "--quiet", "--target", " Constantinople")
     assert (code, out) == (2, "")
     assert err.startswith("error: ' Constantinople' is 6 tokens, not one: [")
-    assert run("score")[2].startswith("error: paths ... score needs --head")
+    assert run("score", "--quiet")[2].startswith("error: paths ... score takes one head")

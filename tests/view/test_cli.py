@@ -27,7 +27,7 @@ def test_the_path_alone_is_on_stdout(run, tmp_path):
     page = tmp_path / "report.html"
     code, out, err = run("report", "gelu-2l", "--prompt", "It was the best of times", "--out", page)
     assert (code, out) == (0, f"{page}\n")
-    assert "report" in err
+    assert "loading gelu-2l" in err
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]  # no temporary file is left
 
