@@ -71,7 +71,7 @@ class Progress(tqdm):
         whole = "" if self.total is None else f" of {self.total:,.0f}"
         return {"stopped early": f"after {self.done:,.0f}{whole} ({self.what})"}
 
-    def update(self, n: float | None = 1) -> bool | None:
+    def update(self, n: int | float | None = 1) -> bool | None:
         if not self._iterates:  # there tqdm calls this now and then, to draw
             self.done += n or 0
         return super().update(n)
