@@ -15,9 +15,9 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from publish import publish
 
 import mechinterp_attn as mia
 from mechinterp_attn.sources.huggingface import some_tokenizer
@@ -58,29 +58,6 @@ def fastest(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
     return times
 
 
-def report_memory(bridge: object) -> None:
-    """Peak memory of a conversion beyond the source (Linux counts it), and what folding asked for."""
-
-    def read(field: str) -> float:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
-
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget earlier peaks
-        before = read("VmRSS")
-    except (OSError, StopIteration):
-        print("memory: not measured on this system")
-        return
-    model = mia.convert(bridge, check=False)
-    peak = read("VmHWM") - before
-    given = {p.data_ptr() for p in bridge.original_model.parameters()}
-    mib = {True: 0.0, False: 0.0}
-    for parameter in model.parameters():
-        mib[parameter.data_ptr() in given] += parameter.numel() * parameter.element_size() / 2**20
-    whole, shared, folded = (f"{size:.0f}" for size in (sum(mib.values()), mib[True], mib[False]))
-    print(f"memory in MiB: model {whole}, of it shared {shared}, folded {folded}; peak {peak:.0f} more")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=4)
@@ -97,7 +74,6 @@ def main() -> None:
         bridge = TransformerBridge.boot_transformers(
             "gpt2", hf_model=copy.deepcopy(hf), tokenizer=tokenizer, device="cpu"
         )
-    report_memory(bridge)
     model = mia.convert(bridge)
     start = time.perf_counter()
     n_heads = len(model.heads.frame)
@@ -117,19 +93,25 @@ def main() -> None:
             args.rounds,
         )
     times["dense"] = times["converted"] + times["dense"] * 4 * hf.config.n_embd / some * args.layers
-    print(f"batch {args.batch} x {args.tokens}, {args.layers} layers, {torch.get_num_threads()} threads")
+    print(f"batch {args.batch} x {args.tokens}, {args.layers} layers")
     print(f"index of {n_heads:,} heads in {index_seconds:.2f} s")
-    print("| model | CPU seconds | of the bridge | of plain Hugging Face |")
-    print("|---|--:|--:|--:|")
-    for name, label in (
-        ("hf", "Hugging Face (sdpa)"),
-        ("bridge", "TransformerBridge"),
-        ("converted", "converted, exact"),
-        ("padded", "converted, two keys per neuron written out"),
-        ("dense", f"dense T x T patterns (estimated from {some} neurons)"),
-    ):
-        t = times[name]
-        print(f"| {label} | {t:.2f} | {t / times['bridge']:.2f} | {t / times['hf']:.2f} |")
+    names = {
+        "hf": "Hugging Face (sdpa)",
+        "bridge": "TransformerBridge",
+        "converted": "converted, exact",
+        "padded": "converted, two keys per neuron written out",
+        "dense": f"dense T x T patterns (estimated from {some} neurons)",
+    }
+    rows = [
+        {
+            "model": label,
+            "seconds": f"{times[name]:.2f}",
+            "of the bridge": f"{times[name] / times['bridge']:.2f}",
+            "of plain Hugging Face": f"{times[name] / times['hf']:.2f}",
+        }
+        for name, label in names.items()
+    ]
+    publish("forward", rows, clock="processor time")
 
 
 if __name__ == "__main__":

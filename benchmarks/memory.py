@@ -25,6 +25,7 @@ import threading
 from pathlib import Path
 
 import torch
+from publish import publish
 
 import mechinterp_attn as mia
 from mechinterp_attn.sources.huggingface import some_tokenizer
@@ -104,16 +105,21 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args.layers, args.one[0] == "on", args.one[1])))
         return
-    print("| check | counted | model | shared | folded | peak | beyond the folded weights | of the model |")
-    print("|---|---|--:|--:|--:|--:|--:|--:|")
+    rows = []
     for check in ("off", "on"):
         for how in ("tensors", "resident"):
             command = [sys.executable, __file__, "--layers", str(args.layers), "--one", check, how]
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             m = json.loads(printed.splitlines()[-1])
             whole, extra = m["shared"] + m["folded"], m["peak"] - m["folded"]
-            sizes = " | ".join(f"{x:.0f}" for x in (whole, m["shared"], m["folded"], m["peak"], extra))
-            print(f"| {check} | {how} | {sizes} | {extra / whole:.1%} |", flush=True)
+            sizes = {"model": whole, "shared": m["shared"], "folded": m["folded"], "peak": m["peak"]}
+            sizes["beyond the folded weights"] = extra
+            rows.append(
+                {"check": check, "counted": how}
+                | {f"{name} (MiB)": f"{x:.0f}" for name, x in sizes.items()}
+                | {"of the model": f"{extra / whole:.1%}"}
+            )
+    publish("memory", rows, clock="none")
 
 
 if __name__ == "__main__":

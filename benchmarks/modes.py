@@ -1,9 +1,8 @@
 """What each mode costs in fidelity: logit error, KL and loss change on real models.
 
-    python benchmarks/modes.py FOLDER_OR_NAME TEXT ... [--tokens 2048]
+    python benchmarks/modes.py [MODEL TEXT ...] [--tokens 512]
 
-Prints a MyST table, one row for each model, mode and number of heads per neuron; the rows in
-docs/modes.md come from here.
+Without arguments: every bundled model with MLPs, on the first tokens of docs/idea.md.
 """
 
 from __future__ import annotations
@@ -12,25 +11,28 @@ import argparse
 from pathlib import Path
 
 import torch
+from publish import publish
 
 import mechinterp_attn as mia
 from mechinterp_attn.cli.models import windows
 from mechinterp_attn.sources.doors import open_source
+from mechinterp_attn.sources.zoo import bundled_names
+
+TEXT = Path(__file__).resolve().parents[1] / "docs" / "idea.md"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pairs", nargs="+", help="model and text file, model and text file, ...")
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("pairs", nargs="*", help="model and text file, model and text file, ...")
+    parser.add_argument("--tokens", type=int, default=512)
     args = parser.parse_args()
-    columns = (
-        "model, mode, heads per neuron, max logit error, of the scale, KL, loss change, same top token"
-    )
-    print("| " + " | ".join(columns.split(", ")) + " |")
-    print("|---|---|--:|--:|--:|--:|--:|--:|")
-    for name, text in zip(args.pairs[::2], args.pairs[1::2], strict=True):
+    pairs = args.pairs or [word for name in bundled_names() for word in (name, str(TEXT))]
+    rows = []
+    for name, text in zip(pairs[::2], pairs[1::2], strict=True):
         source = open_source(name)
         exact = mia.convert(source, check=False)
+        if exact.spec.attn_only:
+            continue
         tokens = windows(exact, Path(text).read_text(encoding="utf-8"), args.tokens)
         modes = [("exact", 1), ("silu", 1)] + [("mixture", k) for k in (1, 2, 3, 4, 6, 8)]
         for mode, k in modes:
@@ -42,11 +44,19 @@ def main() -> None:
                 continue
             with torch.no_grad():
                 f = mia.verify(model, source, tokens)
-            print(
-                f"| {Path(name).name} | {mode} | {k} | {f.max_logit_error:.1e} | {f.relative_error:.1e} | "
-                f"{f.kl:.1e} | {f.loss_model - f.loss_source:+.1e} | {f.top1_agreement:.2%} |",
-                flush=True,
+            rows.append(
+                {
+                    "model": Path(name).name,
+                    "mode": mode,
+                    "heads per neuron": k,
+                    "max logit error": f"{f.max_logit_error:.1e}",
+                    "of the scale": f"{f.relative_error:.1e}",
+                    "KL (nats)": f"{f.kl:.1e}",
+                    "loss change (nats)": f"{f.loss_model - f.loss_source:+.1e}",
+                    "same top token": f"{f.top1_agreement:.2%}",
+                }
             )
+    publish("modes", rows, clock="none")
 
 
 if __name__ == "__main__":
