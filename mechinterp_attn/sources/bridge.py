@@ -169,7 +169,7 @@ def to_bridge(checkpoint: Checkpoint) -> TransformerBridge:
     reasons = []
     if not standard_scale and math.isclose(spec.attn_scale, 1.0):
         reasons.append("native bridges always scale attention scores")
-    if spec.positions is None:
+    if spec.positions is None and spec.n_layers:
         reasons.append("it has no positions and native bridges always have some")
     if spec.positions == "rotary" and not spec.rotary_adjacent:
         reasons.append("native bridges turn adjacent rotary pairs only")
@@ -189,20 +189,22 @@ def to_bridge(checkpoint: Checkpoint) -> TransformerBridge:
         n_key_value_heads=spec.n_kv_heads,
         act_fn=spec.act_fn or "relu",
         attn_only=spec.attn_only,
+        gated_mlp=spec.gated,
         normalization_type=spec.norm,
         final_rms=spec.final_norm == "RMS",
         eps=spec.eps,
-        positional_embedding_type=str(spec.positions),
+        positional_embedding_type=spec.positions or "rotary",  # without layers there is nothing to turn
         rotary_dim=spec.rotary_dim or None,
         rotary_base=spec.rotary_base,
         attention_dir="causal" if spec.causal else "bidirectional",
         attn_scale=-1.0 if standard_scale else spec.attn_scale,
-        init_weights=True,
+        init_weights=spec.n_layers > 0,  # it divides by the number of layers
         seed=0,
         model_name=checkpoint.name,
         dtype=checkpoint.state_dict["embed.W_E"].dtype,
     )
-    bridge = TransformerBridge.boot_native(cfg, tokenizer=checkpoint.tokenizer)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        bridge = TransformerBridge.boot_native(cfg, tokenizer=checkpoint.tokenizer)
     bridge = bridge.to(checkpoint.state_dict["embed.W_E"].dtype, print_details=False).eval()
     own = read_bridge(bridge).state_dict  # views: writing to them writes the model
     with torch.no_grad():

@@ -88,10 +88,11 @@ def _need_fields(cfg: Mapping[str, Any], name: str) -> None:
         need += ["d_mlp", "act_fn"]
     missing = [f"config has no {n!r}" for n in need if cfg.get(n) is None]
     numbers = [n for n in need if n != "act_fn" and cfg.get(n) is not None]
+    least = {"n_layers": 0}  # the zero-layer transformer: an embedding and an unembedding
     bad = [
-        f"config has {n}={cfg[n]!r}, expected a positive integer"
+        f"config has {n}={cfg[n]!r}, expected {'an integer from 0' if n in least else 'a positive integer'}"
         for n in numbers
-        if isinstance(cfg[n], bool) or not isinstance(cfg[n], int) or cfg[n] < 1
+        if isinstance(cfg[n], bool) or not isinstance(cfg[n], int) or cfg[n] < least.get(n, 1)
     ]
     if missing or bad:
         raise CheckpointError(name, missing + bad)
