@@ -11,7 +11,9 @@ from .errors import MechInterpError as MechInterpError
 from .heads import Head as Head
 from .model import AttentionOnlyModel as AttentionOnlyModel
 from .sources.checkpoint import Checkpoint as Checkpoint
+from .sources.zoo import bigram_counts as bigram_counts
 from .sources.zoo import card as card
+from .sources.zoo import held_out as held_out
 from .sources.zoo import models as models
 from .sources.zoo import source_model as source_model
 from .view.report import Report as Report

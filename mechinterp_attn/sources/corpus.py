@@ -69,6 +69,12 @@ def encode(tokenizer: Tokenizer, novels: list[str]) -> Int[Tensor, " token"]:
     return torch.from_numpy(np.concatenate(parts))
 
 
+def bigram_counts(stream: Int[Tensor, " token"]) -> Int[Tensor, "first second"]:
+    """How often each token follows each other one in the stream."""
+    pairs = stream[:-1] * D_VOCAB + stream[1:]
+    return pairs.bincount(minlength=D_VOCAB**2).view(D_VOCAB, D_VOCAB)
+
+
 def windows(stream: Int[Tensor, " token"], length: int) -> Int[Tensor, "document length"]:
     """The stream cut, without overlap, into documents of a BOS and length - 1 tokens."""
     n_documents = len(stream) // (length - 1)

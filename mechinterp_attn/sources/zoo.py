@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
+from jaxtyping import Int
+from safetensors.torch import load_file
+from torch import Tensor
 
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.sources.checkpoint import Checkpoint
+
+D_VOCAB = 1024  # of the tokenizer that the bundled models share
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -47,6 +52,25 @@ def source_model(name: str, *, dtype: torch.dtype | None = None) -> TransformerB
     from mechinterp_attn.sources.bridge import to_bridge
 
     return to_bridge(read_bundled(name, dtype))
+
+
+def bigram_counts() -> Int[Tensor, "first second"]:
+    """How often each token follows each other one in the novels that the bundled models are trained on
+    (litbank, 22.6 million tokens in the bundled tokenizer): what a model without layers can learn."""
+    tensors = _corpus()
+    counts = torch.zeros(D_VOCAB**2, dtype=torch.long)
+    counts[tensors["pairs"].long()] = tensors["counts"].long()
+    return counts.view(D_VOCAB, D_VOCAB)
+
+
+def held_out() -> Int[Tensor, "document pos"]:
+    """Real text that no bundled model was trained on: 128 documents of a BOS and 127 tokens, spread over
+    the five held-out novels."""
+    return _corpus()["held_out"].long()
+
+
+def _corpus() -> dict[str, Tensor]:
+    return load_file(_home() / "corpus.safetensors")
 
 
 def read_bundled(name: str, dtype: torch.dtype | None = None) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""The command line: make the tokenizer, or train models with it."""
+"""The command line: make the tokenizer, the statistics of the corpus in its tokens, and the models."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from mechinterp_attn.errors import CheckpointError
 from mechinterp_attn.sources import corpus
 from mechinterp_attn.sources.saved import output_folder, write_atomic
 from mechinterp_attn.sources.training.recipe import ARCHITECTURES, Recipe, config, recipe
-from mechinterp_attn.sources.training.run import make_model
+from mechinterp_attn.sources.training.run import make_model, write_statistics
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m mechinterp_attn.sources.training",
-        description="Train the bundled tokenizer and models.",
+        description="Make the bundled tokenizer, corpus statistics and models.",
     )
-    parser.add_argument(
-        "names", nargs="+", choices=["tokenizer", *ARCHITECTURES], metavar="NAME", help="in this order"
-    )
+    names = ["tokenizer", "statistics", *ARCHITECTURES]
+    parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--corpus", type=Path, required=True, help="litbank.txt.xz")
     parser.add_argument("--out", type=Path, required=True, help="where NAME/ is made")
     parser.add_argument("--tokens", type=int, default=Recipe.tokens)
@@ -39,11 +38,13 @@ def main() -> None:
         raise CheckpointError(str(options.out), ["no tokenizer.json: give the name tokenizer first"])
     tokens = corpus.encode(Tokenizer.from_file(str(tokenizer_file)), novels)
     first_held_out = (tokens == corpus.BOS).nonzero()[-corpus.N_HELD_OUT].item()
-    length = config(names[0])["n_ctx"] + 1
-    held_out = corpus.windows(tokens[first_held_out:], length)
-    for name in names:
+    training, unseen = tokens[:first_held_out], tokens[first_held_out:]
+    if "statistics" in names:
+        write_statistics(training, unseen, options.out)
+    for name in (name for name in names if name != "statistics"):
         how = recipe(name, tokens=options.tokens, seed=options.seed)
-        make_model(name, how, tokens[:first_held_out], held_out, options.out)
+        held_out = corpus.windows(unseen, config(name)["n_ctx"] + 1)
+        make_model(name, how, training, held_out, options.out)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,9 @@ LOG_EVERY = 1_000_000
 N_LOGGED = 512
 """Held-out documents behind a row of scores.csv; a card's losses are over all of them."""
 
+N_SHIPPED = 128
+"""Held-out documents that the package brings along."""
+
 
 def train(
     cfg: dict[str, Any],
@@ -153,6 +156,17 @@ def make_model(
     _write(folder / "scores.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
     _write(folder / "card.json", json.dumps(card, indent=1))
     print(json.dumps(card, indent=1))
+
+
+def write_statistics(training: Int[Tensor, " token"], unseen: Int[Tensor, " token"], out: Path) -> None:
+    """Write `corpus.safetensors`: the bigram counts of the novels that the models are trained on, as
+    pairs (first * D_VOCAB + second) and counts, and a few documents of the others, spread over them."""
+    counts = corpus.bigram_counts(training).flatten()
+    pairs = counts.nonzero()[:, 0]
+    documents = corpus.windows(unseen, config("gelu-2l")["n_ctx"])
+    chosen = documents[:: len(documents) // N_SHIPPED][:N_SHIPPED]
+    tensors = {"pairs": pairs.int(), "counts": counts[pairs].int(), "held_out": chosen.short()}
+    write_atomic(out / "corpus.safetensors", lambda path: save_file(tensors, path))
 
 
 def _write(path: Path, text: str) -> None:
