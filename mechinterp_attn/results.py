@@ -26,7 +26,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.tolerance  # False for NaN
+        return bool(self.error <= self.tolerance)  # False for NaN; numpy has a bool of its own
 
     def __str__(self) -> str:
         sign = "ok" if self.ok else "FAILED"
