@@ -16,5 +16,6 @@ from .sources.zoo import card as card
 from .sources.zoo import held_out as held_out
 from .sources.zoo import models as models
 from .sources.zoo import source_model as source_model
+from .view.circuitsvis import show as show
 from .view.report import Report as Report
 from .view.report import report as report

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechinterp_attn.banks.step import KeyValueCache
 from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.progress import Progress
 
 if TYPE_CHECKING:
     from mechinterp_attn.model import AttentionOnlyModel
@@ -58,7 +58,7 @@ def generate(
     mask = None if attention_mask is None else torch.as_tensor(attention_mask, device=tokens.device).bool()
     cache = KeyValueCache() if use_past_kv_cache else None
     unread = tokens
-    for _ in tqdm(range(max_new_tokens), disable=not verbose):
+    for _ in Progress(range(max_new_tokens), desc="tokens", show=verbose):
         logits = model(unread, attention_mask=mask, past=cache)[:, -1]
         new = _choose(logits, temperature, top_k, top_p, generator)
         if eos is not None:

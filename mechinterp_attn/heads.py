@@ -25,6 +25,7 @@ from mechinterp_attn.frozen import FrozenBank
 
 if TYPE_CHECKING:
     from mechinterp_attn.banks.norm import FrozenNorm
+    from mechinterp_attn.view.circuitsvis import AttentionView
 
 Kind = Literal["attention", "mlp", "virtual"]
 Side = Literal["Q", "K", "V", "O"]
@@ -89,6 +90,7 @@ class Head:
     Attributes:
         W_Q, W_K, W_V: ``[d_model, d_head]``;  b_Q, b_K, b_V: ``[d_head]``.
         W_O: ``[d_head, d_model]``. (Values and outputs of a virtual head may be narrower.)
+        model: the model it was taken from with ``model["L0H3"]``; None where a bank gave it.
     """
 
     label: str
@@ -103,6 +105,7 @@ class Head:
     b_K: Float[Tensor, " d_head"] = field(repr=False)
     b_V: Float[Tensor, " d_value"] = field(repr=False)
     bank: HeadBank = field(repr=False)
+    model: Any = field(default=None, repr=False, kw_only=True)
 
     @property
     def OV(self) -> LowRank:
@@ -149,6 +152,26 @@ class Head:
             ``1 - gate`` there (Huben & Morris 2023).
         """
         return self.bank.dense_pattern(self.bank.cached_pattern(cache, batch), self.index)
+
+    def show(self, prompt: str | list[int] | Tensor, *, positions: slice = slice(None)) -> AttentionView:
+        """The head's attention on a prompt, as a CircuitsVis view that works offline and when saved.
+
+        Args:
+            prompt: a text, or token ids ``[pos]``.
+            positions: which tokens to show, such as ``slice(-40, None)``; at most 64.
+
+        Raises:
+            MechInterpError: the head was taken from a bank and not from a model, an unusable prompt,
+                or too many tokens to show.
+        """
+        from mechinterp_attn.view.circuitsvis import show
+
+        if self.model is None:
+            raise MechInterpError(
+                f"this {self.label} was taken from a bank, which cannot run a prompt; take it from the "
+                f"model: model[{self.label!r}].show(prompt)"
+            )
+        return show(self.model, self, prompt, positions=positions)
 
 
 class HeadBank(nn.Module, ABC):

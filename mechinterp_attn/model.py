@@ -7,6 +7,7 @@ and the runtime protocols ``TransformerLensModel`` and ``TransformerLensModelWit
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -297,11 +298,11 @@ class AttentionOnlyModel(TokenDoor, HookedRootModule):
 
     def __getitem__(self, label: str) -> Head:
         bank, index = self.heads.find(label)
-        return bank.head(index)
+        return replace(bank.head(index), model=self)
 
     @property
     def mode(self) -> str:
-        """How MLP neurons were made heads: the ``mlp`` argument of the conversion."""
+        """How MLP neurons were made heads, the ``mlp`` argument of the conversion."""
         return str(self.provenance.get("mlp", "exact"))
 
     @property

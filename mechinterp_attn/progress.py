@@ -71,6 +71,11 @@ class Progress(tqdm):
         whole = "" if self.total is None else f" of {self.total:,.0f}"
         return {"stopped early": f"after {self.done:,.0f}{whole} ({self.what})"}
 
+    def remark(self, text: str) -> None:
+        """A line beside the bar, on standard error, where the bar itself may be drawn."""
+        if not self.disable:
+            self.write(text, file=sys.stderr)
+
     def update(self, n: int | float | None = 1) -> bool | None:
         if not self._iterates:  # there tqdm calls this now and then, to draw
             self.done += n or 0

@@ -5,9 +5,16 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
+
+from mechinterp_attn.view.text import shown
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+ROWS_SHOWN = 12  # of a table, before "and so many more"
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,22 @@ class Receipt:
         notes = [f"{name}: {value}" for name, value in self.notes.items()]
         return "; ".join([str(check) for check in self.checks] + notes)
 
+    def _repr_html_(self) -> str:
+        """One line that unfolds to every check and note; a failed check is unfolded."""
+        if not self.checks and not self.notes:
+            return ""
+        failed = [check for check in self.checks if not check.ok]
+        number = f"{len(self.checks)} check{'s' if len(self.checks) != 1 else ''}"
+        line = f"✗ {len(failed)} of {number} FAILED" if failed else f"✓ {number} passed"
+        if not self.checks:
+            line = "notes"
+        facts = [str(check) for check in self.checks] + [f"{name}: {v}" for name, v in self.notes.items()]
+        items = "".join(f"<li>{html.escape(shown(fact))}</li>" for fact in facts)
+        return (
+            f'<details{" open" if failed else ""} style="opacity:.85"><summary>{line}</summary>'
+            f'<ul style="margin:.2em 0 0 1.2em;padding:0">{items}</ul></details>'
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Result:
@@ -78,13 +101,38 @@ class Result:
         order = self.frame[by].abs().sort_values(ascending=False, kind="stable").index
         return self.frame.loc[order[:k]].reset_index(drop=True)
 
+    def plot(self) -> Figure:
+        """A plotly figure: by default the first rows of ``frame``, ranked, as signed bars."""
+        from mechinterp_attn.view.figures.ranked import ranked_bars
+
+        return ranked_bars(self)
+
+    def _first_rows(self) -> pd.DataFrame:
+        return self.top(ROWS_SHOWN) if self.sort_by else self.frame.head(ROWS_SHOWN)
+
     def _repr_html_(self) -> str:
-        head = self.top(12) if self.sort_by else self.frame.head(12)
-        more = len(self.frame) - len(head)
-        note = f"<p>and {more:,} more rows in <code>.frame</code></p>" if more > 0 else ""
-        receipt = html.escape(str(self.receipt))
-        return f"<b>{html.escape(self.title)}</b>{head.to_html(index=False)}{note}<small>{receipt}</small>"
+        from mechinterp_attn.view.table import html_table
+
+        rows = self._first_rows()
+        size = (
+            f"{len(self.frame):,} rows"
+            if len(rows) == len(self.frame)
+            else (f"first {len(rows)} of {len(self.frame):,} rows; all in <code>.frame</code>")
+        )
+        return (
+            '<div style="font-family:system-ui,sans-serif;font-size:13px;max-width:100%;overflow-x:auto">'
+            f'<div><b>{html.escape(shown(self.title))}</b> <span style="opacity:.7">{size}</span></div>'
+            f"{html_table(rows, shaded=[self.sort_by] if self.sort_by else [])}"
+            f"{self.receipt._repr_html_()}</div>"
+        )
 
     def __repr__(self) -> str:
-        head = self.top(12) if self.sort_by else self.frame.head(12)
-        return f"{self.title} ({len(self.frame)} rows)\n{head.to_string(index=False)}\n{self.receipt}"
+        from mechinterp_attn.view.table import text_table
+
+        rows = self._first_rows()
+        more = (
+            f"\n... and {len(self.frame) - len(rows):,} more in .frame"
+            if len(rows) < len(self.frame)
+            else ""
+        )
+        return f"{self.title} ({len(self.frame):,} rows)\n{text_table(rows)}{more}\n{self.receipt}"

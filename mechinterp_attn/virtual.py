@@ -116,6 +116,7 @@ def virtual_head(model: AttentionOnlyModel, *heads: str | Head) -> VirtualHead:
         b_K=last.b_K,
         b_V=torch.zeros_like(before[0]),
         bank=last.bank,
+        model=model,
         heads=tuple(parts),
     )
 

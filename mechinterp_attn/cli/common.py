@@ -157,17 +157,12 @@ def _plain(value: Any) -> Any:
 
 def write_figure(result: Result, file: Path) -> None:
     """The figure of a result as one HTML file that opens offline."""
-    from mechinterp_attn.errors import MechInterpError
     from mechinterp_attn.sources.saved import write_atomic
 
-    plot = getattr(result, "plot", None)
-    if plot is None:
-        raise MechInterpError(f"there is no figure of '{result.title}'; leave --figure away")
-    drawn = plot()
-    if hasattr(drawn, "save"):  # the attribution graph's own page
-        drawn.save(file)
+    if hasattr(result, "view"):  # the attribution graph's own page
+        result.view().save(file)
     else:
-        text = drawn.to_html(include_plotlyjs=True, full_html=True)
+        text = result.plot().to_html(include_plotlyjs=True, full_html=True)
         write_atomic(file, lambda path: path.write_text(text, encoding="utf-8"))
     remark(f"wrote {file}")
 

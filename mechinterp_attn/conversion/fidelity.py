@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 import torch
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from mechinterp_attn.errors import ConversionError, MechInterpError
 from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.results import Check, Receipt, Result
 from mechinterp_attn.sources.bridge import run_bridge
 from mechinterp_attn.sources.checkpoint import Checkpoint
 from mechinterp_attn.sources.reference import run_checkpoint
 
 if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
     from transformer_lens.model_bridge import TransformerBridge
 
 # Largest logit error, as a share of the largest logit, that rounding explains in each dtype: two
@@ -30,8 +32,8 @@ _AT_ONCE = 2**18  # logits compared in float64 at a time: 2 MiB
 _LARGE_VOCABULARY = 2**15
 
 
-@dataclass(frozen=True)
-class Fidelity:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Fidelity(Result):
     """How closely a converted model follows its source on some tokens.
 
     Attributes:
@@ -41,12 +43,13 @@ class Fidelity:
         loss_source, loss_model: mean next-token loss (nats); NaN for a single token.
         top1_agreement: share of positions where both predict the same token.
         worst_position: (sequence, position) of the largest logit error.
-        per_layer: residual stream after every sublayer: ``sublayer, max_error, scale, relative``.
+        frame: residual stream after every sublayer: ``sublayer, max_error, scale, relative``.
         tolerance: largest ``max_logit_error / logit_scale`` that passes, by dtype.
         dtype: the dtype that the comparison ran in.
         n_tokens: how many positions were compared.
     """
 
+    title: ClassVar[str] = "Fidelity of the conversion"
     max_logit_error: float
     mean_logit_error: float
     logit_scale: float
@@ -55,10 +58,14 @@ class Fidelity:
     loss_model: float
     top1_agreement: float
     worst_position: tuple[int, int]
-    per_layer: pd.DataFrame = field(repr=False, compare=False)
     tolerance: float
     dtype: str
     n_tokens: int
+
+    @property
+    def per_layer(self) -> pd.DataFrame:
+        """The table, ``frame``."""
+        return self.frame
 
     @property
     def relative_error(self) -> float:
@@ -78,16 +85,21 @@ class Fidelity:
 
     def summary(self) -> dict[str, Any]:
         """The numbers of the card, as JSON can hold them."""
-        left_out = ("per_layer", "worst_position")
+        left_out = ("frame", "receipt", "worst_position")
         numbers = {name: value for name, value in vars(self).items() if name not in left_out}
         return numbers | {"ok": self.ok}
 
+    def plot(self) -> Figure:
+        """The relative error of the residual stream after every sublayer."""
+        from mechinterp_attn.view.figures.theorems import step_errors
+
+        return step_errors(self)
+
     def _repr_html_(self) -> str:
+        from mechinterp_attn.view.table import html_table
+
         sequence, position = self.worst_position
-        verdict, colour = (
-            ("equal within tolerance", "#1a7f37") if self.ok else ("not equal within tolerance", "#b3261e")
-        )
-        rows = {
+        facts = {
             "max logit error": f"{self.max_logit_error:.2e}",
             "mean logit error": f"{self.mean_logit_error:.2e}",
             "largest logit of the source": f"{self.logit_scale:.3g}",
@@ -98,16 +110,16 @@ class Fidelity:
             "worst position": f"sequence {sequence}, token {position}",
             "compared in": self.dtype,
         }
-        body = "".join(
-            f"<tr><td style='text-align:left'>{name}</td><td style='text-align:right'>{value}</td></tr>"
-            for name, value in rows.items()
-        )
-        layers = self.per_layer.to_html(index=False, float_format="{:.1e}".format, border=0)
+        verdict = "✓ equal within tolerance" if self.ok else "✗ NOT equal within tolerance"
+        table = html_table(pd.DataFrame({"": facts.keys(), " ": facts.values()}))
         return (
-            f"<p>Fidelity of the conversion: <b style='color:{colour}'>{verdict}</b></p>"
-            f"<table>{body}</table><details><summary>Residual stream after every sublayer</summary>{layers}"
-            "</details>"
+            '<div style="font-family:system-ui,sans-serif;font-size:13px;max-width:100%;overflow-x:auto">'
+            f'<div><b>{self.title}</b>: {verdict}</div>{table}<details style="opacity:.85"><summary>'
+            f"Residual stream after every sublayer</summary>{html_table(self.frame)}</details></div>"
         )
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         verdict = "equal" if self.ok else "NOT EQUAL"
@@ -191,7 +203,13 @@ def _compare(
     errors = _position_errors(expected, logits, tokens)
     worst = errors["max"].argmax()
     dtype = model.W_E.dtype
+    # A source that takes its norms in float32 is no float64 model, whatever its weights are.
+    tolerance = TOLERANCE[torch.float32 if model.spec.float32_inside else dtype]
+    relative = float(errors["max"].max()) / float(errors["scale"].max())
+    check = Check("logits of model and source, of the largest logit", relative, tolerance)
     return Fidelity(
+        frame=_residual_errors(own, streams),
+        receipt=Receipt((check,), {"dtype": str(dtype), "tokens": tokens.numel()}),
         max_logit_error=float(errors["max"].max()),
         mean_logit_error=float(errors["mean"].mean()),
         logit_scale=float(errors["scale"].max()),
@@ -200,9 +218,7 @@ def _compare(
         loss_model=float(errors["loss_model"][:, :-1].mean()),
         top1_agreement=float(errors["same_top"].mean()),
         worst_position=(int(worst) // tokens.shape[1], int(worst) % tokens.shape[1]),
-        per_layer=_residual_errors(own, streams),
-        # A source that takes its norms in float32 is no float64 model, whatever its weights are.
-        tolerance=TOLERANCE[torch.float32 if model.spec.float32_inside else dtype],
+        tolerance=tolerance,
         dtype=str(dtype).removeprefix("torch."),
         n_tokens=tokens.numel(),
     )

@@ -38,6 +38,8 @@ from mechinterp_attn.paths.score_edges import score_edges
 from mechinterp_attn.results import Check, Receipt, Result
 
 if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
     from mechinterp_attn.view.graph import GraphView
 
 
@@ -90,14 +92,20 @@ class AttributionGraph(Result):
 
         return save_json(self, Path(path), slug)
 
-    def plot(self) -> GraphView:
-        """An interactive picture: tokens across, layers up; click a node for its inputs and outputs."""
+    def view(self) -> GraphView:
+        """The interactive picture: tokens across, layers up; click a node for its inputs and outputs."""
         from mechinterp_attn.view.graph import graph_view
 
         return graph_view(self)
 
+    def plot(self) -> Figure:
+        """The graph as a plotly figure; ``view`` has more."""
+        from mechinterp_attn.view.figures.paths import graph_figure
+
+        return graph_figure(self)
+
     def _repr_html_(self) -> str:
-        return self.plot()._repr_html_()
+        return self.view()._repr_html_()
 
 
 @torch.no_grad()

@@ -18,12 +18,12 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.frozen import FrozenBank
 from mechinterp_attn.paths.frozen import Frozen, freeze, sum_tolerance
 from mechinterp_attn.paths.orders import order_names
+from mechinterp_attn.progress import Progress
 from mechinterp_attn.results import Check, Receipt, Result
 
 if TYPE_CHECKING:
@@ -102,11 +102,10 @@ def term_importance(
     _check_memory(model, max(map(len, prompts)), n_orders, max_bytes)
     names = order_names(n_orders, top)
     sums = _Sums(names, model)
-    bar = tqdm(prompts, desc="term importance", disable=not progress or len(prompts) < 4)
-    for prompt in bar:
+    for prompt in Progress(prompts, desc="term importance", show=progress):
         sums.add(_Terms(freeze(model, prompt), n_orders))
     if chosen := _chosen(model, heads, sums, min(HEAD_ORDERS, top)):
-        for prompt in tqdm(prompts, desc="single heads", disable=not progress or len(prompts) < 4):
+        for prompt in Progress(prompts, desc="single heads", show=progress):
             sums.add_heads(_Terms(freeze(model, prompt), n_orders), chosen)
     return sums.result(model)
 
@@ -292,7 +291,7 @@ def _check_memory(model: AttentionOnlyModel, pos: int, n_orders: int, max_bytes:
     """The streams of all orders that every bank reads and writes, a few copies of the logits, and what
     the heads of one bank hold."""
     streams = n_orders * model.spec.d_model * (len(model.sublayers()) + len(model.banks) + 12)
-    held = max(bank.n_heads * bank.d_head for bank in model.banks)
+    held = max((bank.n_heads * bank.d_head for bank in model.banks), default=0)
     need = model.W_U.element_size() * pos * (streams + 8 * model.spec.d_vocab_out + 6 * held)
     if need > max_bytes:
         raise MechInterpError(

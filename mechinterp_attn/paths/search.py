@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.frozen import FrozenBank
 from mechinterp_attn.paths.frozen import Frozen, sum_tolerance
 from mechinterp_attn.paths.goals import Goal, Target, resolve_goal
 from mechinterp_attn.paths.replay import Path, Step, norm_bias, path_frame, replay
+from mechinterp_attn.progress import Progress
 from mechinterp_attn.results import Check, Receipt, Result
 
 if TYPE_CHECKING:
@@ -111,8 +111,8 @@ def top_paths(
     if wrong:
         raise MechInterpError("; ".join(wrong))
     search = _Search(frozen, goal, k, positions)
-    with tqdm(total=max_expansions, desc="paths", disable=not progress, delay=2) as bar:
-        while search.queue and search.expansions < max_expansions:
+    with Progress(total=max_expansions, desc="paths", show=progress, stops=True) as bar:
+        while search.queue and search.expansions < max_expansions and not bar.stopped:
             search.step()
             bar.update()
     found = search.found()
@@ -122,6 +122,7 @@ def top_paths(
     notes = {
         **frozen.receipt.notes,
         "share explained": f"{explained / goal.total:.3f}" if goal.total else "undefined",
+        **bar.notes,
         "top k": "proven" if proven else f"heuristic: a path left out may reach {search.left_out():.3g}",
     }
     check = Check("listed paths, run forward one by one", error, sum_tolerance(frozen))

@@ -114,7 +114,7 @@ def _finite(value: Any) -> bool:
 
 
 def _largest(values: pd.Series) -> float:
-    return max((abs(v) for v in values.tolist() if _finite(v)), default=0.0)
+    return float(max((abs(v) for v in values.tolist() if _finite(v)), default=0))
 
 
 def _is_number(values: pd.Series) -> bool:

@@ -13,7 +13,7 @@ def graph(model):
 
 @pytest.fixture(scope="module")
 def saved(graph, tmp_path_factory):
-    return graph.plot().save(tmp_path_factory.mktemp("graph") / "graph.html")
+    return graph.view().save(tmp_path_factory.mktemp("graph") / "graph.html")
 
 
 def test_it_opens_offline_on_the_target(saved, graph, watched):

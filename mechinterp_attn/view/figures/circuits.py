@@ -8,17 +8,25 @@ import numpy as np
 import plotly.graph_objects as go
 
 from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.view.figures.style import DIVERGING, KIND_COLOURS, SEQUENTIAL, figure
+from mechinterp_attn.view.figures.style import (
+    KIND_COLOURS,
+    NEGATIVE,
+    POSITIVE,
+    SEQUENTIAL,
+    figure,
+    safe_text,
+    signed_scale,
+)
 
 if TYPE_CHECKING:
     from mechinterp_attn.circuits.circuit import TokenBlock
     from mechinterp_attn.circuits.composition import CompositionScores
     from mechinterp_attn.circuits.copying import CopyingScores
     from mechinterp_attn.circuits.positions import PositionCircuit
+    from mechinterp_attn.circuits.spectrum import SingularDirections
     from mechinterp_attn.circuits.vocabulary import TokenPairs
 
 MAX_CELLS = 1_000_000
-NEGATIVE, POSITIVE = "#b2182b", "#2166ac"
 
 
 def composition_heatmap(result: CompositionScores) -> go.Figure:
@@ -35,7 +43,6 @@ def composition_heatmap(result: CompositionScores) -> go.Figure:
     columns = {label: j for j, label in enumerate(result.readers)}
     i, j = result.frame["src"].map(rows), result.frame["dst"].map(columns)
     above[i, j] = result.frame["score"] - result.frame["baseline"]
-    limit = float(np.nanmax(np.abs(above)))
     fig = figure(
         title=f"{result.kind}-composition above random heads",
         x="reads (later head)",
@@ -47,9 +54,7 @@ def composition_heatmap(result: CompositionScores) -> go.Figure:
         x=list(result.readers),
         y=list(result.sources),
         customdata=scores,
-        colorscale=DIVERGING,
-        zmin=-limit,
-        zmax=limit,
+        **signed_scale(above),
         colorbar_title="score − baseline",
         hovertemplate="%{y} → %{x}<br>score %{customdata:.4f}<br>above baseline %{z:.4f}<extra></extra>",
     )
@@ -137,7 +142,6 @@ def copying_bars(result: CopyingScores) -> go.Figure:
 def block_heatmap(result: TokenBlock) -> go.Figure:
     """Chosen rows and columns of a circuit."""
     values = result.values.cpu().numpy()
-    limit = float(np.abs(values).max()) or 1.0
     rows = {"OV": "attended token", "QK": "query token"}[result.circuit]
     columns = {"OV": "output token", "QK": "key token"}[result.circuit]
     fig = figure(
@@ -151,20 +155,18 @@ def block_heatmap(result: TokenBlock) -> go.Figure:
         z=values,
         x=places[1],
         y=places[0],
-        colorscale=DIVERGING,
-        zmin=-limit,
-        zmax=limit,
+        **signed_scale(values),
         hovertemplate="%{z:.4g}<extra></extra>",
     )
-    fig.update_xaxes(tickvals=places[1], ticktext=[repr(t) for t in result.frame.columns])
-    fig.update_yaxes(tickvals=places[0], ticktext=[repr(t) for t in result.frame.index])
+    fig.update_xaxes(tickvals=places[1], ticktext=[_quoted(t) for t in result.frame.columns])
+    fig.update_yaxes(tickvals=places[0], ticktext=[_quoted(t) for t in result.frame.index])
     return fig.update_yaxes(autorange="reversed")
 
 
 def pair_bars(result: TokenPairs, k: int) -> go.Figure:
     """The first entries of a ranking as signed bars."""
     top = result.frame.head(k)
-    names = [f"{s!r} → {t!r}" for s, t in zip(top["source"], top["token"], strict=True)]
+    names = [f"{_quoted(s)} → {_quoted(t)}" for s, t in zip(top["source"], top["token"], strict=True)]
     fig = figure(
         title=f"{result.circuit} circuit of {result.head}",
         x="entry",
@@ -191,3 +193,22 @@ def position_heatmap(result: PositionCircuit) -> go.Figure:
         hovertemplate="query %{y}, key %{x}: %{z:.3f}<extra></extra>",
     )
     return fig.update_yaxes(autorange="reversed", scaleanchor="x")
+
+
+def spectrum_line(result: SingularDirections) -> go.Figure:
+    """The singular values of a head's OV circuit, largest first."""
+    values = result.singular_values.double().cpu().numpy()
+    title = f"Singular values of the OV circuit of {result.head}"
+    fig = figure(title=title, x="component", y="singular value")
+    fig.add_scatter(
+        y=values,
+        mode="lines+markers",
+        line={"color": KIND_COLOURS["attention"]},
+        hovertemplate="component %{x}: %{y:.4g}<extra></extra>",
+    )
+    return fig.update_yaxes(rangemode="tozero")
+
+
+def _quoted(token: str) -> str:
+    """A token on an axis: its spaces visible, nothing in it markup."""
+    return f"'{safe_text(token)}'"

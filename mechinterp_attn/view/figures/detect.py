@@ -10,10 +10,11 @@ from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.view.figures.style import SEQUENTIAL, figure
 
 if TYPE_CHECKING:
-    from mechinterp_attn.detect.scores import HeadScores
+    from mechinterp_attn.detect.corpus import CorpusScores
+    from mechinterp_attn.detect.scores import HeadScores, Offsets
 
 
-def score_heatmap(scores: HeadScores, score: str = "induction") -> go.Figure:
+def score_heatmap(scores: HeadScores | CorpusScores, score: str = "induction") -> go.Figure:
     """One score of all attention heads: layers down, heads across, from 0 to 1.
 
     MLP-derived heads, thousands of them with almost all scores zero, are left to the table.
@@ -48,3 +49,23 @@ def score_heatmap(scores: HeadScores, score: str = "induction") -> go.Figure:
     )
     fig.update_xaxes(dtick=1, showgrid=False)
     return fig.update_yaxes(autorange="reversed", dtick=1, showgrid=False)
+
+
+def offset_heatmap(offsets: Offsets) -> go.Figure:
+    """Mean attention of every attention head by how far back it looks."""
+    frame = offsets.frame[offsets.frame["kind"] == "attention"]
+    names = [name for name in frame.columns if str(name).startswith("offset_")]
+    fig = figure(title=offsets.title, x="tokens back", y="head", height=160 + 20 * len(frame))
+    fig.add_trace(
+        go.Heatmap(
+            z=frame[names].to_numpy(),
+            x=[int(name.removeprefix("offset_")) for name in names],
+            y=frame["head"].tolist(),
+            colorscale=SEQUENTIAL,
+            zmin=0,
+            zmax=1,
+            colorbar={"title": "attention"},
+            hovertemplate="%{y}, %{x} back: %{z:.3f}<extra></extra>",
+        )
+    )
+    return fig.update_yaxes(autorange="reversed")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import html
+from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
+from mechinterp_attn.view.palette import DIVERGING as DIVERGING
+from mechinterp_attn.view.palette import KIND_COLOURS as KIND_COLOURS
+from mechinterp_attn.view.palette import NEGATIVE as NEGATIVE
+from mechinterp_attn.view.palette import POSITIVE as POSITIVE
+from mechinterp_attn.view.palette import SEQUENTIAL as SEQUENTIAL
 from mechinterp_attn.view.text import shown
-
-# Colour-blind safe; attention heads and MLP-derived heads keep theirs everywhere.
-KIND_COLOURS = {"attention": "#3b6fb6", "mlp": "#c2571a", "embed": "#4d7c3a", "bias": "#7a7a7a"}
-SEQUENTIAL = "Blues"  # for scores in [0, 1]
-DIVERGING = "RdBu"  # for signed values, centred at zero: red is negative, blue positive
 
 
 def figure(*, title: str, x: str, y: str, height: int = 420) -> go.Figure:
@@ -26,6 +28,14 @@ def figure(*, title: str, x: str, y: str, height: int = 420) -> go.Figure:
         font={"family": "system-ui, sans-serif", "size": 13},
     )
     return go.Figure(layout=layout)
+
+
+def signed_scale(values: Any) -> dict[str, Any]:
+    """Colours of a heatmap of signed values: red below zero, white at it, blue above."""
+    finite = np.asarray(values, dtype=float)
+    finite = np.abs(finite[np.isfinite(finite)])
+    bound = float(finite.max(initial=0.0)) or 1.0
+    return {"colorscale": DIVERGING, "zmin": -bound, "zmax": bound}
 
 
 def safe_text(text: str) -> str:

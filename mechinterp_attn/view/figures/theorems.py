@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from mechinterp_attn.view.figures.style import KIND_COLOURS, figure
 
 if TYPE_CHECKING:
+    from mechinterp_attn.conversion.fidelity import Fidelity
     from mechinterp_attn.theorems.costs import Costs
     from mechinterp_attn.theorems.whole import MaskSweep, Steps
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 CURVES = ("#3b6fb6", "#c2571a", "#4d7c3a", "#8a5a9e", "#7a7a7a", "#b8860b")
 
 
-def step_errors(steps: Steps) -> go.Figure:
+def step_errors(steps: Steps | Fidelity) -> go.Figure:
     """The relative error of the residual stream after every sublayer, on a logarithmic axis."""
     frame = steps.frame
     fig = figure(title=steps.title, x="after", y="error / scale of the stream")
