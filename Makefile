@@ -11,7 +11,7 @@ PROMPT ?= Mr. Dorling was a tall man. I had never seen Mr. Dor
 REPORT ?= demo-report.html
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs notebooks clean
+.PHONY: help demo test lint format bench docs linkcheck notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -40,9 +40,13 @@ bench: $(VENV)/.installed-bench  ## run the benchmarks; their tables go to docs/
 	@for script in $(if $(ONLY),$(patsubst %,benchmarks/%.py,$(ONLY)),$(BENCHMARKS)); do \
 		echo "== $$script"; BENCH_TABLES=docs/benchmarks $(BIN)/python $$script || exit 1; done
 
-docs: $(VENV)/.installed-docs  ## build docs/_build/html; a warning is an error
+docs: $(VENV)/.installed-docs  ## build docs/_build/html; a warning or a dead link is an error
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/python docs/check_links.py docs/_build/html
 	@echo "Open $(CURDIR)/docs/_build/html/index.html"
+
+linkcheck: $(VENV)/.installed-docs  ## try the documentation's links to other hosts; needs a network
+	$(BIN)/sphinx-build -q -b linkcheck docs docs/_build/linkcheck
 
 notebooks: $(VENV)/.installed-test  ## run the notebooks and keep their outputs
 	$(ONE_THREAD) $(BIN)/python notebooks/execute.py
