@@ -35,6 +35,8 @@ def main() -> None:
     def say() -> None:
         remark("stopping at the next step; Ctrl-C again to stop at once")
 
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
     with gentle_interrupt(say) as stopped:
         try:
             code = app(standalone_mode=False) or 0

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,10 +27,14 @@ if TYPE_CHECKING:
 DIFFERS, WRONG_INPUT, BUG, INTERRUPTED = 1, 2, 70, 130
 
 
-def _bundled(incomplete: str) -> list[str]:
-    from mechinterp_attn.sources.zoo import bundled_names
-
-    return [name for name in bundled_names() if name.startswith(incomplete)]
+def _models(incomplete: str) -> list[str]:
+    """For the shell's completion, at once, with nothing loaded: bundled models and folders."""
+    weights = files("mechinterp_attn") / "sources" / "weights"
+    bundled = sorted(entry.name for entry in weights.iterdir() if entry.is_dir())
+    start = Path(incomplete)
+    folder = start if incomplete.endswith("/") else start.parent
+    folders = [str(path) for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    return [name for name in [*bundled, *sorted(folders)] if name.startswith(incomplete)]
 
 
 def _hush(quiet: bool) -> bool:
@@ -42,7 +47,7 @@ Model = Annotated[
     typer.Argument(
         help="A bundled model, a folder with a model, or a Hugging Face id.",
         show_default=False,
-        autocompletion=_bundled,
+        autocompletion=_models,
     ),
 ]
 Heads = Annotated[
