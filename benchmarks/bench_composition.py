@@ -5,24 +5,30 @@
 
 Two comparisons, each within one run: 144 x 144 attention heads against TransformerLens's
 ``all_composition_scores``, and the streamed search over all 36,864 + 144 heads against the rate at which
-this machine multiplies float32 matrices. Ratios are printed; so is the memory beyond the model's.
-On a shared machine use ``--threads 1`` and compare CPU time (``--cpu-time``).
+this machine multiplies two 4,096 x 4,096 float32 matrices, measured right before and after. Both are the
+best of some turns, taken in alternation; all turns stand in the table. On a shared machine use
+``--threads 1`` and compare CPU time (``--cpu-time``).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import threading
 import time
-from pathlib import Path
 
 import torch
+from memory import Resident
+from publish import publish
 
 import mechinterp_attn as mia
 
 SHAPE = dict(n_layers=12, n_heads=12, d_model=768, d_head=64, n_ctx=1024, d_vocab=64)
 # The vocabulary plays no part in composition and is kept small.
+LARGER = {  # layers, heads x d_head, heads, neurons, d_model
+    "GPT-2 small": (12, 12 * 64, 12, 3072, 768),
+    "Llama-3-8B": (32, 32 * 128, 32, 14336, 4096),
+    "Llama-3-70B": (80, 64 * 128, 64, 28672, 8192),
+}
 
 
 def main() -> None:
@@ -30,31 +36,30 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of wall clock")
     parser.add_argument("--skip-bridge", action="store_true")
+    parser.add_argument("--skip-dense", action="store_true")
     parser.add_argument("--skip-stream", action="store_true")
     parser.add_argument("--plan", action="store_true", help="only planning numbers of larger models")
     parser.add_argument("--kinds", default="VQ")
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.plan:
         return print_plans()
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.cpu_time else time.perf_counter
-    print(f"{args.device}, {args.threads} threads, {'CPU' if args.cpu_time else 'wall-clock'} time")
+    said = "processor time" if args.cpu_time else "wall clock"
     model = random_model(d_mlp=0 if args.skip_stream else 3072).to(args.device)
-    dense(model, clock, bridge=not args.skip_bridge)
+    if not args.skip_dense:
+        publish("composition_pairs", dense(model, clock, args), clock=said)
     if not args.skip_stream:
-        for kind in args.kinds:
-            stream(model, kind, clock)
+        rows = [row for kind in args.kinds for row in stream(model, kind, clock, args.turns)]
+        publish("composition_stream", rows, clock=said)
 
 
 def print_plans() -> None:
-    """Pairs and FLOPs of V-composition among all heads: layers, heads x d_head, d_mlp, d_model."""
-    shapes = {
-        "GPT-2 small": (12, 12 * 64, 12, 3072, 768),
-        "Llama-3-8B": (32, 32 * 128, 32, 14336, 4096),
-        "Llama-3-70B": (80, 64 * 128, 64, 28672, 8192),
-    }
-    for name, (layers, vectors, heads, neurons, d_model) in shapes.items():
+    """Pairs and FLOPs of V-composition among all heads; hours are plain division."""
+    rows = []
+    for name, (layers, vectors, heads, neurons, d_model) in LARGER.items():
         strictly, same = layers * (layers - 1) // 2, layers * (layers + 1) // 2
 
         def count(a: int, n: int, strictly: int = strictly, same: int = same) -> int:
@@ -62,43 +67,86 @@ def print_plans() -> None:
             return (a * a + n * a + n * n) * strictly + a * n * same
 
         flops = 2 * d_model * count(vectors, neurons)
-        print(
-            f"{name}: {layers * neurons:,} neurons + {layers * heads:,} heads, "
-            f"{count(heads, neurons):.3g} pairs, {flops:.3g} FLOP"
+        rows.append(
+            {
+                "model": name,
+                "heads": f"{layers * neurons:,} + {layers * heads:,}",
+                "pairs": f"{count(heads, neurons):.2g}",
+                "FLOP": f"{flops:.2g}",
+                "bytes of both sides": f"{4 * 2 * layers * (vectors + neurons) * d_model / 2**30:.1f} GiB",
+                "at 0.2 TFLOP/s": duration(flops / 0.2e12),
+                "at 50 TFLOP/s": duration(flops / 50e12),
+            }
         )
+    publish("composition_plans", rows, clock="none")
 
 
-def dense(model: mia.AttentionOnlyModel, clock, *, bridge: bool) -> None:
-    ours, memory, result = measured(
-        lambda: mia.circuits.composition(model, "K", "attention", "attention"), clock
-    )
-    print(f"144 x 144 heads, K: {ours:.2f} s, {memory / 2**20:.0f} MiB extra")
-    if not bridge:
-        return
-    source = as_bridge(model)
-    theirs, their_memory, scores = measured(lambda: source.all_composition_scores("K"), clock, warm=False)
-    error = (
-        (scores.scores.flatten(0, 1).flatten(1, 2).double() - result.scores.nan_to_num().cpu()).abs().max()
-    )
-    print(
-        f"all_composition_scores: {theirs:.2f} s, {their_memory / 2**20:.0f} MiB extra: "
-        f"ours is {theirs / ours:.1f} times faster; largest difference {float(error):.1e}"
-    )
+def duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2g} s"
 
 
-def stream(model: mia.AttentionOnlyModel, kind: str, clock) -> None:
+def dense(model: mia.AttentionOnlyModel, clock, args: argparse.Namespace) -> list[dict[str, str]]:
+    def ours():
+        return mia.circuits.composition(model, "K", "attention", "attention")
+
+    ours()
+    ours_all, theirs_all = [], []
+    source = None if args.skip_bridge else as_bridge(model)
+    for _ in range(args.turns):
+        seconds, memory, result = measured(ours, clock, warm=False)
+        ours_all.append(seconds)
+        if source is not None:
+            seconds, their_memory, scores = measured(
+                lambda: source.all_composition_scores("K"), clock, warm=False
+            )
+            theirs_all.append(seconds)
+            found = scores.scores.flatten(0, 1).flatten(1, 2).double()
+            error = float((found - result.scores.nan_to_num().cpu()).abs().max())
+            del scores, found
+    rows = [row_of("ours", ours_all, memory)]
+    if source is not None:
+        ratio = min(theirs_all) / min(ours_all)
+        rows.append(row_of("all_composition_scores", theirs_all, their_memory))
+        rows[0] |= {"faster": f"{ratio:.1f} times", "largest difference": f"{error:.0e}"}
+        rows[1] |= {"faster": "", "largest difference": ""}
+    return rows
+
+
+def row_of(who: str, seconds: list[float], memory: int) -> dict[str, str]:
+    return {
+        "144 x 144 heads, K": who,
+        "seconds": ", ".join(f"{s:.2f}" for s in seconds),
+        "extra memory": f"{memory / 2**20:.0f} MiB",
+    }
+
+
+def stream(model: mia.AttentionOnlyModel, kind: str, clock, turns: int) -> list[dict[str, str]]:
     plan = mia.circuits.composition(model, kind, top_k=1000, plan=True)
     print(plan)
-    rate = matmul_rate(model.W_E.device, clock)
-    seconds, memory, result = measured(
-        lambda: mia.circuits.composition(model, kind, top_k=1000), clock, warm=False
-    )
-    rate = (rate + matmul_rate(model.W_E.device, clock)) / 2  # the machine's mood before and after
-    print(
-        f"{kind}, all heads, top 1,000: {plan.flops / seconds / 1e9:.0f} GFLOP/s, "
-        f"{plan.flops / seconds / rate:.0%} of this machine's float32 matmul rate, "
-        f"{memory / 2**20:.0f} MiB extra; {result.receipt.checks[0]}"
-    )
+    rows = []
+    before = matmul_rate(model.W_E.device, clock)
+    for turn in range(turns):
+        seconds, memory, result = measured(
+            lambda: mia.circuits.composition(model, kind, top_k=1000), clock, warm=False
+        )
+        after = matmul_rate(model.W_E.device, clock)
+        rate, mood = plan.flops / seconds, (before + after) / 2  # the machine's, before and after
+        rows.append(
+            {
+                "all heads, top 1,000": f"{kind}, turn {turn + 1}",
+                "seconds": f"{seconds:.1f}",
+                "GFLOP/s": f"{rate / 1e9:.0f}",
+                "4096-cubed product": f"{before / 1e9:.0f} and {after / 1e9:.0f}",
+                "share": f"{rate / mood:.0%}",
+                "extra memory": f"{memory / 2**20:.0f} MiB",
+                "float64 check": f"{result.receipt.checks[0].error:.0e}",
+            }
+        )
+        before = after
+    return rows
 
 
 def matmul_rate(device: torch.device, clock, size: int = 4096) -> float:
@@ -120,42 +168,15 @@ def measured(work, clock, *, warm: bool = True):
     if warm:
         work()
     gc.collect()
-    with PeakMemory() as peak:
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+    with Resident() as peak:
         start = clock()
         result = work()
         seconds = clock() - start
-    return seconds, peak.extra, result
-
-
-class PeakMemory:
-    """Watches resident memory from another thread, every 2 ms."""
-
-    def __enter__(self) -> PeakMemory:
-        self.before = self.most = resident()
-        self.on_gpu = torch.cuda.is_available()
-        if self.on_gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.gpu_before = torch.cuda.memory_allocated()
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self.watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def watch(self) -> None:
-        while not self.stop.wait(0.002):
-            self.most = max(self.most, resident())
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.thread.join()
-        self.extra = self.most - self.before
-        if self.on_gpu:
-            self.extra = torch.cuda.max_memory_allocated() - self.gpu_before
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return seconds, torch.cuda.max_memory_allocated() - held if on_gpu else peak.extra, result
 
 
 def random_model(**changes: int) -> mia.AttentionOnlyModel:

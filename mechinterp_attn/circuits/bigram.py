@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import ClassVar
 
 import pandas as pd
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from mechinterp_attn.circuits.circuit import Tokens, token_ids, token_texts
-from mechinterp_attn.circuits.streaming import top_of_rows
+from mechinterp_attn.circuits.groups import refuse_non_finite
+from mechinterp_attn.circuits.plan import Plan
+from mechinterp_attn.circuits.streaming import plan_product, top_of_rows
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.model import AttentionOnlyModel
 from mechinterp_attn.results import Check, Receipt, Result
 
+AT_ONCE = 64  # rows of the table whose ranks are held at a time
 MIN_COUNT = 5  # how often a token must stand in a text for its row to be compared
 
 
@@ -24,8 +30,9 @@ class Bigrams(Result):
 
     Attributes:
         frame: ``source, source_id, token, token_id, value`` (logit), ``rank`` (from 1, per source).
-        rank_correlation: with a text, Spearman's rho between rows of the table and how often each
-            token of the text follows, averaged over source tokens by their counts; else None.
+        rank_correlation: with a text or counts, Spearman's rho between rows of the table and how often
+            each token follows, averaged over source tokens by their counts; else None. Tokens that
+            never follow anything in the text are left out.
         correlations: the same per source token: ``source, source_id, count, spearman``.
     """
 
@@ -41,8 +48,10 @@ def bigrams(
     top_k: int = 10,
     sources: Tokens | None = None,
     text: str | Tensor | None = None,
+    counts: Int[Tensor, "first second"] | None = None,
     bias: bool = False,
-) -> Bigrams:
+    plan: bool = False,
+) -> Bigrams | Plan:
     """The table ``W_E W_U`` (Elhage et al. 2021, "zero-layer transformers"), row by row.
 
     The final norm's gain (and centring) is folded into ``W_U``; its scale, which stretches a row
@@ -52,15 +61,28 @@ def bigrams(
         top_k: followers per source token.
         sources: only these source tokens (texts of one token, or ids); None for all.
         text: a text, or token ids ``[pos]``, whose bigrams to compare the table with.
+        counts: the same as a table of how often each token follows each other one;
+            ``mia.bigram_counts()`` has those of the bundled models' corpus. Give one of the two.
         bias: add ``b_U``.
+        plan: say what it would cost instead of doing it.
 
     Raises:
-        MechInterpError: no such token, top_k out of range, or a text too short to compare.
+        MechInterpError: no such token, non-finite weights, top_k out of range, a text too short to
+            compare, counts of another vocabulary, or both.
     """
     spec = model.spec
     ids = torch.arange(spec.d_vocab) if sources is None else token_ids(model, sources, spec.d_vocab)
     if not 1 <= top_k <= spec.d_vocab_out:
         raise MechInterpError(f"top_k={top_k} is out of range; expected 1 to {spec.d_vocab_out}")
+    followers = _followers(model, text, counts)
+    if plan:
+        return plan_product(
+            f"bigrams of {len(ids):,} tokens",
+            (len(ids), spec.d_model, spec.d_vocab_out),
+            model.W_E.device,
+            exact=model.W_E.dtype == torch.float64,
+        )
+    refuse_non_finite(model, ())
     left, right = _table(model, ids.to(model.W_E.device), bias)
     bar = "bigrams" if len(ids) * spec.d_vocab_out > 2e8 else None
     found = top_of_rows(left, right, min(top_k + 2, spec.d_vocab_out), progress=bar)
@@ -87,7 +109,7 @@ def bigrams(
     scale = max(1.0, float(exact.abs().max()))
     tolerance = (1e-10 if left.dtype == torch.float64 else 1e-4) * scale
     check = Check("listed entries computed one by one in float64", error, tolerance)
-    correlations = None if text is None else _correlations(model, text, bias)
+    correlations = None if followers is None else _correlations(model, followers, bias)
     overall = None
     if correlations is not None:
         known = correlations.dropna()
@@ -109,28 +131,58 @@ def _table(model: AttentionOnlyModel, ids: Tensor, bias: bool) -> tuple[Tensor, 
     return left, right
 
 
-def _correlations(model: AttentionOnlyModel, text: str | Tensor, bias: bool) -> pd.DataFrame:
-    """Spearman's rho per source token, over the tokens that stand in the text."""
-    tokens = model.to_tokens(text, prepend_bos=False)[0] if isinstance(text, str) else torch.as_tensor(text)
-    tokens = tokens.flatten().to(model.W_E.device)
+Followers = tuple[Tensor, Iterator[tuple[int, Tensor]]]
+"""Ids of the tokens that follow anything; then source by source, how often each of them follows it."""
+
+
+def _followers(
+    model: AttentionOnlyModel, text: str | Tensor | None, counts: Tensor | None
+) -> Followers | None:
     size = min(model.spec.d_vocab, model.spec.d_vocab_out)
+    if text is not None and counts is not None:
+        raise MechInterpError("a text and counts were given; give one of them to compare the table with")
+    if counts is not None:
+        if tuple(counts.shape) != (size, size):
+            raise MechInterpError(
+                f"counts have shape {tuple(counts.shape)}; expected one row and one column for each of "
+                f"the {size} tokens"
+            )
+        seen = counts.sum(0).nonzero()[:, 0]
+        frequent = (counts.sum(1) >= MIN_COUNT).nonzero()[:, 0].tolist()
+        return seen, ((source, counts[source, seen]) for source in frequent)
+    if text is None:
+        return None
+    tokens = model.to_tokens(text, prepend_bos=False)[0] if isinstance(text, str) else torch.as_tensor(text)
+    tokens = tokens.flatten().cpu()
     if len(tokens) < 2 or int(tokens.max()) >= size or int(tokens.min()) < 0:
         raise MechInterpError(
             f"a text of {len(tokens)} tokens; expected at least 2, with ids out of 0..{size - 1}"
         )
     first, follower = tokens[:-1], tokens[1:]
     seen, place = follower.unique(return_inverse=True)
-    sources, counts = first.unique(return_counts=True)
-    sources, counts = sources[counts >= MIN_COUNT], counts[counts >= MIN_COUNT]
-    if not len(sources):
+    sources, times = first.unique(return_counts=True)
+    frequent = sources[times >= MIN_COUNT].tolist()
+    if not frequent:
         raise MechInterpError(f"no token stands {MIN_COUNT} times in the text; give a longer one")
-    rows = []
-    for source, count in zip(sources.tolist(), counts.tolist(), strict=True):
-        left, right = _table(model, torch.tensor([source], device=seen.device), bias)
-        logits = (left.double() @ right[:, seen].double())[0]
-        times = place[first == source].bincount(minlength=len(seen))
-        pair = pd.DataFrame({"logit": logits.cpu(), "times": times.cpu()}).rank()
-        rows.append((source, count, pair["logit"].corr(pair["times"])))
-    frame = pd.DataFrame(rows, columns=["source_id", "count", "spearman"])
+    return seen, ((s, place[first == s].bincount(minlength=len(seen))) for s in frequent)
+
+
+def _correlations(model: AttentionOnlyModel, followers: Followers, bias: bool) -> pd.DataFrame:
+    """Spearman's rho per source token, over the tokens that follow anything."""
+    seen, rows = followers
+    seen, found = seen.to(model.W_E.device), []
+    while part := list(islice(rows, AT_ONCE)):
+        sources = torch.tensor([source for source, _ in part])
+        left, right = _table(model, sources.to(seen.device), bias)
+        logits = left.double() @ right[:, seen].double()
+        times = torch.stack([times for _, times in part])
+        ranks = [pd.DataFrame(table.cpu().numpy()).rank(axis=1) for table in (logits, times)]
+        x, y = (r.sub(r.mean(axis=1), axis=0) for r in ranks)
+        spread = ((x * x).sum(axis=1) * (y * y).sum(axis=1)) ** 0.5
+        correlation = (x * y).sum(axis=1) / spread.where(spread > 0)
+        found.append(
+            pd.DataFrame({"source_id": sources, "count": times.sum(1), "spearman": correlation.to_numpy()})
+        )
+    frame = pd.concat(found, ignore_index=True)
     frame.insert(0, "source", token_texts(model, frame["source_id"].tolist()))
     return frame

@@ -2,6 +2,8 @@
 
 A unit of work is a range of reading heads of one group against every earlier writing head. Units
 are independent, so they can be interrupted between, run on several machines, and merged exactly.
+Writing heads of one inner dimension stand together, whatever their bank: blocks are then as large as
+they can be, and a multiplication is fastest when it is large.
 """
 
 from __future__ import annotations
@@ -12,15 +14,16 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp_attn.circuits.groups import Composition, HeadGroup
 from mechinterp_attn.circuits.null import shape_null
-from mechinterp_attn.circuits.streaming import Best, Precision, block_shape, matmul_precision
+from mechinterp_attn.circuits.streaming import Best, Precision, matmul_precision, wide
 
 RankBy = Literal["score", "z"]
 BINS = 64
-SAMPLE = 16  # the histogram between rank-1 heads looks at every 16th writing head
+SAMPLED = 128  # writing heads of a bank that the histogram between rank-1 heads looks at, about
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,29 @@ class Unit:
 
 
 @dataclass(frozen=True, eq=False)
+class Block:
+    """Squared scores of some writing heads with some reading heads.
+
+    Attributes:
+        rank: inner dimension of the writing heads;  first: the first one's place among those.
+        reader: the reading group;  column: the first reading head's place in it.
+    """
+
+    rank: int
+    first: int
+    reader: int
+    column: int
+    squares: Float[Tensor, "source reader"]
+
+
+@dataclass(frozen=True, eq=False)
 class Job:
     """Everything that does not change between the units of one call.
 
     Attributes:
-        sources, readers: groups of writing and of reading heads.
-        source_starts, reader_starts: number of heads before each group.
-        heads_per_unit: at most so many vectors of a reading group are held at a time.
+        sources, readers: groups of writing and of reading heads, in order.
+        block: how many vectors of either side are multiplied at once.
+        vectors_per_unit: at most so many vectors of a reading group are held at a time.
         cache_bytes: how much of the writing side may be held between units.
     """
 
@@ -49,6 +68,7 @@ class Job:
     d_model: int
     dtype: torch.dtype
     precision: Precision
+    block: tuple[int, int]
     vectors_per_unit: int
     cache_bytes: int
     top_k: int
@@ -58,18 +78,40 @@ class Job:
 
     @cached_property
     def source_starts(self) -> list[int]:
+        """The number of heads before each source group."""
         return _starts(self.sources)
 
     @cached_property
     def reader_starts(self) -> list[int]:
         return _starts(self.readers)
 
+    @cached_property
+    def by_rank(self) -> dict[int, list[int]]:
+        """The source groups of each inner dimension, in order."""
+        found: dict[int, list[int]] = {}
+        for i, source in enumerate(self.sources):
+            found.setdefault(source.rank, []).append(i)
+        return found
+
+    @cached_property
+    def places(self) -> dict[int, Int[Tensor, " source"]]:
+        """The writing heads of each inner dimension, by their index among all of them."""
+        return {
+            rank: torch.cat(
+                [
+                    torch.arange(len(self.sources[i]), device=self.device) + self.source_starts[i]
+                    for i in groups
+                ]
+            )
+            for rank, groups in self.by_rank.items()
+        }
+
     def units(self) -> list[Unit]:
         """In order; reading groups that no source comes before have none."""
         found = []
         for g, group in enumerate(self.readers):
             if self.earlier(group):
-                step = max(1, self.vectors_per_unit // group.rank)
+                step = max(1, self.vectors_per_unit // group.reading_rank(self.kind))
                 found += [Unit(g, a, min(a + step, len(group))) for a in range(0, len(group), step)]
         return found
 
@@ -85,10 +127,10 @@ class Job:
         """Multiplications and additions of the products a unit must make."""
         reader = self.readers[unit.group]
         rows = sum(len(self.sources[i]) * self.sources[i].rank for i in self.earlier(reader))
-        return 2 * rows * (unit.last - unit.first) * reader.rank * self.d_model
+        return 2 * rows * (unit.last - unit.first) * reader.reading_rank(self.kind) * self.d_model
 
-    def null(self, source: int, reader: int) -> tuple[float, float]:
-        return shape_null(self.d_model, self.sources[source].rank, self.readers[reader].rank)
+    def null(self, rank: int, reader: int) -> tuple[float, float]:
+        return shape_null(self.d_model, rank, self.readers[reader].reading_rank(self.kind))
 
     def edges(self) -> Tensor:
         """Edges of the histogram: 64 bins up to 8 / sqrt(d_model), the last one up to 1."""
@@ -96,42 +138,56 @@ class Job:
         edges[-1] = max(1.0, float(edges[-1]))
         return edges
 
-    def blocks(self, unit: Unit) -> Iterator[tuple[int, int, int, Tensor]]:
-        """Squared scores of a unit in blocks: (source group, its first head, first reader, block)."""
+    def blocks(self, unit: Unit) -> Iterator[Block]:
+        """Squared scores of a unit, block by block, all in one buffer: use one before the next."""
         reader = self.readers[unit.group]
-        rows, columns = block_shape(self.device)
+        rows, columns = self.block
         part = slice(unit.first, unit.last)
         side = reader.reads(self.kind, part, self.dtype).transpose(0, 1).flatten(1).contiguous()
-        r2 = reader.rank
+        r2 = reader.reading_rank(self.kind)
         width = max(1, columns // r2) * r2
+        earlier = set(self.earlier(reader))
         buffer: Tensor | None = None
         with matmul_precision(self.precision):
-            for i in self.earlier(reader):
-                r1 = self.sources[i].rank
-                high = max(1, rows // r1)
-                for first, stripe in self._stripes(i, high):
+            for r1, groups in self.by_rank.items():
+                heads = sum(len(self.sources[i]) for i in groups if i in earlier)
+                for first, stripe in self._stripes(r1, heads, max(1, rows // r1)):
                     for a in range(0, side.shape[1], width):
                         columns_of = side[:, a : a + width]
                         shape = (len(stripe), columns_of.shape[1])
                         if buffer is None or buffer.numel() < shape[0] * shape[1]:
                             buffer = stripe.new_empty(shape[0] * shape[1])
-                        block = buffer[: shape[0] * shape[1]].view(shape)
-                        torch.mm(stripe, columns_of, out=block)
-                        yield i, first, unit.first + a // r2, _squared(block, r1, r2)
+                        product = buffer[: shape[0] * shape[1]].view(shape)
+                        torch.mm(stripe, columns_of, out=product)
+                        squares = _squared(product, r1, r2)
+                        yield Block(r1, first, unit.group, unit.first + a // r2, squares)
 
-    def _stripes(self, source: int, heads: int) -> Iterator[tuple[int, Tensor]]:
-        """The writing side of a group, ``[heads * rank, d_model]`` at a time."""
-        group = self.sources[source]
-        size = group.rank * self.d_model * torch.finfo(self.dtype).bits // 8
-        for first in range(0, len(group), heads):
-            stripe = self.held.get((source, first))
+    def segments(self, block: Block) -> Iterator[tuple[int, int, slice]]:
+        """The groups a block's writing heads belong to: (source, its head in the first row, rows)."""
+        yield from self._overlaps(block.rank, block.first, block.first + len(block.squares))
+
+    def _overlaps(self, rank: int, first: int, last: int) -> Iterator[tuple[int, int, slice]]:
+        start = 0
+        for i in self.by_rank[rank]:
+            a, b = max(first, start), min(last, start + len(self.sources[i]))
+            if a < b:
+                yield i, a - start, slice(a - first, b - first)
+            start += len(self.sources[i])
+
+    def _stripes(self, rank: int, heads: int, step: int) -> Iterator[tuple[int, Tensor]]:
+        """The writing side of the first ``heads`` of a rank, ``[step * rank, d_model]`` at a time."""
+        for first in range(0, heads, step):
+            stripe = self.held.get((rank, first))
             if stripe is None:
-                part = slice(first, min(first + heads, len(group)))
-                stripe = group.writes(part, self.dtype).flatten(0, 1)
+                parts = [
+                    self.sources[i].writes(slice(at, at + rows.stop - rows.start), self.dtype).flatten(0, 1)
+                    for i, at, rows in self._overlaps(rank, first, first + step)
+                ]
+                stripe = torch.cat(parts) if len(parts) > 1 else parts[0]
                 held = sum(t.numel() * t.element_size() for t in self.held.values())
-                if held + len(stripe) // group.rank * size <= self.cache_bytes:
-                    self.held[source, first] = stripe
-            yield first, stripe
+                if held + stripe.numel() * stripe.element_size() <= self.cache_bytes:
+                    self.held[rank, first] = stripe
+            yield first, stripe[: (heads - first) * rank]
 
 
 def _squared(block: Tensor, r1: int, r2: int) -> Tensor:
@@ -148,33 +204,38 @@ class Dense:
 
     def __init__(self, job: Job):
         size = (sum(map(len, job.sources)), sum(map(len, job.readers)))
-        self.scores = torch.full(size, torch.nan, dtype=job.dtype, device=job.device)
+        self.scores = torch.full(size, torch.nan, dtype=wide(job.dtype), device=job.device)
 
-    def take(self, job: Job, unit: Unit, source: int, row: int, column: int, block: Tensor) -> None:
-        i, j = job.source_starts[source] + row, job.reader_starts[unit.group] + column
-        self.scores[i : i + block.shape[0], j : j + block.shape[1]] = block.sqrt()
+    def take(self, job: Job, block: Block) -> None:
+        rows = job.places[block.rank][block.first : block.first + len(block.squares)]
+        j = job.reader_starts[block.reader] + block.column
+        self.scores[rows, j : j + block.squares.shape[1]] = block.squares.sqrt()
 
 
 class Top:
     """The best pairs, and a histogram of scores for every pair of groups."""
 
     def __init__(self, job: Job):
-        self.best = Best(
-            job.top_k, job.device, torch.float64 if job.dtype == torch.float64 else torch.float32
-        )
+        self.best = Best(job.top_k, job.device, wide(job.dtype))
         self.histogram = torch.zeros(len(job.sources), len(job.readers), BINS, dtype=torch.int64)
         self.per_score = 1 / float(job.edges()[1])
 
-    def take(self, job: Job, unit: Unit, source: int, row: int, column: int, block: Tensor) -> None:
-        alone = job.sources[source].rank == job.readers[unit.group].rank == 1
-        sample = block[(-row) % SAMPLE :: SAMPLE] if alone else block
-        if sample.numel():
-            bins = sample.sqrt().mul_(self.per_score).clamp_(max=BINS - 1).flatten().int()
-            self.histogram[source, unit.group] += bins.bincount(minlength=BINS).cpu()
+    def take(self, job: Job, block: Block) -> None:
+        squares, reader = block.squares, job.readers[block.reader]
+        alone = block.rank == reader.reading_rank(job.kind) == 1
+        for source, at, rows in job.segments(block):
+            step = max(1, len(job.sources[source]) // SAMPLED) if alone else 1
+            sample = squares[rows][(-at) % step :: step]  # the same heads wherever blocks begin
+            if sample.numel():
+                bins = sample.sqrt().mul_(self.per_score).clamp_(max=BINS - 1).flatten().int()
+                self.histogram[source, block.reader] += bins.bincount(minlength=BINS).cpu()
         if job.rank_by == "z":
-            mean, spread = job.null(source, unit.group)
-            block = block.sqrt_().sub_(mean).div_(spread or 1.0)
-        self.best.offer(block, job.source_starts[source] + row, job.reader_starts[unit.group] + column)
+            mean, spread = job.null(block.rank, block.reader)
+            squares = squares.sqrt_().sub_(mean).div_(spread or 1.0)
+        first = job.reader_starts[block.reader] + block.column
+        columns = torch.arange(first, first + squares.shape[1], device=job.device)
+        places = job.places[block.rank][block.first : block.first + len(squares)]
+        self.best.offer(squares, places, columns)
 
     def merge(self, other: Top) -> None:
         self.best.merge(other.best.entries)
@@ -183,8 +244,8 @@ class Top:
 
 def run_unit(job: Job, unit: Unit, sink: Dense | Top) -> None:
     """Multiply a unit out and give its blocks to a sink."""
-    for source, row, column, block in job.blocks(unit):
-        sink.take(job, unit, source, row, column, block)
+    for block in job.blocks(unit):
+        sink.take(job, block)
 
 
 def _starts(groups: Sequence[HeadGroup]) -> list[int]:

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
+import pandas as pd
 import torch
 
 from mechinterp_attn.circuits.composition import CompositionScores, composition
-from mechinterp_attn.circuits.copying import copying_scores
+from mechinterp_attn.circuits.copying import CopyingScores, copying_scores
 from mechinterp_attn.circuits.groups import Select, groups_of
+from mechinterp_attn.circuits.plan import Plan
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.progress import Progress
 from mechinterp_attn.results import Result
 from mechinterp_attn.virtual import JOIN, virtual_head
+
+BATCH = 64  # chains lengthened at a time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class VirtualHeads(Result):
-    """Pairs of heads that act as one, strongest first.
+    """Chains of heads that act as one, strongest first.
 
     Attributes:
-        frame: one row per pair: ``head`` (its label, usable wherever a head is), ``src, dst``,
-            ``norm`` (Frobenius, of ``W_OV1 W_OV2``), ``score`` (V-composition), ``baseline, z``, and the
-            ``copying_score`` of the product (NaN where the vocabularies differ).
+        frame: one row per chain: ``head`` (its label, usable wherever a head is), ``src`` (its heads
+            but the last), ``dst`` (the last), ``norm`` (Frobenius, of ``W_OV1 W_OV2 ...``), ``score``
+            (V-composition of ``src`` with ``dst``), ``baseline, z``, and the ``copying_score`` of the
+            product (NaN where the vocabularies differ).
     """
 
     title: ClassVar[str] = "Virtual heads by weights"
@@ -32,32 +39,104 @@ class VirtualHeads(Result):
 
 @torch.no_grad()
 def virtual_heads(
-    model: AttentionOnlyModel, *, src: Select = "attention", dst: Select = "attention", top_k: int = 20
-) -> VirtualHeads:
-    """Rank pairs of heads by the size of what they move together (Elhage et al. 2021).
+    model: AttentionOnlyModel,
+    *,
+    src: Select = "attention",
+    dst: Select = "attention",
+    length: int = 2,
+    top_k: int = 20,
+    plan: bool = False,
+) -> VirtualHeads | Plan:
+    """Rank chains of heads by the size of what they move together (Elhage et al. 2021).
+
+    Chains of three are found exactly without trying all: a pair is lengthened only while its norm
+    times the largest singular value of any later head beats the weakest chain on the list.
 
     Args:
-        src, dst: earlier and later heads, as for ``composition``.
+        src, dst: earlier and later heads, as for ``composition``; in a chain of three the first is out
+            of ``src``, the others are out of ``dst``.
+        length: heads in a chain, 2 or 3.
         top_k: how many to list; no more than there are.
+        plan: say what it would cost (at most, for chains of three) instead of doing it.
 
     Raises:
-        MechInterpError: no pair that composes, too many pairs to list, or top_k below 1.
+        MechInterpError: no chain that composes, non-finite weights, too many pairs to list, length not
+            2 or 3, or top_k below 1.
     """
-    if top_k < 1:
-        raise MechInterpError(f"top_k={top_k}; expected at least 1")
+    if top_k < 1 or length not in (2, 3):
+        raise MechInterpError(f"top_k={top_k}, length={length}; expected at least 1, and 2 or 3")
+    if plan:
+        return _plan(model, src, dst, length)
     scores = cast(CompositionScores, composition(model, "V", src, dst))
     norms: dict[str, float] = {}
     for select in (src, dst):
         for group in groups_of(model, select):
             norms |= dict(zip(group.labels, group.write_norms().tolist(), strict=True))
-    frame = scores.frame.drop(columns=["kind", "spread", "z_spectrum"])
-    frame["norm"] = frame["score"] * frame["src"].map(norms) * frame["dst"].map(norms)
-    frame.insert(0, "head", frame["src"] + JOIN + frame["dst"])
-    frame = frame.sort_values("norm", ascending=False, kind="stable").head(top_k).reset_index(drop=True)
+    frame = _with_norms(scores, norms)
+    if length == 3:
+        frame = _lengthened(model, frame, dst, norms, top_k)
+    frame = frame.head(top_k).reset_index(drop=True)
     frame["copying_score"] = float("nan")
     if model.spec.d_vocab == model.spec.d_vocab_out:
         heads = [virtual_head(model, a, b) for a, b in zip(frame["src"], frame["dst"], strict=True)]
-        found = copying_scores(model, heads).frame.set_index("head")["copying_score"]
-        frame["copying_score"] = frame["head"].map(found)
-    columns = ["head", "src", "dst", "norm", "score", "baseline", "z", "copying_score"]
-    return VirtualHeads(frame=frame[columns], receipt=scores.receipt)
+        copying = cast(CopyingScores, copying_scores(model, heads))
+        frame["copying_score"] = frame["head"].map(copying.frame.set_index("head")["copying_score"])
+    return VirtualHeads(frame=frame, receipt=scores.receipt)
+
+
+def _with_norms(scores: CompositionScores, norms: Mapping[str, float]) -> pd.DataFrame:
+    """Composition scores as chains and their norms, largest first."""
+    frame = scores.frame[["src", "dst", "score", "baseline", "z"]].copy()
+    frame.insert(2, "norm", frame["score"] * frame["src"].map(norms) * frame["dst"].map(norms))
+    frame.insert(0, "head", frame["src"] + JOIN + frame["dst"])
+    return frame.sort_values("norm", ascending=False, kind="stable")
+
+
+def _lengthened(
+    model: AttentionOnlyModel, pairs: pd.DataFrame, dst: Select, norms: Mapping[str, float], top_k: int
+) -> pd.DataFrame:
+    """The strongest chains of three, out of all pairs, largest norm first.
+
+    Raises:
+        MechInterpError: no head comes after any of the pairs.
+    """
+    later = groups_of(model, dst)
+    reach = [(group.reads_at, float(group.spectral_norms().max())) for group in later]
+    steps = {label: group.writes_at for group in later for label in group.labels}
+    gain = {at: max((s for reads, s in reach if reads > at), default=0.0) for at in set(steps.values())}
+    bound = (pairs["norm"] * pairs["dst"].map(steps).map(gain)).sort_values(ascending=False, kind="stable")
+    bound = bound[bound > 0]
+    if not len(bound):
+        raise MechInterpError("no chain of three: no dst head reads what a pair of the heads writes")
+    own = pairs.set_index("head")["norm"]
+    found = pd.DataFrame({"norm": []})
+    for first in Progress(range(0, len(bound), BATCH), desc="chains of three", show=len(bound) > BATCH):
+        if len(found) == top_k and bound.iloc[first] <= found["norm"].iloc[-1]:
+            break  # no later pair can be lengthened to as much
+        batch = pairs.loc[bound.index[first : first + BATCH], "head"]
+        scores = cast(CompositionScores, composition(model, "V", batch.tolist(), dst))
+        more = _with_norms(scores, {**norms, **own[batch].to_dict()})
+        found = pd.concat([found, more]) if len(found) else more
+        found = found.sort_values("norm", ascending=False, kind="stable").head(top_k)
+    return found
+
+
+def _plan(model: AttentionOnlyModel, src: Select, dst: Select, length: int) -> Plan:
+    pairs = cast(Plan, composition(model, "V", src, dst, plan=True))
+    if length == 2:
+        return pairs
+    groups = groups_of(model, dst)
+    chains = flops = 0
+    for one in groups_of(model, src):
+        for two in groups:
+            if one.writes_at < two.reads_at:
+                last = [three for three in groups if two.writes_at < three.reads_at]
+                n, rank = len(one) * len(two), min(one.rank, two.rank)
+                chains += n * sum(len(three) for three in last)
+                flops += 2 * n * rank * sum(len(three) * three.rank for three in last) * model.spec.d_model
+    return replace(
+        pairs,
+        what=f"chains of three, at most {chains:,}",
+        flops=pairs.flops + flops,
+        seconds=pairs.seconds * (1 + flops / pairs.flops),
+    )

@@ -21,7 +21,7 @@ from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.heads import Head
 from mechinterp_attn.model import AttentionOnlyModel
 from mechinterp_attn.results import Check, Receipt, Result
-from mechinterp_attn.virtual import resolve_head
+from mechinterp_attn.virtual import VirtualHead, resolve_head
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -92,6 +92,12 @@ class VocabularyCircuit:
     def shape(self) -> tuple[int, int]:
         spec = self.model.spec
         return spec.d_vocab, spec.d_vocab_out if self.which == "OV" else spec.d_vocab
+
+    @property
+    def own_token(self) -> bool:
+        """Whether every query has one key only, its own token."""
+        virtual = isinstance(self.head, VirtualHead)
+        return self.which == "QK" and not self.head.bank.mixes_positions and not virtual
 
     def left(
         self, ids: Tensor | None = None, dtype: torch.dtype = torch.float64

@@ -8,7 +8,7 @@ neurons Q and V are the cosine of the earlier's output and the later's input dir
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,16 +17,16 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from mechinterp_attn.circuits.blocks import Dense, Job, RankBy, Top, Unit, run_unit
+from mechinterp_attn.circuits.blocks import SAMPLED, Dense, Job, RankBy, Top, Unit, run_unit
 from mechinterp_attn.circuits.groups import Composition, HeadGroup, Select, groups_of, refuse_non_finite
 from mechinterp_attn.circuits.null import mean_and_spread, shape_null
-from mechinterp_attn.circuits.plan import Plan, measured_rate
+from mechinterp_attn.circuits.plan import Plan, make_plan
 from mechinterp_attn.circuits.state import SavedState
 from mechinterp_attn.circuits.streaming import Precision, block_shape
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.progress import Progress
 from mechinterp_attn.results import Check, Receipt, Result
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 MAX_PAIRS = 2_000_000  # that are listed one by one without ``top_k``
 SPARE = 32  # pairs searched beyond top_k, so that rounding cannot push one out
+LEAST = 256  # vectors of a block, however little memory there is
 SMALL = 1e9  # FLOPs below which float64 is used outright
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5, "tf32": 2e-3, "bfloat16": 2e-2}
 
@@ -49,7 +50,7 @@ class CompositionScores(Result):
             random, which allows for their singular values). z is NaN where a head reads or writes
             nothing.
         scores: ``[source, reader]`` with NaN where a pair does not compose; None for a streamed search.
-        sources, readers: labels along ``scores``.
+        sources, readers: labels along ``scores``; empty for a streamed search.
         histograms: of a streamed search: ``src`` and ``dst`` (banks), ``left, right`` (edges of a bin
             of scores) and ``share`` of the pairs; None for a dense one.
     """
@@ -112,7 +113,8 @@ def composition(
             f"rank_by={rank_by!r}, precision={precision!r}, engine={engine!r}; expected 'score' or 'z', "
             "'float32', 'tf32' or 'bfloat16', 'local' or 'ray'"
         )
-    sources, readers = groups_of(model, src), groups_of(model, dst)
+    sources = groups_of(model, src)
+    readers = sources if src is None and dst is None else groups_of(model, dst)
     job = _job(model, kind, sources, readers, top_k or 0, rank_by, max_bytes, precision)
     units = job.units()
     n_pairs = sum(job.pairs(unit) for unit in units)
@@ -130,7 +132,7 @@ def composition(
     least = _least_bytes(job, dense=top_k is None)
     if max_bytes < least:
         raise MechInterpError(f"max_bytes={max_bytes:,} is too small; {least:,} is the least that works")
-    refuse_non_finite([*sources, *readers])
+    refuse_non_finite(model, (group.bank for group in (*sources, *readers)))
     if top_k is None:
         return _dense(job, units)
     return _streamed(job, units, n_pairs, top_k, resume, engine)
@@ -152,11 +154,11 @@ def _job(
     exact = model.W_E.dtype == torch.float64 or small
     dtype = torch.float64 if exact else torch.bfloat16 if precision == "bfloat16" else torch.float32
     size = torch.finfo(dtype).bits // 8
-    rows, columns = block_shape(device)
-    free = max_bytes - 3 * rows * columns * size
+    block = _block(device, size, max_bytes)
+    free = max_bytes - 3 * block[0] * block[1] * size
     # A quarter of what is left for the readers of a unit (float64 while they are made), half to keep
-    # the writing side; at least a block's worth of readers.
-    widest = max(g.rank for g in readers)
+    # the writing side; at least one reader.
+    widest = max(g.reading_rank(kind) for g in readers)
     vectors_per_unit = max(widest, min(16384, free // 4 // (d * (8 + size))))
     return Job(
         sources=tuple(sources),
@@ -165,12 +167,21 @@ def _job(
         d_model=d,
         dtype=dtype,
         precision=precision,
+        block=block,
         vectors_per_unit=vectors_per_unit,
         cache_bytes=max(0, free // 2),
         top_k=top_k + SPARE,
         rank_by=rank_by,
         device=device,
     )
+
+
+def _block(device: torch.device, size: int, max_bytes: int) -> tuple[int, int]:
+    """Vectors of either side that are multiplied at once: the larger, the faster, up to a point."""
+    rows, columns = (2048, 1024) if device.type == "cpu" else block_shape(device)
+    while rows > LEAST and 3 * rows * columns * size > max_bytes // 2:
+        rows, columns = max(LEAST, rows // 2), max(LEAST, columns // 2)
+    return rows, columns
 
 
 def _dense(job: Job, units: list[Unit]) -> CompositionScores:
@@ -201,16 +212,16 @@ def _streamed(
     left = [i for i in range(len(units)) if i not in done]
     flops = [job.flops(unit) for unit in units]
     plan = _plan(job, [units[i] for i in left], n_pairs, _bytes(job, units, dense=False))
-    bar = tqdm(
+    bar = Progress(
         total=sum(flops) / 1e9,
         initial=sum(flops[i] for i in done) / 1e9,
         desc=f"{job.kind}-composition, {n_pairs:,} pairs, {plan.bytes / 2**20:,.0f} MiB",
         unit="GFLOP",
         unit_scale=True,
-        disable=plan.seconds < 2,
+        stops=True,
     )
     if plan.seconds >= 2:
-        bar.write(str(plan))
+        bar.remark(str(plan))
     try:
         with bar:
             if engine == "ray":
@@ -225,6 +236,8 @@ def _streamed(
                 bar.update(flops[i] / 1e9)
                 if saved is not None:
                     saved.store(sink, done)
+                if bar.stopped:
+                    break
     finally:
         job.held.clear()
         if saved is not None and done:
@@ -243,7 +256,9 @@ def _streamed(
         [by, "_row", "_column"], ascending=[False, True, True], kind="stable"
     )
     frame = order.drop(columns=["_row", "_column"]).head(top_k).reset_index(drop=True)
-    return _result(job, frame, check, scores=None, histograms=_histograms(job, sink), pairs=n_pairs)
+    return _result(
+        job, frame, check, scores=None, histograms=_histograms(job, sink), pairs=n_pairs, stopped=bar.notes
+    )
 
 
 def _unit_alone(job: Job, unit: Unit, so_far: Top) -> Top:
@@ -256,61 +271,69 @@ def _unit_alone(job: Job, unit: Unit, so_far: Top) -> Top:
 def _exact(job: Job, row: Tensor, column: Tensor) -> Float[Tensor, " pair"]:
     """Scores of chosen pairs in float64, each product made on its own."""
     values = row.new_empty(len(row), dtype=torch.float64)
-    for source, reader, pairs in _by_groups(job, row, column):
-        for part in pairs.split(max(1, 2**22 // (job.d_model * (source[0].rank + reader[0].rank)))):
-            writes = source[0].writes(row[part] - source[1])
-            reads = reader[0].reads(job.kind, column[part] - reader[1])
-            values[part] = torch.linalg.matrix_norm(writes @ reads)
+    i, source = _group_of(job.source_starts, row)
+    j, reader = _group_of(job.reader_starts, column)
+    for a in source.unique().tolist():
+        for b in reader[source == a].unique().tolist():
+            pairs = ((source == a) & (reader == b)).nonzero().flatten()
+            first, then = job.sources[a], job.readers[b]
+            size = job.d_model * (first.rank + then.reading_rank(job.kind))
+            for part in pairs.split(max(1, 2**22 // size)):
+                products = first.writes(i[part]) @ then.reads(job.kind, j[part])
+                values[part] = torch.linalg.matrix_norm(products)
     return values
 
 
-def _by_groups(
-    job: Job, row: Tensor, column: Tensor
-) -> Iterator[tuple[tuple[HeadGroup, int], tuple[HeadGroup, int], Tensor]]:
-    """Pairs of global indices by their two groups: each group with its start, and which pairs."""
-    sources = torch.tensor([*job.source_starts, 2**62], device=row.device)
-    readers = torch.tensor([*job.reader_starts, 2**62], device=row.device)
-    i = torch.searchsorted(sources, row, right=True) - 1
-    j = torch.searchsorted(readers, column, right=True) - 1
-    for a, b in torch.stack([i, j], 1).unique(dim=0).tolist():
-        source = job.sources[a], job.source_starts[a]
-        reader = job.readers[b], job.reader_starts[b]
-        yield source, reader, ((i == a) & (j == b)).nonzero().flatten()
+def _group_of(starts: Sequence[int], heads: Tensor) -> tuple[Tensor, Tensor]:
+    """Places inside their group, and the group, of heads counted through all groups."""
+    first = torch.tensor(starts, device=heads.device)
+    group = torch.searchsorted(first, heads, right=True) - 1
+    return heads - first[group], group
 
 
 def _frame(job: Job, row: Tensor, column: Tensor, score: Tensor) -> pd.DataFrame:
-    labels = [
-        np.array([label for g in side for label in g.labels], dtype=object)
-        for side in (job.sources, job.readers)
-    ]
-    null = score.new_empty(4, len(row), dtype=torch.float64)  # means and spreads
-    for source, reader, pairs in _by_groups(job, row, column):
-        own = source[0].rank, reader[0].rank
-        null[:2, pairs] = null.new_tensor(shape_null(job.d_model, *own))[:, None]
-        p1 = _participation(source[0], "V", row[pairs] - source[1])
-        p2 = _participation(reader[0], job.kind, column[pairs] - reader[1])
-        null[2, pairs], null[3, pairs] = mean_and_spread(p1, p2, job.d_model)
-        # A K-composition into the constant key is 0 whatever the weights: no null either.
-        dead = (p1 + p2).isnan() | (not reader[0].reads_stream(job.kind))
-        null[1::2, pairs] = null[1::2, pairs].masked_fill(dead, torch.nan)
-    score, null = score.double().cpu(), null.cpu()
+    src, rank1, p1 = _side(job.sources, job.source_starts, "V", row)
+    dst, rank2, p2 = _side(job.readers, job.reader_starts, job.kind, column)
+    null = score.new_empty(2, len(row), dtype=torch.float64)
+    for r1 in rank1.unique().tolist():
+        for r2 in rank2.unique().tolist():
+            both = (rank1 == r1) & (rank2 == r2)
+            null[:, both] = null.new_tensor(shape_null(job.d_model, r1, r2))[:, None]
+    own = torch.stack(mean_and_spread(p1, p2, job.d_model))
+    # A K-composition into the constant key is 0 whatever the weights: no null either (p2 is NaN).
+    null[1], own[1] = (x.masked_fill((p1 + p2).isnan(), torch.nan) for x in (null[1], own[1]))
+    score, null, own = (x.double().cpu() for x in (score, null, own))
     return pd.DataFrame(
         {
-            "src": labels[0][row.cpu().numpy()],
-            "dst": labels[1][column.cpu().numpy()],
+            "src": src,
+            "dst": dst,
             "kind": job.kind,
             "score": score.numpy(),
             "baseline": null[0].numpy(),
             "spread": null[1].numpy(),
             "z": ((score - null[0]) / null[1]).numpy(),
-            "z_spectrum": ((score - null[2]) / null[3]).numpy(),
+            "z_spectrum": ((score - own[0]) / own[1]).numpy(),
         }
     )
 
 
-def _participation(group: HeadGroup, kind: Composition, heads: Tensor) -> Tensor:
+def _side(
+    groups: Sequence[HeadGroup], starts: Sequence[int], kind: Composition, heads: Tensor
+) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Label, inner dimension and participation of heads counted through all groups; each head once.
+    The participation is NaN where a head reads or writes nothing on this side."""
     some, back = heads.unique(return_inverse=True)
-    return group.participation(kind, some)[back]
+    place, group = _group_of(starts, some)
+    labels = np.empty(len(some), dtype=object)
+    rank = torch.empty_like(some)
+    participation = torch.full(some.shape, torch.nan, dtype=torch.float64, device=some.device)
+    for g in group.unique().tolist():
+        here = (group == g).nonzero().flatten()
+        labels[here.cpu().numpy()] = [groups[g].label(i) for i in place[here].tolist()]
+        rank[here] = groups[g].reading_rank(kind)
+        if groups[g].reads_stream(kind):
+            participation[here] = groups[g].participation(kind, place[here])
+    return labels[back.cpu().numpy()], rank[back], participation[back]
 
 
 def _histograms(job: Job, sink: Top) -> pd.DataFrame:
@@ -336,6 +359,7 @@ def _result(
     scores: Tensor | None,
     histograms: pd.DataFrame | None,
     pairs: int | None = None,
+    stopped: dict[str, str] | None = None,
 ) -> CompositionScores:
     notes: dict[str, Any] = {
         "null": "random heads of the same shapes, closed form",
@@ -345,15 +369,16 @@ def _result(
     if histograms is not None:
         notes |= {
             "pairs searched": pairs,
-            "histograms": "exact; between rank-1 heads every 16th writing head",
+            **(stopped or {}),
+            "histograms": f"exact; between rank-1 heads about {SAMPLED} writing heads of a bank",
         }
     return CompositionScores(
         frame=frame,
         receipt=Receipt((check,), notes),
         kind=job.kind,
         scores=scores,
-        sources=tuple(label for group in job.sources for label in group.labels),
-        readers=tuple(label for group in job.readers for label in group.labels),
+        sources=() if scores is None else tuple(label for group in job.sources for label in group.labels),
+        readers=() if scores is None else tuple(label for group in job.readers for label in group.labels),
         histograms=histograms,
     )
 
@@ -365,18 +390,17 @@ def _used(job: Job) -> str:
 def _bytes(job: Job, units: list[Unit], *, dense: bool) -> int:
     """Memory that a run takes beyond the model's."""
     size = torch.finfo(job.dtype).bits // 8
-    rows, columns = block_shape(job.device)
     written = sum(len(g) * g.rank for g in job.sources) * job.d_model * size
-    widest = max((u.last - u.first) * job.readers[u.group].rank for u in units) if units else 0
-    total = min(written, job.cache_bytes) + widest * job.d_model * (8 + size) + 3 * rows * columns * size
+    widest = max((u.last - u.first) * job.readers[u.group].reading_rank(job.kind) for u in units)
+    blocks = 3 * job.block[0] * job.block[1] * size
+    total = min(written, job.cache_bytes) + widest * job.d_model * (8 + size) + blocks
     return total + (_scores_bytes(job) if dense else 0)
 
 
 def _least_bytes(job: Job, *, dense: bool) -> int:
     size = torch.finfo(job.dtype).bits // 8
-    rows, columns = block_shape(job.device)
-    vectors = max(rows, max(g.rank for g in (*job.sources, *job.readers)))
-    least = vectors * job.d_model * (8 + size) * 2 + 3 * rows * columns * size
+    ranks = [g.rank for g in job.sources] + [g.reading_rank(job.kind) for g in job.readers]
+    least = max(LEAST, *ranks) * job.d_model * (8 + size) * 2 + 6 * LEAST**2 * size
     return least + (_scores_bytes(job) if dense else 0)
 
 
@@ -385,9 +409,12 @@ def _scores_bytes(job: Job) -> int:
 
 
 def _plan(job: Job, units: list[Unit], n_pairs: int, needed: int) -> Plan:
-    rows, columns = block_shape(job.device)
-    flops = sum(job.flops(unit) for unit in units)
-    rate = measured_rate(job.device, (rows, job.d_model, columns))
-    rate /= 2 if job.dtype == torch.float64 else 1
-    what = f"{job.kind}-composition of {n_pairs:,} pairs"
-    return Plan(what, flops, needed, len(units), flops / rate)
+    return make_plan(
+        what=f"{job.kind}-composition of {n_pairs:,} pairs",
+        flops=sum(job.flops(unit) for unit in units),
+        bytes=needed,
+        chunks=len(units),
+        device=job.device,
+        shape=(job.block[0], job.d_model, job.block[1]),
+        exact=job.dtype == torch.float64,
+    )

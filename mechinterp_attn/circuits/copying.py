@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from mechinterp_attn.circuits.circuit import CHUNK, ov_circuit, positive_share
 from mechinterp_attn.circuits.groups import HeadGroup, Select, groups_of, refuse_non_finite
+from mechinterp_attn.circuits.plan import Plan, make_plan
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.model import AttentionOnlyModel
 from mechinterp_attn.results import Check, Receipt, Result
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 NULL_DRAWS = 200
+TOKENS = 512  # that ``diagonals`` looks at
+BATCH = 1024  # heads at a time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -56,8 +59,13 @@ class CopyingScores(Result):
 
 @torch.no_grad()
 def copying_scores(
-    model: AttentionOnlyModel, heads: Select = None, *, diagonals: bool = False, seed: int = 0
-) -> CopyingScores:
+    model: AttentionOnlyModel,
+    heads: Select = None,
+    *,
+    diagonals: bool = False,
+    seed: int = 0,
+    plan: bool = False,
+) -> CopyingScores | Plan:
     """Copying scores of heads by the eigenvalues of their OV circuits.
 
     Args:
@@ -65,6 +73,7 @@ def copying_scores(
         diagonals: add the two alternatives that Elhage et al. name: the share of tokens that a head
             raises at all and of those it raises most. A pass over the vocabulary for every head.
         seed: of the random heads and of the tokens that ``diagonals`` looks at.
+        plan: say what it would cost instead of doing it.
 
     Raises:
         MechInterpError: no such head, non-finite weights, or input and output vocabularies that
@@ -77,14 +86,16 @@ def copying_scores(
             f"{spec.d_vocab_out} of them"
         )
     groups = groups_of(model, heads)
-    refuse_non_finite(groups)
+    if plan:
+        return _plan(model, groups, diagonals)
+    refuse_non_finite(model, (group.bank for group in groups))
     middle = _unembed_embed(model)
     scale = float(middle.norm()) / spec.d_model  # spread of u @ middle @ w for random unit u and w
     eigenvalues: dict[str, Tensor] = {}
     parts, error, biggest = [], 0.0, 1.0
     for group in groups:
         found = _eigenvalues(group, middle)  # [head, rank]
-        numbers = {"head": group.labels, "layer": group.bank.layer, "kind": group.bank.kind}
+        numbers = {"head": group.labels, "layer": group.layer, "kind": group.kind}
         size = found.abs().sum(-1)
         score = found.real.sum(-1) / torch.where(size > 0, size, torch.nan)
         numbers |= {"copying_score": score.cpu(), "size": (size / spec.d_vocab).cpu()}
@@ -113,6 +124,24 @@ def copying_scores(
     return CopyingScores(frame=frame, receipt=Receipt((check,), notes), eigenvalues=eigenvalues)
 
 
+def _plan(model: AttentionOnlyModel, groups: list[HeadGroup], diagonals: bool) -> Plan:
+    d, v = model.spec.d_model, model.spec.d_vocab
+    vectors = sum(len(group) * group.rank for group in groups)
+    flops = 2 * v * d * d + 2 * vectors * d * d
+    if diagonals:
+        flops += 2 * vectors * v * (2 * d + TOKENS)
+    widest = max(min(len(group), BATCH) * group.rank for group in groups)
+    return make_plan(
+        what=f"copying scores of {sum(map(len, groups)):,} heads",
+        flops=flops,
+        bytes=8 * (d * d + 2 * CHUNK * d + 4 * widest * d),
+        chunks=sum(-(-len(group) // BATCH) for group in groups),
+        device=model.W_E.device,
+        shape=(min(v, CHUNK), d, d),
+        exact=True,
+    )
+
+
 def _unembed_embed(model: AttentionOnlyModel) -> Float[Tensor, "d_model d_model"]:
     """``W_U @ W_E`` in float64, a few thousand tokens at a time."""
     W_U, W_E = model.W_U.detach(), model.W_E.detach()
@@ -132,8 +161,8 @@ def _eigenvalues(group: HeadGroup, middle: Tensor) -> Tensor:
 def _traces(group: HeadGroup, middle: Tensor) -> Float[Tensor, " head"]:
     """``tr(W_E W_OV W_U)`` of every head, as a sum over entries."""
     traces = []
-    for a in range(0, len(group), 1024):
-        part = slice(a, a + 1024)
+    for a in range(0, len(group), BATCH):
+        part = slice(a, a + BATCH)
         W_V, W_O = group.stacked("V", part).double(), group.stacked("O", part).double()
         held = (W_O.flatten(0, 1) @ middle).view_as(W_O)
         traces.append((held * W_V.mT).sum((1, 2)))
@@ -159,6 +188,6 @@ def _with_diagonals(
     rows = [
         [circuit[name] for name in names]
         for head in tqdm(heads, desc="diagonals", disable=len(heads) < 100)
-        for circuit in [ov_circuit(model, head).statistics(tokens=512, seed=seed)]
+        for circuit in [ov_circuit(model, head).statistics(tokens=TOKENS, seed=seed)]
     ]
     return frame.join(pd.DataFrame(rows, columns=names))

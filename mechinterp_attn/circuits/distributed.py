@@ -7,8 +7,10 @@ and histogram of each, which are merged as they come. The order does not matter 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from mechinterp_attn.circuits.blocks import Job, Top, Unit, run_unit
+from mechinterp_attn.circuits.groups import OTHER
 from mechinterp_attn.errors import MechInterpError
 
 
@@ -30,15 +32,9 @@ def run_on_ray(job: Job, units: list[tuple[int, Unit]]) -> Iterator[tuple[int, T
     if started:
         ray.init(include_dashboard=False, log_to_driver=False)
 
-    @ray.remote  # type: ignore[untyped-decorator]
-    def work(shared: Job, unit: Unit) -> Top:
-        part = Top(shared)
-        run_unit(shared, unit, part)
-        shared.held.clear()
-        return part
-
+    work = ray.remote(_work)
     try:
-        shared = ray.put(job)
+        shared = ray.put(_of_plain_tensors(job))
         waiting = {work.remote(shared, unit): number for number, unit in units}
         while waiting:
             (done, *_), _ = ray.wait(list(waiting))
@@ -46,3 +42,21 @@ def run_on_ray(job: Job, units: list[tuple[int, Unit]]) -> Iterator[tuple[int, T
     finally:
         if started:
             ray.shutdown()
+
+
+def _work(job: Job, unit: Unit) -> Top:
+    """One unit on a worker; a function of this module, so that it travels by name."""
+    part = Top(job)
+    run_unit(job, unit, part)
+    job.held.clear()
+    return part
+
+
+def _of_plain_tensors(job: Job) -> Job:
+    """The same job with the weights it needs and nothing else: no bank, no hook of the caller's."""
+    return replace(
+        job,
+        sources=tuple(group.apart(("O",), ("V",)) for group in job.sources),
+        readers=tuple(group.apart((job.kind,), (OTHER[job.kind],)) for group in job.readers),
+        held={},
+    )

@@ -8,8 +8,9 @@ those. For a rank-1 head both are vectors and the composition is the cosine betw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -24,7 +25,28 @@ from mechinterp_attn.virtual import VirtualHead, resolve_head
 Composition = Literal["Q", "K", "V"]
 Select = str | Iterable[str | Head] | None
 KEPT = 2**18  # numbers of a group's Gram matrices that are kept
-_OTHER: dict[Composition, Side] = {"Q": "K", "K": "Q", "V": "O"}  # the other factor of the circuit
+# The other factor of the circuit that a head reads with.
+OTHER: dict[Composition, Side] = {"Q": "K", "K": "Q", "V": "O"}
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Heads' weights as plain tensors, away from any bank: of a virtual head, or to be sent to another
+    process.
+
+    Attributes:
+        sides: some of ``W_Q``, ``W_K``, ``W_V``, ``W_O``, stacked as by ``HeadBank.stacked``.
+        grams: their Gram matrices, as by ``HeadBank.gram``.
+    """
+
+    sides: Mapping[Side, Tensor]
+    grams: Mapping[Side, Tensor]
+
+    def stacked(self, side: Side, heads: slice | Tensor = slice(None)) -> Tensor:
+        return self.sides[side][heads]
+
+    def gram(self, side: Side, heads: slice | Tensor = slice(None)) -> Tensor:
+        return self.grams[side][heads]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,27 +55,53 @@ class HeadGroup:
 
     Attributes:
         name: of the bank, such as ``L0H`` or ``L3N``; of a virtual head, its label.
-        heads: their places in the bank (a slice for all of them).
+        layer, kind: as of its heads.
+        rank: inner dimension of the OV circuits;  qk_rank: of the QK circuits.
+        bank: where the weights come from;  heads: their places in it (a slice for all of them).
+        chosen: the heads themselves, where they are not just those places of a bank.
     """
 
     name: str
-    labels: tuple[str, ...]
+    layer: int
+    kind: str
+    n_heads: int
     reads_at: int
     writes_at: int
     rank: int
-    bank: HeadBank | VirtualHead
-    heads: slice | Tensor
+    qk_rank: int
+    bank: HeadBank | Weights
+    heads: slice | Tensor = field(default_factory=lambda: slice(None))
+    chosen: tuple[Head, ...] = ()
     _grams: dict[Side, Tensor] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self.n_heads
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Of all of them: made when asked for, since there may be hundreds of thousands."""
+        if isinstance(self.heads, slice) and isinstance(self.bank, HeadBank):
+            return tuple(self.bank.labels())
+        return tuple(self.label(i) for i in range(len(self)))
+
+    def label(self, index: int) -> str:
+        """The label of one of the heads."""
+        if not isinstance(self.bank, HeadBank):
+            return self.chosen[index].label
+        return self.bank.label(index if isinstance(self.heads, slice) else int(self.heads[index]))
 
     def members(self) -> list[Head]:
         """The heads one by one."""
-        if isinstance(self.bank, VirtualHead):
-            return [self.bank]
+        if not isinstance(self.bank, HeadBank):
+            return list(self.chosen)
         places = range(len(self)) if isinstance(self.heads, slice) else self.heads.tolist()
         return [self.bank.head(i) for i in places]
+
+    def apart(self, stacked: Sequence[Side], grams: Sequence[Side]) -> HeadGroup:
+        """The same heads with plain tensors for the sides named: no bank, model or hook hangs on it."""
+        sides = {side: self.stacked(side) for side in stacked}
+        weights = Weights(sides, {side: self._gram(side, slice(None)) for side in grams})
+        return replace(self, bank=weights, heads=slice(None), chosen=(), _grams={})
 
     def writes(
         self, part: slice | Tensor = slice(None), dtype: torch.dtype = torch.float64
@@ -66,16 +114,27 @@ class HeadGroup:
         self, kind: Composition, part: slice | Tensor = slice(None), dtype: torch.dtype = torch.float64
     ) -> Float[Tensor, "head d_model rank"]:
         """How heads read for Q-, K- or V-composition, each scaled to Frobenius norm 1."""
-        root = _root(self._gram(_OTHER[kind], part)).to(dtype)
+        root = _root(self._gram(OTHER[kind], part)).to(dtype)
         return _unit(_scaled(self.stacked(kind, part).to(dtype), root))
+
+    def reading_rank(self, kind: Composition) -> int:
+        """Inner dimension of what ``reads`` gives."""
+        return self.rank if kind == "V" else self.qk_rank
 
     def write_norms(self) -> Float[Tensor, " head"]:
         """Frobenius norms of the OV circuits (float64)."""
         return self.read_norms("V")
 
+    def spectral_norms(self) -> Float[Tensor, " head"]:
+        """Largest singular values of the OV circuits (float64)."""
+        root = _root(self._gram("V", slice(None)))
+        return (
+            torch.linalg.eigvalsh(root.mT @ self._gram("O", slice(None)) @ root)[:, -1].clamp_min(0).sqrt()
+        )
+
     def read_norms(self, kind: Composition) -> Float[Tensor, " head"]:
         """Frobenius norms of the OV circuits (V) or QK circuits (Q and K), float64."""
-        grams = self._gram(kind, slice(None)) * self._gram(_OTHER[kind], slice(None))
+        grams = self._gram(kind, slice(None)) * self._gram(OTHER[kind], slice(None))
         return grams.sum((1, 2)).clamp_min(0).sqrt()
 
     def participation(
@@ -83,7 +142,7 @@ class HeadGroup:
     ) -> Float[Tensor, " head"]:
         """Sum of the fourth powers of the singular values, their squares scaled to sum to 1; of the
         OV circuits (V) or QK circuits (Q and K). NaN for a head that reads or writes nothing."""
-        product = self._gram(kind, part) @ self._gram(_OTHER[kind], part)  # eigenvalues: squares
+        product = self._gram(kind, part) @ self._gram(OTHER[kind], part)  # eigenvalues: squares
         trace = product.diagonal(dim1=1, dim2=2).sum(-1)
         return (product * product.mT).sum((1, 2)) / trace.square()
 
@@ -93,13 +152,9 @@ class HeadGroup:
 
     def stacked(self, side: Side, part: slice | Tensor = slice(None)) -> Tensor:
         """``W_Q``, ``W_K``, ``W_V`` or ``W_O`` of the heads, as ``HeadBank.stacked``."""
-        if isinstance(self.bank, VirtualHead):
-            return getattr(self.bank, f"W_{side}")[None][part]
         return self.bank.stacked(side, self._places(part))
 
     def _gram(self, side: Side, part: slice | Tensor) -> Tensor:
-        if isinstance(self.bank, VirtualHead):
-            return self.bank.gram(side)[None][part]
         if len(self) * self.rank**2 > KEPT:
             return self.bank.gram(side, self._places(part))
         if side not in self._grams:
@@ -122,43 +177,67 @@ def groups_of(model: AttentionOnlyModel, select: Select) -> list[HeadGroup]:
     if select is None or isinstance(select, str):
         banks = [bank for bank in model.banks if select in (None, bank.kind)]
         if banks:
-            return [_group(bank, slice(None), tuple(bank.labels())) for bank in banks]
+            return [_group(bank, slice(None)) for bank in banks]
         select = [str(select)]
     heads = [resolve_head(model, head) for head in select]
     if not heads:
         raise MechInterpError("no heads selected; give labels, 'attention', 'mlp' or None for all")
-    plain: dict[HeadBank, dict[int, str]] = {}
+    plain: dict[HeadBank, set[int]] = {}
     groups = []
     for head in heads:
         if isinstance(head, VirtualHead):
-            rank = head.W_V.shape[1]
-            ends = (head.reads_at, head.writes_at)
-            groups.append(HeadGroup(head.label, (head.label,), *ends, rank, head, slice(None)))
+            groups.append(_alone(head))
         else:
-            plain.setdefault(head.bank, {})[head.index] = head.label
+            plain.setdefault(head.bank, set()).add(head.index)
     for bank in model.banks:
         if chosen := plain.get(bank):
             places = torch.tensor(sorted(chosen), device=model.W_E.device)
-            groups.append(_group(bank, places, tuple(chosen[i] for i in sorted(chosen))))
+            groups.append(_group(bank, places))
     return sorted(groups, key=lambda group: group.writes_at)
 
 
-def refuse_non_finite(groups: Sequence[HeadGroup]) -> None:
+def refuse_non_finite(model: AttentionOnlyModel, banks: Iterable[HeadBank | Weights]) -> None:
     """Raises:
-    MechInterpError: names every bank tensor that holds a NaN or an infinity, and where."""
+    MechInterpError: names every tensor of the banks and of the vocabulary that holds a NaN or an
+        infinity, and where."""
+    named = [("embed.W_E", model.W_E), ("unembed.W_U", model.W_U)]
+    for bank in {id(bank): bank for bank in banks if isinstance(bank, HeadBank)}.values():
+        named += [(f"{bank.path}.{name}", tensor) for name, tensor in bank.named_parameters()]
     wrong = []
-    for bank in {id(g.bank): g.bank for g in groups if isinstance(g.bank, HeadBank)}.values():
-        for name, tensor in bank.named_parameters():
-            if not bool(tensor.sum().isfinite()) and not bool((finite := torch.isfinite(tensor)).all()):
-                where = [int(i) for i in (~finite).nonzero()[0]]
-                wrong.append(f"{bank.path}.{name} at {where}")
+    for name, tensor in named:
+        if not bool(tensor.sum().isfinite()) and not bool((finite := torch.isfinite(tensor)).all()):
+            wrong.append(f"{name} at {[int(i) for i in (~finite).nonzero()[0]]}")
     if wrong:
         raise MechInterpError("weights that are not finite: " + "; ".join(wrong))
 
 
-def _group(bank: HeadBank, heads: slice | Tensor, labels: tuple[str, ...]) -> HeadGroup:
-    name = f"L{bank.layer}{bank.letter}"
-    return HeadGroup(name, labels, bank.step, bank.step, bank.d_head, bank, heads)
+def finite_head(model: AttentionOnlyModel, head: str | Head) -> Head:
+    """A head, from what a user may give, whose weights are known to be finite.
+
+    Raises:
+        MechInterpError: no such head, or weights that are not finite.
+    """
+    one = resolve_head(model, head)
+    refuse_non_finite(model, (part.bank for part in (one.heads if isinstance(one, VirtualHead) else [one])))
+    return one
+
+
+def _group(bank: HeadBank, heads: slice | Tensor) -> HeadGroup:
+    n = bank.n_heads if isinstance(heads, slice) else len(heads)
+    ends = bank.step, bank.step
+    ranks = bank.d_head, bank.d_head
+    return HeadGroup(f"L{bank.layer}{bank.letter}", bank.layer, bank.kind, n, *ends, *ranks, bank, heads)
+
+
+def _alone(head: VirtualHead) -> HeadGroup:
+    """A virtual head as a group of its own."""
+    sides: dict[Side, Tensor] = {"Q": head.W_Q, "K": head.W_K, "V": head.W_V, "O": head.W_O}
+    weights = Weights(
+        {side: W[None] for side, W in sides.items()}, {side: head.gram(side)[None] for side in sides}
+    )
+    ends = head.reads_at, head.writes_at
+    ranks = head.W_V.shape[1], head.W_Q.shape[1]
+    return HeadGroup(head.label, head.layer, head.kind, 1, *ends, *ranks, weights, chosen=(head,))
 
 
 def _root(gram: Float[Tensor, "head r r"]) -> Float[Tensor, "head r r"]:

@@ -9,6 +9,8 @@ and variance; for two rank-1 heads it is one, the squared cosine of random vecto
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,7 @@ def mean_and_spread(p1: Tensor, p2: Tensor, d_model: int) -> tuple[Tensor, Tenso
     return score, spread
 
 
+@cache
 def shape_null(d_model: int, rank1: int, rank2: int) -> tuple[float, float]:
     """Mean and spread of the score of random Gaussian heads of given inner dimensions."""
     p1, p2 = (torch.tensor(random_participation(d_model, r), dtype=torch.float64) for r in (rank1, rank2))

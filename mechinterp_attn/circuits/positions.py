@@ -16,12 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.circuits.circuit import CHUNK, qk_circuit, token_texts
+from mechinterp_attn.circuits.groups import finite_head
 from mechinterp_attn.circuits.streaming import top_entries
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.heads import Head
 from mechinterp_attn.model import AttentionOnlyModel
 from mechinterp_attn.results import Check, Receipt, Result
-from mechinterp_attn.virtual import resolve_head
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -79,7 +79,7 @@ def position_circuit(
     Raises:
         MechInterpError: no such head, a model without positions, or n_positions out of range.
     """
-    one = resolve_head(model, head)
+    one = finite_head(model, head)
     n = min(model.spec.n_ctx, 512) if n_positions is None else n_positions
     if not 1 <= n <= model.spec.n_ctx:
         raise MechInterpError(f"n_positions={n}; expected 1 to {model.spec.n_ctx}")
@@ -132,7 +132,7 @@ def token_positions(
     Raises:
         MechInterpError: no such head, a model without learned positions, or top_k out of range.
     """
-    one = resolve_head(model, head)
+    one = finite_head(model, head)
     if model.spec.positions != "standard":
         raise MechInterpError(
             f"token_positions needs learned positions; this model has {model.spec.positions or 'none'}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import pandas as pd
 import torch
@@ -11,11 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.circuits.circuit import token_texts
+from mechinterp_attn.circuits.groups import finite_head
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.heads import Head
 from mechinterp_attn.model import AttentionOnlyModel
 from mechinterp_attn.results import Check, Receipt, Result
-from mechinterp_attn.virtual import resolve_head
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -34,6 +37,12 @@ class SingularDirections(Result):
     head: str
     singular_values: Float[Tensor, " rank"]
 
+    def plot(self) -> Figure:
+        """All singular values."""
+        from mechinterp_attn.view.figures.circuits import spectrum_line
+
+        return spectrum_line(self)
+
 
 @torch.no_grad()
 def singular_directions(
@@ -46,9 +55,9 @@ def singular_directions(
         components: how many directions, strongest first;  top_k: tokens per direction and side.
 
     Raises:
-        MechInterpError: no such head, or components or top_k out of range.
+        MechInterpError: no such head, non-finite weights, or components or top_k out of range.
     """
-    one = resolve_head(model, head)
+    one = finite_head(model, head)
     spec = model.spec
     rank = min(one.W_V.shape)
     if not 1 <= components <= rank or not 1 <= top_k <= min(spec.d_vocab, spec.d_vocab_out):

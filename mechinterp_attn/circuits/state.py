@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,12 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mechinterp_attn.circuits.blocks import Job, Top
+from mechinterp_attn.circuits.groups import OTHER, HeadGroup
 from mechinterp_attn.circuits.streaming import Entries
 from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.heads import Side
 from mechinterp_attn.sources.saved import write_atomic
 
 FORMAT = "mechinterp_attn.composition"
 EVERY = 15.0  # seconds between two writes
+_SAME_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class SavedState:
@@ -70,7 +74,8 @@ class SavedState:
 
 
 def _fingerprint(job: Job, n_units: int) -> str:
-    """Changes with the heads, the options and any weight (through the heads' norms)."""
+    """Changes with the heads, the options and any weight, and with nothing else: weights are summed as
+    whole numbers (their bits), which gives the same in any order and on any number of threads."""
     options = [
         job.kind,
         job.rank_by,
@@ -81,9 +86,15 @@ def _fingerprint(job: Job, n_units: int) -> str:
         job.vectors_per_unit,
     ]
     digest = hashlib.sha256(json.dumps(options).encode())
-    for side in (job.sources, job.readers):
-        for group in side:
+    sides: tuple[Side, Side] = (job.kind, OTHER[job.kind])
+    both: tuple[tuple[Sequence[HeadGroup], tuple[Side, Side]], ...]
+    both = ((job.sources, ("V", "O")), (job.readers, sides))
+    for groups, used in both:
+        for group in groups:
             digest.update(f"{group.name} {len(group)} {group.reads_at}".encode())
-            digest.update(group.write_norms().cpu().numpy().tobytes())
-            digest.update(group.read_norms(job.kind).cpu().numpy().tobytes())
+            for side in used:
+                weights = group.stacked(side).contiguous()
+                bits = weights.view(_SAME_SIZE[weights.element_size()])
+                for sums in (bits.sum((1, 2)), bits.sum(0)):  # int64, modulo 2^64
+                    digest.update(sums.cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -1,9 +1,10 @@
 """The largest entries of a product ``left @ right`` that is too large to hold.
 
-The product is made block by block, each small enough to stay in the processor's cache. A block is
-looked at once: the maxima of groups of 16 columns are compared with the smallest value still worth
-keeping, and only groups that beat it are opened. That threshold rises quickly, so almost all the
-time goes into the multiplication itself.
+The product is made block by block, each small enough to stay in the processor's cache, and a block is
+looked at once: its rows' maxima (or those of groups of 16 entries) are compared with the smallest value
+still worth keeping, and only what beats it is opened. Rows and columns are taken in the order of their
+norms, largest first: the threshold rises at once, and where ``|row| |column|`` cannot reach it
+(Cauchy-Schwarz) nothing is multiplied any more.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
+
+from mechinterp_attn.circuits.plan import Plan, make_plan
+from mechinterp_attn.progress import Progress
 
 Precision = Literal["float32", "tf32", "bfloat16"]
-GROUP = 16  # columns whose maximum is compared at once
+GROUP = 16  # entries whose maximum is compared at once
+# What rounding may add to a product, as a share of |row| |column|.
+ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-3, torch.bfloat16: 2e-2}  # float32: TF32 too
 
 
 class Entries(NamedTuple):
@@ -36,11 +41,33 @@ def block_shape(device: torch.device) -> tuple[int, int]:
     enough that the multiplication, not the launch of kernels, takes the time.
     """
     if device.type != "cuda":
-        return 512, 2048
+        return 512, 1024
     free, _ = torch.cuda.mem_get_info(device)
     side = int((free / 16 / 4) ** 0.5) // 256 * 256
     side = max(512, min(side, 16384))
     return side, side
+
+
+def plan_product(
+    what: str,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    *,
+    times: int = 1,
+    exact: bool = False,
+) -> Plan:
+    """What it costs to look through ``[n, k] @ [k, m]`` for ``(n, k, m) = shape``, some times over."""
+    n, k, m = shape
+    rows, columns = (min(size, most) for size, most in zip((n, m), block_shape(device), strict=True))
+    return make_plan(
+        what=what,
+        flops=2 * n * k * m * times,
+        bytes=(8 if exact else 4) * (2 * (n + m) * k + rows * columns),  # once more in order of the norms
+        chunks=-(-n // rows) * -(-m // columns) * times,
+        device=device,
+        shape=(rows, k, columns),
+        exact=exact,
+    )
 
 
 @contextmanager
@@ -54,6 +81,11 @@ def matmul_precision(precision: Precision) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which products of a dtype are compared."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
 class Best:
     """The ``k`` largest of a stream of values, each with its row and column."""
 
@@ -63,15 +95,20 @@ class Best:
         self.entries = Entries(empty, empty, torch.empty(0, dtype=dtype, device=device))
         self.threshold = -torch.inf
 
-    def offer(self, block: Float[Tensor, "row column"], first_row: int, first_column: int) -> None:
-        """Look through a block whose upper left corner stands at the given place."""
+    def offer(
+        self,
+        block: Float[Tensor, "row column"],
+        rows: Int[Tensor, " row"],
+        columns: Int[Tensor, " column"],
+    ) -> None:
+        """Look through a block whose rows and columns have these numbers in the whole matrix."""
         if self.threshold == -torch.inf:
             value, flat = block.flatten().topk(min(self.k, block.numel()))
             row, column = flat // block.shape[1], flat % block.shape[1]
         else:
             row, column, value = above(block, self.threshold)
         if len(value):
-            self.merge(Entries(first_row + row, first_column + column, value))
+            self.merge(Entries(rows[row], columns[column], value))
 
     def merge(self, found: Entries) -> None:
         joined = Entries(*(torch.cat(pair) for pair in zip(self.entries, found, strict=True)))
@@ -81,22 +118,31 @@ class Best:
             self.threshold = float(self.entries.value[-1])
 
 
-def above(block: Float[Tensor, "row column"], threshold: float | Tensor) -> Entries:
-    """All entries of a block above a threshold: one number, or one per row ``[row, 1]``."""
-    rows, columns = block.shape
-    if columns % GROUP:
-        row, column = (block > threshold).nonzero().T
+def above(block: Float[Tensor, "row column"], threshold: float) -> Entries:
+    """All entries of a block above a threshold."""
+    peaks = block.amax(1)
+    row = (peaks > threshold).nonzero().flatten()
+    some = block[row]
+    hit, column = (some > threshold).nonzero().T
+    return Entries(row[hit], column, some[hit, column])
+
+
+def above_each(block: Float[Tensor, "row column"], threshold: Float[Tensor, "row 1"]) -> Entries:
+    """All entries of a block that are at least their row's threshold, row by row."""
+    groups = _grouped(block)
+    if groups is None:
+        row, column = (block >= threshold).nonzero().T
         return Entries(row, column, block[row, column])
-    groups = block.view(rows, GROUP, columns // GROUP)  # a group is every (columns / 16)-th column
-    peaks = groups.amax(1)
-    if not isinstance(threshold, Tensor) and float(peaks.max()) <= threshold:
-        nothing = torch.empty(0, dtype=torch.long, device=block.device)
-        return Entries(nothing, nothing, block.new_empty(0))
-    row, group = (peaks > threshold).nonzero().T
+    row, group = (groups.amax(1) >= threshold).nonzero().T
     members = groups[row, :, group]  # [hit, 16]
-    limit = threshold[row] if isinstance(threshold, Tensor) else threshold
-    hit, member = (members > limit).nonzero().T
-    return Entries(row[hit], member * (columns // GROUP) + group[hit], members[hit, member])
+    hit, member = (members >= threshold[row]).nonzero().T
+    return Entries(row[hit], member * groups.shape[2] + group[hit], members[hit, member])
+
+
+def _grouped(block: Tensor) -> Tensor | None:
+    """``[row, 16, group]``: a group is every (columns / 16)-th column; None where 16 does not divide."""
+    rows, columns = block.shape
+    return None if columns % GROUP else block.view(rows, GROUP, columns // GROUP)
 
 
 @torch.no_grad()
@@ -113,9 +159,17 @@ def top_entries(
     Args:
         progress: what to call the progress bar; None shows none.
     """
-    best = Best(k, left.device, _wide(left.dtype))
-    for start, column, block in _blocks(left * sign, right, progress):
-        best.offer(block, start, column)
+    best = Best(k, left.device, wide(left.dtype))
+    product = _Product(left, right, sign)
+    rows, columns = block_shape(left.device)
+    for a in product.stripes(rows, progress):
+        if float(product.sizes[a]) * float(product.reach[0]) <= best.threshold:
+            break  # no later row is longer
+        for b in range(0, len(product.reach), columns):
+            if float(product.sizes[a]) * float(product.reach[b]) <= best.threshold:
+                break
+            block = product.block(a, rows, b, columns)
+            best.offer(block, product.rows[a : a + rows], product.columns[b : b + columns])
     return best.entries._replace(value=best.entries.value * sign)
 
 
@@ -129,53 +183,102 @@ def top_of_rows(
     progress: str | None = None,
 ) -> Entries:
     """The ``k`` largest entries of every row of ``left @ right``, row by row."""
-    values: list[Tensor] = []
-    columns: list[Tensor] = []
-    best: _RowBest | None = None
-    for start, column, block in _blocks(left * sign, right, progress):
-        if best is None or start != best.start:
-            if best is not None:
-                best.finish(values, columns)
-            best = _RowBest(k, start)
-        best.offer(block, column)
-    assert best is not None
-    best.finish(values, columns)
-    value, column_ids = torch.cat(values), torch.cat(columns)
+    product = _Product(left, right, sign)
+    rows, columns = block_shape(left.device)
+    value = left.new_empty(len(left), k, dtype=wide(left.dtype))
+    column_ids = torch.empty(len(left), k, dtype=torch.long, device=left.device)
+    for a in product.stripes(rows, progress):
+        best = _RowBest(k)
+        for b in range(0, len(product.reach), columns):
+            if best.complete(product.sizes[a : a + rows], product.reach[b]):
+                break
+            best.offer(product.block(a, rows, b, columns), b)
+        best.merge()
+        assert best.value is not None
+        assert best.column is not None
+        value[product.rows[a : a + rows]] = best.value
+        column_ids[product.rows[a : a + rows]] = product.columns[best.column]
     row = torch.arange(len(value), device=left.device)[:, None].expand_as(column_ids)
     return Entries(row.flatten(), column_ids.flatten(), value.flatten() * sign)
+
+
+class _Product:
+    """``left @ right`` with rows and columns in the order of their norms, made block by block in one
+    reused buffer.
+
+    Attributes:
+        rows, columns: the numbers they had;  sizes: norms of the rows;  reach: norms of the columns,
+            with what rounding may add.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, sign: int):
+        kind = wide(left.dtype)
+        self.sizes, self.rows = torch.linalg.vector_norm(left.to(kind), dim=1).sort(descending=True)
+        reach, self.columns = torch.linalg.vector_norm(right.to(kind), dim=0).sort(descending=True)
+        self.reach = reach * (1 + ROUNDING[left.dtype])
+        self.left, self.right = left[self.rows] * sign, right[:, self.columns]
+        self.kind = kind
+        self.buffer: Tensor | None = None
+
+    def stripes(self, rows: int, progress: str | None) -> Iterator[int]:
+        starts = range(0, len(self.left), rows)
+        return iter(Progress(starts, desc=progress or "", unit="stripe", show=progress is not None))
+
+    def block(self, a: int, rows: int, b: int, columns: int) -> Tensor:
+        stripe, part = self.left[a : a + rows], self.right[:, b : b + columns]
+        n, m = len(stripe), part.shape[1]
+        if self.buffer is None:
+            self.buffer = stripe.new_empty(n * m)
+        out = self.buffer[: n * m].view(n, m)
+        return torch.mm(stripe, part, out=out).to(self.kind)
 
 
 class _RowBest:
     """The ``k`` largest of every row of one stripe, column block after column block."""
 
-    def __init__(self, k: int, start: int):
-        self.k, self.start = k, start
+    def __init__(self, k: int):
+        self.k = k
         self.value: Tensor | None = None  # [row, <= k], largest first
         self.column: Tensor | None = None
         self.waiting: list[Entries] = []
         self.seen = self.merged = 0
 
+    def complete(self, sizes: Tensor, reach: Tensor) -> bool:
+        """Whether no column of this reach can enter any row's list."""
+        if self.value is None or self.value.shape[1] < self.k:
+            return False
+        return bool((sizes * reach < self.value[:, -1]).all())
+
     def offer(self, block: Tensor, first_column: int) -> None:
         if self.value is None or self.value.shape[1] < self.k:
-            value, column = block.topk(min(self.k, block.shape[1]))
-            self._take(value, column + first_column)
+            self._begin(block, first_column)
         else:
-            row, column, value = above(block, self.value[:, -1:])
+            row, column, value = above_each(block, self.value[:, -1:])
             self.waiting.append(Entries(row, column + first_column, value))
             # Between two merges about k entries per row arrive each time the columns double.
             if self.seen >= 2 * self.merged:
-                self._merge()
+                self.merge()
         self.seen += block.shape[1]
         self.merged = self.merged or self.seen
 
-    def finish(self, values: list[Tensor], columns: list[Tensor]) -> None:
-        self._merge()
-        assert self.value is not None
-        assert self.column is not None
-        values.append(self.value)
-        columns.append(self.column)
+    def _begin(self, block: Tensor, first_column: int) -> None:
+        """The first blocks: where there are enough groups, the k-th largest of their maxima bounds
+        the k-th largest entry, and sorting those is much less work."""
+        groups = _grouped(block)
+        if self.value is None and groups is not None and groups.shape[2] >= self.k:
+            limit = groups.amax(1).topk(self.k).values[:, -1:]
+            self.value, self.column = block.new_empty(len(block), 0), self._none(block)
+            row, column, value = above_each(block, limit)
+            self.waiting.append(Entries(row, column + first_column, value))
+            self.merge()
+        else:
+            value, column = block.topk(min(self.k, block.shape[1]))
+            self._take(value, column + first_column)
 
-    def _merge(self) -> None:
+    def _none(self, block: Tensor) -> Tensor:
+        return torch.empty(len(block), 0, dtype=torch.long, device=block.device)
+
+    def merge(self) -> None:
         self.merged = self.seen
         if not self.waiting:
             return
@@ -201,24 +304,3 @@ class _RowBest:
             column = torch.cat([self.column, column], 1)
         self.value, keep = value.topk(min(self.k, value.shape[1]))
         self.column = column.gather(1, keep)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def _blocks(left: Tensor, right: Tensor, progress: str | None) -> Iterator[tuple[int, int, Tensor]]:
-    """``left @ right`` in blocks, all in one reused buffer: (first row, first column, block)."""
-    rows, columns = block_shape(left.device)
-    wide = _wide(left.dtype)
-    buffer = torch.empty(
-        min(rows, len(left)) * min(columns, right.shape[1]), dtype=left.dtype, device=left.device
-    )
-    starts = range(0, len(left), rows)
-    for start in tqdm(starts, desc=progress, unit="stripe", disable=progress is None):
-        stripe = left[start : start + rows]
-        for first in range(0, right.shape[1], columns):
-            part = right[:, first : first + columns]
-            block = buffer[: len(stripe) * part.shape[1]].view(len(stripe), part.shape[1])
-            torch.mm(stripe, part, out=block)
-            yield start, first, block.to(wide)

@@ -20,14 +20,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp_attn.circuits.circuit import Tokens, ov_circuit, qk_circuit, token_ids, token_texts
-from mechinterp_attn.circuits.streaming import top_of_rows
+from mechinterp_attn.circuits.groups import finite_head
+from mechinterp_attn.circuits.plan import Plan
+from mechinterp_attn.circuits.streaming import plan_product, top_of_rows
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.heads import Head
 from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.progress import Progress
 from mechinterp_attn.results import Check, Receipt, Result
-from mechinterp_attn.virtual import resolve_head
 
 WIDTH = 24  # destinations and outputs of a source among which factoring bugs are sought
+SOURCES = 4096  # source tokens searched at a time
 REACH = 64  # tokens between source and destination within which a text's trigrams count
 
 
@@ -78,22 +81,27 @@ def skip_trigrams(
     *,
     sources: Tokens | None = None,
     top_k: int = 10,
-) -> SkipTrigrams:
+    plan: bool = False,
+) -> SkipTrigrams | Plan:
     """The strongest skip-trigrams, exactly, without a vocabulary^3 table.
 
     QK entries are comparable only within one query, so each is taken against the destination's
     average key and divided by the attention scale; OV entries are taken against the average output.
-    Norm scales, positions and the mask are left out. An MLP-derived head sees only its own token:
-    its destination is the source and ``qk`` is its pre-activation.
+    Norm scales, positions and the mask are left out. Sources are searched in the order of a bound on
+    their trigrams (Cauchy-Schwarz on both halves), until no later one can hold a better one.
+
+    An MLP-derived head sees only its own token: its destination is the source and ``qk`` is its
+    pre-activation.
 
     Args:
         head: one head (virtual ones too), several, or None for all heads that move information
             between positions.
         sources: only these source tokens, ranked one by one; None searches all of them together.
         top_k: how many trigrams (per source where sources are given).
+        plan: say what it would cost at most instead of doing it.
 
     Raises:
-        MechInterpError: no such head or token, or top_k out of range.
+        MechInterpError: no such head or token, non-finite weights, or top_k out of range.
     """
     heads = _heads(model, head)
     spec = model.spec
@@ -101,13 +109,22 @@ def skip_trigrams(
     if not 1 <= top_k <= limit:
         raise MechInterpError(f"top_k={top_k} is out of range; expected 1 to {limit}")
     ids = None if sources is None else token_ids(model, sources, spec.d_vocab)
-    frames, error = [], 0.0
-    for one in heads:
-        lists = _lists(model, one, ids, top_k)
-        picked = _best(lists, top_k) if ids is None else _best_of_each(lists, top_k)
-        frame = _frame(model, one, lists, *picked)
-        frames.append(frame)
-        error = max(error, _error(model, one, frame))
+    if plan:
+        return _plan(model, heads, spec.d_vocab if ids is None else len(ids))
+    frames: list[pd.DataFrame] = []
+    error, floor = 0.0, -1.0
+    bar = Progress(heads, desc="skip-trigrams", unit="head", show=len(heads) * spec.d_vocab > 2e5)
+    for one in bar:
+        halves = _halves(model, one)
+        if ids is None:
+            found = _strongest(model, one, halves, top_k, floor)
+        else:
+            lists = _lists(one, halves, ids, top_k)
+            found = [_frame(model, one, lists, *_best_of_each(lists, top_k))]
+        if found:
+            frames += found
+            error = max(error, _error(model, one, found[0]))
+            floor = _last_of(top_k, frames)
     table = pd.concat(frames, ignore_index=True)
     by = ["value"] if ids is None else ["_order", "value"]
     if ids is not None:
@@ -131,7 +148,8 @@ def factoring_bugs(
     sources: Tokens | None = None,
     text: str | Tensor | None = None,
     top_k: int = 10,
-) -> FactoringBugs:
+    plan: bool = False,
+) -> FactoringBugs | Plan:
     """Crossings of good skip-trigrams that a head implies although they are not good themselves.
 
     For a source, every pair of its strong destinations and outputs gets the product of the halves.
@@ -143,18 +161,23 @@ def factoring_bugs(
     Args:
         sources: only these source tokens; by default the 50 with the strongest trigrams.
         text: a text or token ids ``[pos]`` that says which trigrams are good.
+        plan: say what it would cost instead of doing it.
 
     Raises:
         MechInterpError: no such head or token, top_k below 1, or a head that sees only its own token.
     """
-    one = resolve_head(model, head)
+    one = finite_head(model, head)
     if not one.bank.mixes_positions:
         raise MechInterpError(f"{one.label} sees only its own token; it has no skip-trigrams to cross")
     if top_k < 1:
         raise MechInterpError(f"top_k={top_k}; expected at least 1")
     spec = model.spec
     ids = None if sources is None else token_ids(model, sources, spec.d_vocab)
-    lists = _lists(model, one, ids, min(WIDTH, spec.d_vocab, spec.d_vocab_out))
+    if plan:
+        return _plan(model, [one], spec.d_vocab if ids is None else len(ids))
+    searched = torch.arange(spec.d_vocab, device=model.W_E.device) if ids is None else ids
+    width = min(WIDTH, spec.d_vocab, spec.d_vocab_out)
+    lists = _lists(one, _halves(model, one), searched, width)
     best = lists.qk[:, 0].clamp_min(0) * lists.ov[:, 0].clamp_min(0)
     counts = None if text is None else _trigram_counts(model, text)
     parts = [
@@ -173,11 +196,14 @@ def factoring_bugs(
 
 def _heads(model: AttentionOnlyModel, head: str | Head | Sequence[str | Head] | None) -> list[Head]:
     if head is None:
-        return [b.head(i) for b in model.banks if b.mixes_positions for i in range(b.n_heads)]
-    return [resolve_head(model, h) for h in ([head] if isinstance(head, str | Head) else head)]
+        head = [b.label(i) for b in model.banks if b.mixes_positions for i in range(b.n_heads)]
+    return [finite_head(model, h) for h in ([head] if isinstance(head, str | Head) else head)]
 
 
-def _halves(model: AttentionOnlyModel, head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+_Halves = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _halves(model: AttentionOnlyModel, head: Head) -> _Halves:
     """Query and key sides (keys against their average, scaled) and both sides of OV (outputs against
     their average)."""
     qk, ov = qk_circuit(model, head), ov_circuit(model, head)
@@ -188,9 +214,19 @@ def _halves(model: AttentionOnlyModel, head: Head) -> tuple[Tensor, Tensor, Tens
     return query, key, ov.left(), write - write.mean(1, keepdim=True)
 
 
-def _lists(model: AttentionOnlyModel, head: Head, ids: Tensor | None, width: int) -> _Lists:
-    query, key, read, write = _halves(model, head)
-    source = torch.arange(len(key), device=key.device) if ids is None else ids
+def _plan(model: AttentionOnlyModel, heads: list[Head], sources: int) -> Plan:
+    spec, widest = model.spec, max(head.W_Q.shape[1] for head in heads)
+    return plan_product(
+        f"skip-trigrams of {len(heads):,} heads and {sources:,} source tokens, at most",
+        (sources, widest, spec.d_vocab + spec.d_vocab_out),
+        model.W_E.device,
+        times=len(heads),
+        exact=True,
+    )
+
+
+def _lists(head: Head, halves: _Halves, source: Tensor, width: int) -> _Lists:
+    query, key, read, write = halves
     outputs = top_of_rows(read[source], write, width)
     if head.bank.mixes_positions:
         found = top_of_rows(key[source], query.T.contiguous(), width)
@@ -205,6 +241,32 @@ def _lists(model: AttentionOnlyModel, head: Head, ids: Tensor | None, width: int
         outputs.column.view(-1, width),
         outputs.value.view(-1, width),
     )
+
+
+def _strongest(
+    model: AttentionOnlyModel, head: Head, halves: _Halves, k: int, floor: float
+) -> list[pd.DataFrame]:
+    """Tables that hold the ``k`` strongest trigrams of a head, as far as they are stronger than
+    ``floor``."""
+    query, key, read, write = halves
+    attended = key.norm(dim=1) * query.norm(dim=1).max()
+    if not head.bank.mixes_positions:
+        attended = (query * key).sum(-1).clamp_min(0)
+    bound, order = (attended * read.norm(dim=1) * write.norm(dim=0).max()).sort(descending=True)
+    found: list[pd.DataFrame] = []
+    first, size = 0, 256  # few at first: they lift the floor
+    while first < len(order) and float(bound[first]) > floor:
+        lists = _lists(head, halves, order[first : first + size], k)
+        found.append(_frame(model, head, lists, *_best(lists, k)))
+        floor = max(floor, _last_of(k, found))
+        first, size = first + size, SOURCES
+    return found
+
+
+def _last_of(k: int, found: list[pd.DataFrame]) -> float:
+    """What a further trigram must beat to be among the first ``k``."""
+    values = pd.concat([frame["value"] for frame in found]).nlargest(k)
+    return -1.0 if len(values) < k else float(values.iloc[-1])
 
 
 def _products(lists: _Lists, rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

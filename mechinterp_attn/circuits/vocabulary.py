@@ -19,12 +19,13 @@ from mechinterp_attn.circuits.circuit import (
     token_ids,
     token_texts,
 )
-from mechinterp_attn.circuits.plan import Plan, make_plan
+from mechinterp_attn.circuits.groups import finite_head
+from mechinterp_attn.circuits.plan import Plan
 from mechinterp_attn.circuits.streaming import (
     Entries,
     Precision,
-    block_shape,
     matmul_precision,
+    plan_product,
     top_entries,
     top_of_rows,
 )
@@ -89,9 +90,9 @@ def ov_top(
         plan: say what it would cost instead of doing it.
 
     Raises:
-        MechInterpError: no such head or token, or top_k out of range.
+        MechInterpError: no such head or token, non-finite weights, or top_k out of range.
     """
-    circuit = ov_circuit(model, head)
+    circuit = ov_circuit(model, finite_head(model, head))
     options: dict[str, Any] = {"top_k": top_k, "over": over, "sources": sources, "largest": largest}
     return _top(circuit, **options, precision=precision, plan=plan)
 
@@ -122,7 +123,7 @@ def qk_top(
     Raises:
         MechInterpError: no such head or token, or top_k or offset out of range.
     """
-    circuit = qk_circuit(model, head, offset=offset)
+    circuit = qk_circuit(model, finite_head(model, head), offset=offset)
     options: dict[str, Any] = {"top_k": top_k, "over": over, "sources": sources, "largest": largest}
     return _top(circuit, **options, precision=precision, plan=plan)
 
@@ -142,13 +143,17 @@ def _top(
     ids = None if sources is None else token_ids(model, sources, circuit.shape[0])
     rows, columns = len(ids) if ids is not None else circuit.shape[0], circuit.shape[1]
     limit = {"all": rows * columns, "rows": columns, "columns": rows}
+    if circuit.own_token:
+        limit = {"all": rows, "rows": 1, "columns": 1}
     if over not in limit:
         raise MechInterpError(f"over={over!r}; expected 'all', 'rows' or 'columns'")
     if not 1 <= top_k <= limit[over]:
         raise MechInterpError(f"top_k={top_k} is out of range; expected 1 to {limit[over]}")
-    work = rows * columns * circuit.rank
+    work = rows * (1 if circuit.own_token else columns) * circuit.rank
     if plan:
-        return _plan(circuit, rows, columns, work)
+        what = f"{circuit.which} circuit of {circuit.head.label} over {rows:,} x {columns:,} tokens"
+        shape = rows, circuit.rank, 1 if circuit.own_token else columns
+        return plan_product(what, shape, model.W_E.device)
     exact = model.W_E.dtype == torch.float64 or (work < SMALL and precision == "float32")
     dtype = torch.float64 if exact else torch.bfloat16 if precision == "bfloat16" else torch.float32
     narrow = torch.float64 if exact else torch.float32
@@ -158,7 +163,10 @@ def _top(
     search: dict[str, Any] = {"sign": 1 if largest else -1, "progress": bar}
     wanted = min(top_k + SPARE, limit[over])
     with matmul_precision(precision):
-        if over == "all":
+        if circuit.own_token:
+            found = _diagonal(left, right, ids, wanted if over == "all" else rows, largest)
+            found = found if over == "all" else Entries(*(part[found.row.argsort()] for part in found))
+        elif over == "all":
             found = top_entries(left, right, wanted, **search)
         elif over == "rows":
             found = top_of_rows(left, right, wanted, **search)
@@ -199,21 +207,15 @@ def _top(
     )
 
 
+def _diagonal(left: Tensor, right: Tensor, ids: Tensor | None, k: int, largest: bool) -> Entries:
+    """The best entries of tokens with themselves, of which row ``i`` is the ``ids[i]``-th column."""
+    column = torch.arange(len(left), device=left.device) if ids is None else ids
+    value, row = (left * right.T[column]).sum(-1).topk(k, largest=largest)
+    return Entries(row, column[row], value)
+
+
 def _ranked(found: Entries, exact: Tensor, group: int, top_k: int, largest: bool) -> tuple[Entries, Tensor]:
     """The ``top_k`` of every group of found entries, ranked anew by their float64 values."""
     value, order = exact.view(-1, group).topk(min(top_k, group), largest=largest)
     pick = (order + torch.arange(0, len(exact), group, device=order.device)[:, None]).flatten()
     return Entries(found.row[pick], found.column[pick], found.value[pick]), value.flatten()
-
-
-def _plan(circuit: VocabularyCircuit, rows: int, columns: int, work: int) -> Plan:
-    high, wide = block_shape(circuit.model.W_E.device)
-    block = min(rows, high) * min(columns, wide)
-    return make_plan(
-        what=f"{circuit.which} circuit of {circuit.head.label} over {rows:,} x {columns:,} tokens",
-        flops=2 * work,
-        bytes=4 * ((rows + columns) * circuit.rank + block),
-        chunks=-(-rows // high) * -(-columns // wide),
-        device=circuit.model.W_E.device,
-        shape=(min(rows, high), circuit.rank, min(columns, wide)),
-    )

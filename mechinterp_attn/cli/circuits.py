@@ -23,6 +23,7 @@ from mechinterp_attn.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from mechinterp_attn.circuits import Plan
     from mechinterp_attn.model import AttentionOnlyModel
     from mechinterp_attn.results import Result
 
@@ -78,12 +79,15 @@ def circuits(
         str | None, typer.Option(help="composition, virtual: earlier heads: attention, mlp, or L0H1,L0H2.")
     ] = None,
     dst: Annotated[str | None, typer.Option(help="composition, virtual: later heads, likewise.")] = None,
+    length: Annotated[int, typer.Option(help="virtual: heads in a chain, 2 or 3.")] = 2,
     rank_by: Annotated[RankBy, typer.Option(help="composition: what the best are best by.")] = RankBy.score,
     max_bytes: Annotated[int, typer.Option(help="composition: memory it may use.")] = 2**30,
     resume: Annotated[
         Path | None, typer.Option(help="composition: file that keeps the state of the search.")
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="ov, qk, composition: say the cost only.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say the cost only (positions and directions are quick).")
+    ] = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
     figure: FigureFile = None,
@@ -105,8 +109,8 @@ def circuits(
         options = {"rank_by": rank_by.value, "max_bytes": max_bytes, "resume": resume, "top_k": top}
         result = own.composition(loaded, kind.value, earlier, _select(dst), **options, plan=plan)
     else:
-        result = _others(loaded, analysis, heads, tokens, top, src, dst)
-    if plan and analysis in (Analysis.ov, Analysis.qk, Analysis.composition):
+        result = _others(loaded, analysis, heads, tokens, top, src, dst, length, plan)
+    if isinstance(result, own.Plan):
         typer.echo(str(result))
         return
     ranked_here = analysis in (Analysis.copying, Analysis.positions)  # the others come as long as asked
@@ -122,21 +126,25 @@ def _others(
     top: int,
     src: str | None,
     dst: str | None,
-) -> Result:
+    length: int,
+    plan: bool,
+) -> Result | Plan:
     from mechinterp_attn import circuits as own
 
     name = f"circuits ... {analysis}"
     if analysis is Analysis.bigrams:
-        return own.bigrams(model, top_k=top, sources=tokens)
+        return own.bigrams(model, top_k=top, sources=tokens, plan=plan)
     if analysis is Analysis.skip_trigrams:
-        return own.skip_trigrams(model, heads or None, sources=tokens, top_k=top)
+        return own.skip_trigrams(model, heads or None, sources=tokens, top_k=top, plan=plan)
     if analysis is Analysis.factoring_bugs:
-        return own.factoring_bugs(model, one_head(heads, name), sources=tokens, top_k=top)
+        head = one_head(heads, name)
+        return own.factoring_bugs(model, head, sources=tokens, top_k=top, plan=plan)
     if analysis is Analysis.copying:
-        return own.copying_scores(model, heads or None)
+        return own.copying_scores(model, heads or None, plan=plan)
     if analysis is Analysis.virtual:
         src, dst = src or "attention", dst or "attention"
-        return own.virtual_heads(model, src=_select(src), dst=_select(dst), top_k=top)
+        ends = {"src": _select(src), "dst": _select(dst)}
+        return own.virtual_heads(model, **ends, length=length, top_k=top, plan=plan)
     if analysis is Analysis.positions:
         return own.position_circuit(model, one_head(heads, name))
     return own.singular_directions(model, one_head(heads, name), top_k=top, components=1)

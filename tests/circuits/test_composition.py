@@ -1,13 +1,19 @@
 """Composition scores against dense matrices, TransformerLens, random models, and a real model."""
 
+import pickle
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 import mechinterp_attn as mia
+from mechinterp_attn.circuits import distributed
 from mechinterp_attn.circuits.null import shape_null
 from tests.circuits import dense
 from tests.conftest import tiny_bridge
@@ -25,7 +31,9 @@ def random_model(seed: int = 0, *, scale: float = 0.05, **changes):
     cfg |= dict(normalization_type=None) | changes
     generator = torch.Generator().manual_seed(seed)
     h, d, k, m, v = (cfg[n] for n in ("n_heads", "d_model", "d_head", "d_mlp", "d_vocab"))
-    shapes = {"embed.W_E": (v, d), "unembed.W_U": (d, v), "pos_embed.W_pos": (cfg["n_ctx"], d)}
+    shapes = {"embed.W_E": (v, d), "unembed.W_U": (d, cfg.get("d_vocab_out", v))}
+    if cfg.get("positional_embedding_type", "standard") == "standard":
+        shapes["pos_embed.W_pos"] = (cfg["n_ctx"], d)
     for layer in range(cfg["n_layers"]):
         at = f"blocks.{layer}"
         shapes |= {f"{at}.attn.W_{x}": (h, d, k) for x in "QKV"} | {f"{at}.attn.W_O": (h, k, d)}
@@ -98,12 +106,27 @@ def test_float32_search_over_several_blocks_and_units():
     cosines = (write / write.norm(dim=1, keepdim=True)) @ (read / read.norm(dim=0))
     expected = cosines.abs().flatten().topk(40).values
     assert whole.frame["score"].to_numpy() == pytest.approx(expected.numpy(), abs=1e-12)
-    tight = C.composition(model, "V", "mlp", "mlp", top_k=40, max_bytes=14_000_000)
+    tight = C.composition(model, "V", "mlp", "mlp", top_k=40, max_bytes=4_000_000)
     assert tight.frame.drop(columns="z").equals(whole.frame.drop(columns="z"))
     assert (
-        C.composition(model, "V", top_k=3, max_bytes=14_000_000, plan=True).chunks
+        C.composition(model, "V", top_k=3, max_bytes=4_000_000, plan=True).chunks
         > C.composition(model, "V", top_k=3, plan=True).chunks
     )
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_coarser_arithmetic_only_where_it_is_asked_for(precision):
+    """The search is coarser, the receipt says so, and what is listed is float64 all the same."""
+    model = random_model(d_model=64, n_heads=4).float()
+    before = torch.get_float32_matmul_precision()
+    found = C.composition(model, "V", top_k=5, precision=precision)
+    assert found.receipt.notes["dtype"] == f"values float64, search {precision}"
+    assert found.receipt.ok
+    assert torch.get_float32_matmul_precision() == before
+    plain = C.composition(model, "V", top_k=5)
+    assert found.frame["score"].to_numpy() == pytest.approx(plain.frame["score"].to_numpy(), abs=1e-12)
+    assert "bfloat16" not in str(plain.receipt)
+    assert "tf32" not in str(plain.receipt)
 
 
 def test_max_bytes_too_small_says_the_least_that_works(model):
@@ -252,8 +275,47 @@ def test_a_search_can_be_interrupted_and_resumed(model, tmp_path, monkeypatch):
         C.composition(model, "V", top_k=25, resume=file)
 
 
-def test_two_ray_workers_give_the_serial_answer(model):
+KILLED = """
+import sys, time
+import torch
+from tests.circuits.test_composition import C, random_model
+state, composition = (sys.modules["mechinterp_attn.circuits." + m] for m in ("state", "composition"))
+state.EVERY = 0.0
+real = composition.run_unit
+composition.run_unit = lambda *given: (time.sleep(0.5), real(*given))
+C.composition(random_model(n_layers=6), "V", top_k=25, resume=sys.argv[1])
+"""
+
+
+def test_a_killed_search_is_resumed(tmp_path):
+    """A real kill, from outside, which no handler sees."""
+    file = tmp_path / "search.safetensors"
+    root = Path(__file__).parents[2]
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(file)], cwd=root)
+    try:
+        for _ in range(1200):
+            if file.exists() or child.poll() is not None:
+                break
+            time.sleep(0.1)
+    finally:
+        child.kill()
+        child.wait()
+    assert file.exists()
+    with safe_open(file, framework="pt") as state:
+        done = len(state.get_tensor("done"))
+    model = random_model(n_layers=6)
+    whole = C.composition(model, "V", top_k=25)
+    assert 0 < done < C.composition(model, "V", top_k=25, plan=True).chunks
+    again = C.composition(model, "V", top_k=25, resume=file)
+    assert again.frame.equals(whole.frame)
+    assert again.histograms.equals(whole.histograms)
+
+
+def test_two_ray_workers_give_the_serial_answer():
+    """On a real local cluster. It is left out only where Ray is not installed or does not start."""
     ray = pytest.importorskip("ray", reason="the ray extra is not installed")
+    model = mia.convert(tiny_bridge())
+    model.banks[0].hook_z.add_hook(lambda z, hook: z)  # the caller's own hooks do not travel
     serial = C.composition(model, "V", top_k=25)
     try:
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -261,28 +323,38 @@ def test_two_ray_workers_give_the_serial_answer(model):
         pytest.skip(f"a local Ray cluster does not start here: {error}")
     try:
         spread = C.composition(model, "V", top_k=25, engine="ray")
+        pair = C.composition(model, "K", ["L0H0 > L0N3", "L0H1"], ["L1H1"], top_k=1, engine="ray")
     finally:
         ray.shutdown()
     assert spread.frame.equals(serial.frame)
     assert spread.histograms.equals(serial.histograms)
+    assert pair.frame.equals(C.composition(model, "K", ["L0H0 > L0N3", "L0H1"], ["L1H1"], top_k=1).frame)
 
 
 def test_a_unit_does_not_depend_on_where_it_runs(model):
     """What Ray's workers do, without a cluster: the job is pickled, its units run apart and out of
     order, and the parts merge to the serial answer."""
-    cloudpickle = pytest.importorskip("ray.cloudpickle", reason="the ray extra is not installed")
     module = sys.modules["mechinterp_attn.circuits.composition"]
     groups = module.groups_of(model, None)
     job = module._job(model, "V", groups, groups, 25, "score", 2**30, "float32")
     sink = module.Top(job)
+    sent = distributed._of_plain_tensors(job)
     for unit in reversed(job.units()):
-        there, its_unit = cloudpickle.loads(cloudpickle.dumps((job, unit)))
-        part = module.Top(there)
-        module.run_unit(there, its_unit, part)
-        sink.merge(cloudpickle.loads(cloudpickle.dumps(part)))
+        there, its_unit = pickle.loads(pickle.dumps((sent, unit)))
+        sink.merge(pickle.loads(pickle.dumps(distributed._work(there, its_unit))))
     serial = C.composition(model, "V", top_k=25).frame["score"]
     found = sink.best.entries.value.sqrt().sort(descending=True).values[:25]
     assert found.numpy() == pytest.approx(serial.to_numpy(), abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["Q", "K", "V"])
+def test_a_virtual_head_may_read(model, kind):
+    """Its values go through a neuron (rank 1), its queries and keys are as wide as its last head's."""
+    pair = C.virtual_head(model, "L0N3", "L1H2")
+    found = C.composition(model, kind, ["L0H1", "L0N2"], [pair]).frame.set_index("src")
+    assert found.loc["L0H1", "score"] == pytest.approx(
+        dense.composition(model["L0H1"], pair, kind), abs=1e-10
+    )
 
 
 def test_selections(model):

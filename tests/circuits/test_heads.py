@@ -72,6 +72,47 @@ def test_a_planted_virtual_head_is_ranked_first():
     )
 
 
+def test_chains_of_three_are_those_of_all_products():
+    """The bounded search lists what multiplying every triple out finds."""
+    model = random_model(4, n_heads=2, n_layers=4, d_mlp=5)
+    for selection in ("attention", None):
+        frame = C.virtual_heads(model, src=selection, dst=selection, length=3, top_k=7).frame
+        heads = [model[label] for label in model.heads if selection is None or "H" in label]
+        norms = {}
+        for one in heads:
+            for two in (h for h in heads if h.reads_at > one.writes_at):
+                for three in (h for h in heads if h.reads_at > two.writes_at):
+                    product = dense.ov(one) @ dense.ov(two) @ dense.ov(three)
+                    norms[f"{one.label} > {two.label} > {three.label}"] = float(product.norm())
+        expected = sorted(norms, key=norms.__getitem__, reverse=True)[:7]
+        assert frame["head"].tolist() == expected
+        assert frame["norm"].to_numpy() == pytest.approx([norms[label] for label in expected])
+    plan = C.virtual_heads(model, length=3, plan=True)
+    assert "at most 32 " in f"{plan.what} "
+    with pytest.raises(mia.MechInterpError, match="no chain of three"):
+        C.virtual_heads(random_model(n_layers=2), length=3)
+    with pytest.raises(mia.MechInterpError, match="length=4; expected"):
+        C.virtual_heads(model, length=4)
+
+
+def test_the_search_for_trigrams_stops_early_and_misses_nothing():
+    """Large enough for several parts of the vocabulary; a few strong sources end the search."""
+    model = random_model(6, d_vocab=700, n_heads=2)
+    with torch.no_grad():
+        model.embed.W_E[[500, 3]] *= 4
+    found = C.skip_trigrams(model, top_k=9).frame
+    best = []
+    for label in (label for label in model.heads if "H" in label):
+        head = model[label]
+        scores = dense.over_vocabulary(model, head, "QK") / head.bank.scale
+        attention = (scores - scores.mean(1, keepdim=True)).T.clamp_min(0)
+        logits = dense.over_vocabulary(model, head, "OV")
+        logits = (logits - logits.mean(1, keepdim=True)).clamp_min(0)
+        products = attention.topk(9).values[:, :, None] * logits.topk(9).values[:, None]
+        best.append(products.flatten().topk(9).values)
+    assert found["value"].to_numpy() == pytest.approx(torch.cat(best).topk(9).values.numpy())
+
+
 def test_copying_scores_are_those_of_the_dense_circuits(model):
     result = C.copying_scores(model, diagonals=True)
     frame = result.frame.set_index("head")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mechinterp_attn as mia
-from mechinterp_attn.circuits.streaming import top_entries, top_of_rows
+from mechinterp_attn.circuits.streaming import block_shape, top_entries, top_of_rows
 from tests.circuits import dense
 from tests.conftest import tiny_bridge
 
@@ -42,6 +42,8 @@ def rotary_gqa():
 @pytest.mark.parametrize("largest", [True, False])
 def test_top_entries_are_those_of_the_dense_circuit(model, head, which, over, largest):
     top = C.ov_top if which == "OV" else C.qk_top
+    if which == "QK" and "N" in head.split()[-1] and ">" not in head:
+        return  # one key per query: test_a_neurons_queries_are_ranked_once_each
     found = top(model, head, top_k=4, over=over, largest=largest)
     table = dense.over_vocabulary(model, C.resolve_head(model, head), which)
     frame = found.frame
@@ -107,6 +109,20 @@ def test_entries_blocks_and_statistics(model):
     }
     for name, value in expected.items():
         assert numbers[name] == pytest.approx(float(value), abs=1e-9), name
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_a_neurons_queries_are_ranked_once_each(model, largest):
+    """It sees its own token only: over all, the tokens that make it fire most, each once."""
+    z = (model.W_E.detach() @ model["L1N4"].W_Q + model["L1N4"].b_Q)[:, 0]
+    frame = C.qk_top(model, "L1N4", top_k=5, largest=largest).frame
+    assert frame["value"].to_numpy() == pytest.approx(z.topk(5, largest=largest).values.numpy())
+    assert frame["source_id"].tolist() == z.topk(5, largest=largest).indices.tolist()
+    assert frame["token_id"].tolist() == frame["source_id"].tolist()
+    frame = C.qk_top(model, "L1N4", top_k=1, over="rows", sources=[7, 2]).frame
+    assert frame["source_id"].tolist() == frame["token_id"].tolist() == [7, 2]
+    with pytest.raises(mia.MechInterpError, match="expected 1 to 13"):
+        C.qk_top(model, "L1N4", top_k=14)
 
 
 def test_a_neuron_is_read_as_when_it_fires_and_what_it_writes(model):
@@ -199,3 +215,33 @@ def test_a_plan_says_the_cost_and_runs_nothing(model):
     assert plan.flops == 2 * 13 * 13 * 4
     assert plan.chunks == 1
     assert "GFLOP" in str(plan)
+
+
+@pytest.mark.parametrize(("free", "side"), [(2**20, 512), (8 * 2**30, 11520), (141 * 2**30, 16384)])
+def test_blocks_on_a_gpu_follow_its_free_memory(monkeypatch, free, side):
+    """A sixteenth of it, neither tiny nor beyond 1 GiB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    assert block_shape(torch.device("cuda")) == (side, side)
+
+
+def test_a_search_ends_where_no_entry_can_be_larger():
+    """Norms fall fast: rows and columns beyond the bound are never multiplied, and nothing is missed."""
+    generator = torch.Generator().manual_seed(0)
+    fall = torch.logspace(0, -3, 5000, dtype=torch.float64)
+    shuffled = torch.randperm(5000, generator=generator)
+    left = torch.randn(5000, 8, generator=generator, dtype=torch.float64) * fall[shuffled, None]
+    right = torch.randn(8, 5000, generator=generator, dtype=torch.float64) * fall
+    made = []
+    real = torch.mm
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch, "mm", lambda a, b, out: (made.append(len(a) * b.shape[1]), real(a, b, out=out))[1]
+        )
+        found = top_entries(left, right, 40)
+        assert sum(made) < 5000**2 / 4
+        made.clear()
+        rows = top_of_rows(left, right, 3)
+        assert sum(made) < 5000**2 / 2
+    table = left @ right
+    torch.testing.assert_close(found.value, table.flatten().topk(40).values, rtol=1e-12, atol=0)
+    torch.testing.assert_close(rows.value.view(-1, 3), table.topk(3).values, rtol=1e-12, atol=0)
