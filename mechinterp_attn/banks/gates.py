@@ -76,7 +76,7 @@ _GATES = (
     Gate("solu", lambda z: z * _over_neurons(z), _over_neurons, is_softmax=True),
     Gate("solu_ln", lambda z: z * _over_neurons_normed(z), _over_neurons_normed),
 )
-_ALIASES = {
+ALIASES = {
     "swish": "silu",
     "gelu_python": "gelu",
     "gelu_fast": "gelu_new",
@@ -86,7 +86,7 @@ _ALIASES = {
     "relu_squared": "relu2",
 }
 GATES: dict[str, Gate] = {gate.name: gate for gate in _GATES}
-GATES |= {alias: GATES[name] for alias, name in _ALIASES.items()}
+GATES |= {alias: GATES[name] for alias, name in ALIASES.items()}
 
 
 @dataclass(frozen=True)

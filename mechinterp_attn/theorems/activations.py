@@ -10,16 +10,14 @@ a sum of such terms (several heads a neuron) comes as close to them as one likes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mechinterp_attn.banks.gates import ALIASES, GATES, Function
 from mechinterp_attn.errors import MechInterpError
-
-Function = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,11 @@ class SoftmaxActivation:
     name: str
 
     def __call__(self, z: Tensor) -> Tensor:
-        parts = (scale * z * torch.sigmoid(slope * z + shift) for scale, slope, shift in self.terms)
+        return z * self.weight(z)
+
+    def weight(self, z: Tensor) -> Tensor:
+        """``act(z) / z``: what the heads together take from their own token."""
+        parts = (scale * torch.sigmoid(slope * z + shift) for scale, slope, shift in self.terms)
         return torch.stack(list(parts)).sum(0)
 
 
@@ -47,27 +49,12 @@ def generalised_silu(a1: float, a2: float, name: str | None = None) -> SoftmaxAc
 GELU_SLOPE = 1.702
 RELU_SHARPNESS = 1000.0
 
+# What class_error and best_in_class know by name: the models' own activations, and some that are not
+# in the class.
 FUNCTIONS: dict[str, Function] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": lambda z: F.gelu(z, approximate="tanh"),
-    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
-    "relu": torch.relu,
-    "relu2": lambda z: torch.relu(z) ** 2,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "softplus": F.softplus,
-    "elu": F.elu,
-    "identity": lambda z: z,
-}
-_ALIASES = {
-    "swish": "silu",
-    "gelu_python": "gelu",
-    "gelu_fast": "gelu_new",
-    "gelu_pytorch_tanh": "gelu_new",
-    "gelu_python_tanh": "gelu_new",
-    "gelu_accurate": "gelu_new",
-}
+    name: GATES[name].act
+    for name in ("silu", "gelu", "gelu_new", "quick_gelu", "relu", "relu2", "sigmoid", "linear")
+} | {"tanh": torch.tanh, "softplus": F.softplus, "elu": F.elu}
 # What |act(z) - a1 SiLU(a2 z)| is at most, for all z. ReLU: max over t of t sigmoid(-t), over k.
 BOUNDS = {"silu": 0.0, "quick_gelu": 0.0, "gelu": 0.020336, "gelu_new": 0.020661}
 RELU_BOUND = 0.278465
@@ -84,8 +71,8 @@ def softmax_activation(
     """The paper's parameters for an activation by name.
 
     Args:
-        activation: "silu", "gelu", "gelu_new", "quick_gelu" or "relu"; or a
-            ``SoftmaxActivation``, as it is.
+        activation: "silu", "gelu", "gelu_new", "quick_gelu", "relu" or "linear" (the limit of the
+            class at slope 0: half of twice the value); or a ``SoftmaxActivation``, as it is.
         sharpness: k of ``SiLU(k z) / k`` for ReLU: its error is at most 0.2785 / k.
 
     Raises:
@@ -93,7 +80,7 @@ def softmax_activation(
     """
     if isinstance(activation, SoftmaxActivation):
         return activation
-    activation = _ALIASES.get(activation, activation)
+    activation = ALIASES.get(activation, activation)
     if activation == "silu":
         return generalised_silu(1.0, 1.0, "SiLU")
     if activation in ("gelu", "gelu_new", "quick_gelu"):
@@ -102,6 +89,8 @@ def softmax_activation(
         if not sharpness > 0:
             raise MechInterpError(f"sharpness={sharpness}; expected a positive number")
         return generalised_silu(1 / sharpness, sharpness)
+    if activation == "linear":
+        return SoftmaxActivation(((2.0, 0.0, 0.0),), "linear")
     if activation not in FUNCTIONS:
         raise MechInterpError(
             f"activation {activation!r} is not known; use one of {', '.join(FUNCTIONS)}, or "

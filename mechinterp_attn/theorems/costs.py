@@ -13,6 +13,7 @@ kernel computes all pairs. Every head has its own row of the table's numbers, ne
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -39,6 +40,7 @@ class Shape:
         tied: the unembedding is the embedding.
         norm: LayerNorm has gain and bias, RMSNorm a gain.
         biases: on the attention and MLP matrices.
+        heads_per_neuron: softmax heads that stand for a neuron, 1 but for fitted mixtures.
         n_parameters: as published, to check the count against; None where it was not.
     """
 
@@ -56,6 +58,7 @@ class Shape:
     tied: bool = False
     norm: NormKind = "LN"
     biases: bool = True
+    heads_per_neuron: int = 1
     n_parameters: int | None = None
 
     @property
@@ -160,7 +163,10 @@ def costs(
     """Heads, parameters, FLOPs per token and bytes of patterns of a model in its three forms.
 
     Args:
-        model_or_config: a model, a ``Shape``, or the name of one of ``public_costs``'s.
+        model_or_config: a model, a ``Shape``, or the name of one of ``public_costs``'s. A model's
+            parameters are counted in its tensors, with the gains of the norms that were folded into
+            them. What folding hides is counted in the usual way: biases on the matrices behind a
+            LayerNorm, an unembedding of its own and no bias on it, one norm in a parallel block.
         n_tokens: length of the sequence; by default the model's whole context.
         bytes_per_number: of the stored patterns; 4 for float32.
 
@@ -172,43 +178,40 @@ def costs(
     if T < 1:
         raise MechInterpError(f"n_tokens={n_tokens}; expected 1 or more")
     L, D, m = shape.n_layers, shape.d_model, shape.d_mlp
-    attention_heads, neurons = L * shape.n_heads, L * m
-    q, kv = shape.n_heads * shape.head_width, shape.kv_heads * shape.head_width
-    reads = 2 if shape.gated else 1
-    matrices = {"attention": 2 * D * q + 2 * D * kv, "mlp": (reads + 1) * D * m}
-    biases = {"attention": q + 2 * kv + D, "mlp": reads * m + D}
-    of_part = {part: L * (matrices[part] + shape.biases * biases[part]) for part in matrices}
-    if m == 0:
-        of_part["mlp"] = 0
-    norms = (2 if m else 1) * L + 1
-    gains = {None: 0, "RMS": D, "LN": 2 * D}[shape.norm]
-    embeddings = shape.d_vocab * D * (1 if shape.tied else 2) + shape.positions * shape.n_ctx * D
-    parameters = sum(of_part.values()) + norms * gains + embeddings
+    attention_heads, neuron_heads = L * shape.n_heads, L * m * shape.heads_per_neuron
+    q = shape.n_heads * shape.head_width
+    weights = _matrices(shape)
+    if isinstance(model_or_config, AttentionOnlyModel):
+        counted, d_vocab_out = _in_tensors(model_or_config), model_or_config.spec.d_vocab_out
+    else:
+        counted, d_vocab_out = _in_config(shape), shape.d_vocab
+    parameters = sum(counted.values())
     # What a bias-token head adds to the MLP's parameters is nothing: its key is a constant, its
     # query and value are W_in (a gated neuron's are W_gate and W_in).
-    attention_flops = L * (2 * matrices["attention"] + 2 * 2 * T * q)
-    other_flops = 2 * D * shape.d_vocab
-    mlp_flops = {"original": 2 * L * matrices["mlp"]}
+    attention_flops = L * (2 * weights["attention"] + 2 * 2 * T * q)
+    other_flops = 2 * D * d_vocab_out
+    mlp_flops = {"original": 2 * L * weights["mlp"]}
     mlp_flops["two-key"] = mlp_flops["original"]
-    mlp_flops["dense"] = mlp_flops["original"] + 2 * 2 * T * neurons
-    numbers = {"original": 0, "two-key": neurons * T, "dense": neurons * T**2}
-    n_heads = attention_heads + neurons
+    mlp_flops["dense"] = mlp_flops["original"] + 2 * 2 * T * neuron_heads
+    numbers = {"original": 0, "two-key": neuron_heads * T, "dense": neuron_heads * T**2}
+    n_heads = attention_heads + neuron_heads
     rows = []
     for form in ("original", "two-key", "dense"):
         heads = attention_heads if form == "original" else n_heads
+        share = attention_heads / heads if heads else math.nan
         rows.append(
             {
                 "model": shape.name,
                 "form": form,
                 "attention_heads": attention_heads,
                 "mlp_heads": heads - attention_heads,
-                "heads_per_attention_head": heads / attention_heads,
+                "heads_per_attention_head": heads / attention_heads if attention_heads else math.nan,
                 "parameters": parameters,
-                "attention_share": of_part["attention"] / parameters,
-                "mlp_share": of_part["mlp"] / parameters,
-                "other_share": 1 - sum(of_part.values()) / parameters,
-                "attention_head_share": attention_heads / heads,
-                "mlp_head_share": 1 - attention_heads / heads,
+                "attention_share": counted["attention"] / parameters,
+                "mlp_share": counted["mlp"] / parameters,
+                "other_share": counted["other"] / parameters,
+                "attention_head_share": share,
+                "mlp_head_share": 1 - share,
                 "attention_flops": attention_flops,
                 "mlp_flops": mlp_flops[form],
                 "other_flops": other_flops,
@@ -231,6 +234,56 @@ def public_costs(*, n_tokens: int | None = None) -> pd.DataFrame:
     """
     tables = [costs(shape, n_tokens=n_tokens).frame for shape in PUBLIC]
     return pd.concat(tables, ignore_index=True)
+
+
+def _matrices(shape: Shape) -> dict[str, int]:
+    """Entries of the matrices of one block's attention and MLP."""
+    q, kv = shape.n_heads * shape.head_width, shape.kv_heads * shape.head_width
+    reads = 2 if shape.gated else 1
+    return {
+        "attention": 2 * shape.d_model * (q + kv),
+        "mlp": (reads + 1) * shape.d_model * shape.d_mlp,
+    }
+
+
+def _in_config(shape: Shape) -> dict[str, int]:
+    """Parameters of attention, MLPs and the rest, by the config's numbers."""
+    L, D, m = shape.n_layers, shape.d_model, shape.d_mlp
+    q, kv = shape.n_heads * shape.head_width, shape.kv_heads * shape.head_width
+    biases = {"attention": q + 2 * kv + D, "mlp": (2 if shape.gated else 1) * m + D if m else 0}
+    counted = {part: L * (n + shape.biases * biases[part]) for part, n in _matrices(shape).items()}
+    norms = (2 if m else 1) * L + 1
+    embeddings = shape.d_vocab * D * (1 if shape.tied else 2) + shape.positions * shape.n_ctx * D
+    counted["other"] = norms * _gains(shape.norm, D) + embeddings
+    return counted
+
+
+def _in_tensors(model: AttentionOnlyModel) -> dict[str, int]:
+    """Parameters of attention, MLPs and the rest, in a model's tensors. Conversion makes biases of zeros
+    where the source has none; behind a norm without a bias they are still zero, and not counted."""
+    spec = model.spec
+    counted = {"attention": 0, "mlp": 0, "other": 0}
+    for name, tensor in model.named_parameters():
+        part = "attention" if ".attn." in name else "mlp" if ".neurons." in name else "other"
+        last = name.rpartition(".")[2]
+        if last == "b_U":  # a LayerNorm's own bias ends up in it
+            there = spec.final_norm != "LN" and bool(tensor.any())
+        elif last in ("b_O", "b_out"):
+            there = bool(tensor.any())
+        elif last.startswith("b_"):
+            there = spec.norm == "LN" or bool(tensor.any())
+        else:
+            there = True
+        counted[part] += tensor.numel() * there
+    folded_norms = 0 if spec.norm is None else (1 if spec.attn_only or spec.parallel else 2) * spec.n_layers
+    counted["other"] += folded_norms * _gains(spec.norm, spec.d_model)
+    counted["other"] += _gains(spec.final_norm, spec.d_model)
+    return counted
+
+
+def _gains(norm: NormKind, d_model: int) -> int:
+    """Parameters of one norm."""
+    return {None: 0, "RMS": d_model, "LN": 2 * d_model}[norm]
 
 
 def _shape(source: AttentionOnlyModel | Shape | str) -> Shape:
@@ -256,4 +309,5 @@ def _shape(source: AttentionOnlyModel | Shape | str) -> Shape:
         gated=spec.gated,
         positions=spec.positions == "standard",
         norm=spec.norm,
+        heads_per_neuron=max((bank.parts for bank in source.banks), default=1),
     )

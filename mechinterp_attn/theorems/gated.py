@@ -19,6 +19,8 @@ from mechinterp_attn.theorems.masks import MaskRule, self_and_bias, self_only
 from mechinterp_attn.theorems.neurons import bias_head, constant_key
 from mechinterp_attn.theorems.stream import Layout
 
+Terms = tuple[tuple[float, float, float], ...]
+
 
 def glu_heads(
     layout: Layout,
@@ -27,20 +29,37 @@ def glu_heads(
     W_out: Float[Tensor, "neuron d_model"],
     b_gate: Float[Tensor, " neuron"] | None = None,
     b_in: Float[Tensor, " neuron"] | None = None,
+    *,
+    terms: Terms = ((1.0, 1.0, 0.0),),
 ) -> SoftmaxHeads:
-    """``(sigmoid(x W_gate + b_gate) * (x W_in + b_in)) W_out``: one exact head per neuron.
+    """``(gate(x W_gate + b_gate) * (x W_in + b_in)) W_out`` for a gate that is a sum of sigmoids: one
+    exact head per neuron and term.
 
     The neuron head with its query untied from its value: the query is the gate.
+
+    Args:
+        terms: (scale, slope, shift) of ``gate(g) = sum scale sigmoid(slope g + shift)``; by default
+            the sigmoid itself (GLU).
     """
-    gate, value = layout.affine(W_gate, b_gate), layout.affine(W_in, b_in)
+    value = layout.affine(W_in, b_in)
     return SoftmaxHeads(
         layout=layout,
-        W_Q=gate.T[..., None],
-        W_K=constant_key(layout, gate),
-        W_V=value.T[..., None],
-        W_O=layout.embed(W_out, layout.data, dim=1)[:, None],
+        W_Q=gate_queries(layout, layout.affine(W_gate, b_gate), terms),
+        W_K=constant_key(layout, value),
+        W_V=torch.stack([scale * value.T for scale, _, _ in terms], 1).flatten(0, 1)[..., None],
+        W_O=layout.embed(W_out, layout.data, dim=1).repeat_interleave(len(terms), 0)[:, None],
         mask=self_and_bias,
     )
+
+
+def gate_queries(
+    layout: Layout, gate: Float[Tensor, "width neuron"], terms: Terms
+) -> Float[Tensor, "head width 1"]:
+    """``slope g + shift`` of every neuron and term, as what a head reads."""
+    shifted = gate.new_zeros(layout.width)
+    shifted[layout.constant] = 1
+    queries = [slope * gate.T + shift * shifted for _, slope, shift in terms]
+    return torch.stack(queries, 1).flatten(0, 1)[..., None]
 
 
 def default_eps(dtype: torch.dtype) -> float:
@@ -49,8 +68,19 @@ def default_eps(dtype: torch.dtype) -> float:
     Raises:
         MechInterpError: a dtype below float32; nothing of the product would be left.
     """
-    check_precision(dtype)
+    check_precision(
+        dtype,
+        "products as heads",
+        "they are a difference of two large numbers, of which half precision keeps nothing; use "
+        "model.float()",
+    )
     return float(torch.finfo(dtype).eps ** (1 / 3))
+
+
+def product_gate(g: Tensor, eps: float | None = None) -> Tensor:
+    """``(4/eps) sigmoid(eps g) - 2/eps``: what the heads of a product put in the place of g."""
+    small = default_eps(g.dtype) if eps is None else eps
+    return 4 / small * torch.sigmoid(small * g) - 2 / small
 
 
 def product_heads(
@@ -71,7 +101,7 @@ def product_heads(
         eps: see ``default_eps``.
     """
     small = default_eps(gate.dtype) if eps is None else eps
-    out = layout.embed(torch.eye(len(write), dtype=gate.dtype), write, dim=1)[:, None]
+    out = layout.embed(torch.eye(len(write), dtype=gate.dtype, device=gate.device), write, dim=1)[:, None]
     none = gate.new_zeros(gate.shape[1], layout.width, 0)
     rising = SoftmaxHeads(
         layout=layout,
@@ -112,24 +142,29 @@ def gated_mlp(
     at = scratch(layout, W_in.shape[1])
     gate, value = layout.affine(W_gate, b_gate), layout.affine(W_in, b_in)
     first = Sublayer(product_heads(layout, gate, value, at, eps=eps))
-    pick = layout.embed(torch.eye(len(at), dtype=W_in.dtype), at, dim=1)
-    key = constant_key(layout, pick)
-    constant = key[0, :, 0]
-    query = torch.stack([slope * gate.T + b * constant for _, slope, b in act.terms], 1).flatten(0, 1)
-    read = torch.stack([scale * pick for scale, _, _ in act.terms], 1).flatten(0, 1)
-    out = layout.embed(W_out, layout.data, dim=1)
-    weighing = SoftmaxHeads(
-        layout=layout,
-        W_Q=query[..., None],
-        W_K=key,
-        W_V=read[..., None],
-        W_O=out.repeat_interleave(len(act.terms), 0)[:, None],
-        mask=self_and_bias,
-    )
-    second = [weighing, clearing_head(layout, at, dtype=W_in.dtype)]
+    second = [weighing_heads(layout, gate, at, W_out, act), clearing_head(layout, at, W_in)]
     if b_out is not None:
         second.append(bias_head(layout, b_out))
     return first, Sublayer(tuple(second))
+
+
+def weighing_heads(
+    layout: Layout,
+    gate: Float[Tensor, "width neuron"],
+    at: range,
+    W_out: Float[Tensor, "neuron d_model"],
+    act: SoftmaxActivation,
+) -> SoftmaxHeads:
+    """Heads that add ``(x[at] act(g) / g) W_out``: with ``g u`` at those coordinates, the gated MLP."""
+    pick = layout.embed(torch.eye(len(at), dtype=gate.dtype, device=gate.device), at, dim=1)
+    return SoftmaxHeads(
+        layout=layout,
+        W_Q=gate_queries(layout, gate, act.terms),
+        W_K=constant_key(layout, pick),
+        W_V=torch.stack([scale * pick for scale, _, _ in act.terms], 1).flatten(0, 1)[..., None],
+        W_O=layout.embed(W_out, layout.data, dim=1).repeat_interleave(len(act.terms), 0)[:, None],
+        mask=self_and_bias,
+    )
 
 
 def relu_squared_mlp(

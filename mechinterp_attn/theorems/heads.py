@@ -115,11 +115,16 @@ class SoftmaxHeads:
         q, k = project(X, self.W_Q), project(X, self.W_K)
         if self.turn is not None:
             q, k = self.turn(q), self.turn(k)
-        scores = q @ k.mT
-        if self.penalty is not None:
-            P = X[..., self.layout.positions_at.start : self.layout.positions_at.stop]
-            scores = scores + (P @ self.penalty @ P.mT).unsqueeze(-3)
-        return scores
+        return self.penalised(q @ k.mT, X)
+
+    def penalised(
+        self, scores: Float[Tensor, "*batch head row row"], X: Float[Tensor, "*batch row width"]
+    ) -> Float[Tensor, "*batch head row row"]:
+        """The scores with the penalty of a mask in the weights, read through X's one-hot positions."""
+        if self.penalty is None:
+            return scores
+        P = X[..., self.layout.positions_at.start : self.layout.positions_at.stop]
+        return scores + (P @ self.penalty @ P.mT).unsqueeze(-3)
 
     def masked(self, scores: Float[Tensor, "*batch head row row"]) -> Float[Tensor, "*batch head row row"]:
         """The scores with minus infinity on what the mask rule forbids."""
@@ -186,18 +191,20 @@ def project(
     return torch.einsum("...nd,hdr->...hnr", X, W)
 
 
-def check_precision(dtype: torch.dtype) -> None:
-    """Masks in weights need float32.
+def check_precision(
+    dtype: torch.dtype,
+    what: str = "masks in weights",
+    why: str = "scores next to a penalty of some tens keep only one or two digits in half precision; use "
+    "masks='exact', or model.float()",
+) -> None:
+    """Masks in weights, and whatever else lives on a number's low digits, need float32.
 
     Raises:
         MechInterpError: a dtype with fewer digits.
     """
     if dtype not in (torch.float32, torch.float64):
-        raise MechInterpError(
-            f"masks in weights need float32 or float64, got {str(dtype).removeprefix('torch.')}: "
-            "scores next to a penalty of some tens keep only one or two digits in half precision; "
-            "use masks='exact', or model.float()"
-        )
+        name = str(dtype).removeprefix("torch.")
+        raise MechInterpError(f"{what} need float32 or float64, got {name}: {why}")
 
 
 @dataclass(frozen=True, eq=False)

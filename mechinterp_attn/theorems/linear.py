@@ -114,12 +114,25 @@ def activation_heads(
         W_O=pick.repeat_interleave(len(act.terms), 0)[:, None],
         mask=self_and_bias,
     )
-    return adding, clearing_head(layout, at, dtype=dtype)
+    return adding, clearing_head(layout, at, pick)
 
 
-def clearing_head(layout: Layout, at: range, *, dtype: torch.dtype) -> SoftmaxHeads:
-    """One self-only head that writes ``-x[at]``: beside the skip, it sets those coordinates to 0."""
-    return linear_heads(layout, -torch.eye(len(at), dtype=dtype), read=at, write=at)
+def clearing_head(layout: Layout, at: range, like: Tensor) -> SoftmaxHeads:
+    """One self-only head that writes ``-x[at]``: beside the skip, it sets those coordinates to 0.
+
+    Args:
+        like: a tensor of the dtype and device that the head is to have.
+    """
+    one = torch.eye(len(at), dtype=like.dtype, device=like.device)
+    none = like.new_zeros(1, layout.width, 0)
+    return SoftmaxHeads(
+        layout=layout,
+        W_Q=none,
+        W_K=none,
+        W_V=layout.embed(-one, at, dim=0)[None],
+        W_O=layout.embed(one, at, dim=1)[None],
+        mask=self_only,
+    )
 
 
 def three_sublayers(
@@ -145,7 +158,7 @@ def three_sublayers(
         first.append(bias_head(layout, b_in, write=hidden))
     last = [
         linear_heads(layout, W_out, d_head=d_head, read=hidden),
-        clearing_head(layout, hidden, dtype=W_in.dtype),
+        clearing_head(layout, hidden, W_in),
     ]
     if b_out is not None:
         last.append(bias_head(layout, b_out))

@@ -19,24 +19,18 @@ from transformer_lens.hook_points import HookPoint
 
 from mechinterp_attn.banks.attention import AttentionBank
 from mechinterp_attn.banks.block import Block
-from mechinterp_attn.banks.gates import Rule
 from mechinterp_attn.banks.neurons import NeuronBank
 from mechinterp_attn.errors import MechInterpError, UnsupportedModelError
 from mechinterp_attn.heads import HeadBank
 from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.theorems import masks
-from mechinterp_attn.theorems.activations import SoftmaxActivation, softmax_activation
-from mechinterp_attn.theorems.heads import (
-    PATTERN_BYTES,
-    SoftmaxHeads,
-    Sublayer,
-    check_precision,
-    project,
-)
-from mechinterp_attn.theorems.masks import MaskRule
-from mechinterp_attn.theorems.neurons import bias_head, neuron_heads
-from mechinterp_attn.theorems.norms import PartialNorm, RotaryTurn
+from mechinterp_attn.theorems.activations import SoftmaxActivation
+from mechinterp_attn.theorems.built import Neurons, attention_heads
+from mechinterp_attn.theorems.gated import default_eps
+from mechinterp_attn.theorems.heads import SoftmaxHeads, Sublayer, check_precision
+from mechinterp_attn.theorems.neurons import bias_head
+from mechinterp_attn.theorems.norms import PartialNorm
 from mechinterp_attn.theorems.stream import Layout
+from mechinterp_attn.theorems.watched import through_attention, through_neurons
 
 if TYPE_CHECKING:
     from mechinterp_attn.theorems.whole import Steps
@@ -50,7 +44,8 @@ class LiteralModel(AttentionOnlyModel):
         omega: of the masks written into the weights, or None where masks are masks.
         activation: what the neuron heads compute instead of the source's activation function; None
             without neurons.
-        exact: whether that is the source's activation function itself.
+        exact: whether that is the source's activation function itself, apart from the rounding of
+            products (gated neurons).
         constant: the value of the constant coordinate on real rows, 1 unless it decayed (see
             ``regularisation``).
         steps: the induction over sublayers, as measured when the model was made.
@@ -71,52 +66,78 @@ class LiteralModel(AttentionOnlyModel):
         super().__init__(
             model.spec, model.state_dict(), tokenizer=model.tokenizer, provenance=model.provenance
         )
-        rows = 1 + model.spec.n_ctx
-        self.layout = Layout(model.spec.d_model, positions=0 if omega is None else rows)
+        self._built = {
+            bank.path: Neurons.of(bank, str(model.spec.act_fn), activation)
+            for bank in self.banks
+            if isinstance(bank, NeuronBank)
+        }
+        neurons = list(self._built.values())
+        if any(built.product for built in neurons):
+            default_eps(model.W_E.dtype)  # refuses half precision
+        self.activation = neurons[0].activation if neurons else None
+        self.exact = all(built.exact for built in neurons)
+        self.layout = Layout(
+            model.spec.d_model,
+            scratch=max((built.bank.n_neurons for built in neurons if built.product), default=0),
+            positions=0 if omega is None else 1 + model.spec.n_ctx,
+        )
         self.omega = omega
         self.constant = 1.0
-        self.activation = _activation(model, activation)
-        self.exact = self.activation is None or _is_exact(model, self.activation)
-        for bank in self.banks:
-            if isinstance(bank, NeuronBank):
-                bank.rule = _rule(cast(SoftmaxActivation, self.activation))
-                bank.parts = bank.rule.n
-                bank.n_heads = bank.n_neurons * bank.parts
+        for built in neurons:
+            bank = built.bank
+            bank.rule = built.rule
+            bank.parts = bank.rule.n
+            bank.n_heads = bank.n_neurons * bank.parts
 
     # -- the construction ---------------------------------------------------------------------
 
     def heads_of(self, bank: HeadBank) -> SoftmaxHeads:
-        """The literal heads of a bank, in its order; its output bias is another head."""
+        """The literal heads of a bank, in its order; its output bias is another head.
+
+        Where neurons multiply two numbers (gated ones), these are the heads that weigh the products
+        of ``products_of``; a neuron of the bank is then three softmax heads put together.
+        """
         if isinstance(bank, NeuronBank):
-            stack = neuron_heads(
-                self.layout,
-                bank.W_in.detach(),
-                bank.W_out.detach(),
-                bank.b_in.detach(),
-                activation=cast(SoftmaxActivation, self.activation),
-            )
-        else:
-            stack = self._attention(cast(AttentionBank, bank))
-        return self._in_weights(stack)
+            return self._in_weights(self._built[bank.path].heads(self.layout))
+        return self._in_weights(attention_heads(self.layout, cast(AttentionBank, bank), self.spec))
+
+    def products_of(self, bank: HeadBank) -> tuple[SoftmaxHeads, ...]:
+        """The heads of the sublayer in front of a bank whose neurons multiply; none for others."""
+        built = self._built.get(bank.path)
+        return () if built is None else tuple(map(self._in_weights, built.products(self.layout)))
 
     def bias_of(self, bank: HeadBank) -> SoftmaxHeads:
         """The bank's output bias as a head."""
         return self._in_weights(bias_head(self.layout, bank.b_O.detach()))
+
+    def _beside(self, bank: HeadBank) -> tuple[SoftmaxHeads, ...]:
+        """What stands beside a bank's heads: its output bias, and what empties the scratch."""
+        built = self._built.get(bank.path)
+        clearing = () if built is None else map(self._in_weights, built.clearing(self.layout))
+        return (self.bias_of(bank), *clearing)
 
     def _in_weights(self, stack: SoftmaxHeads) -> SoftmaxHeads:
         """The masks as this model has them."""
         return stack if self.omega is None else stack.with_mask_in_weights(self.omega, bias_row=2.0)
 
     def literal_sublayers(self) -> list[tuple[str, Sublayer]]:
-        """The whole model as the paper's sublayers, each with the hook of the stream it makes."""
+        """The whole model as the paper's sublayers, each with the hook of the stream it makes. One that
+        writes products to scratch and leaves the stream as it is has its bank's name instead, such as
+        ``blocks.0.neurons products``."""
         pieces = []
         for block in self.blocks:
             subs = list(cast(Block, block).sublayers())
             after = [sub.stream for sub in subs[1:]]
             after.append(f"blocks.{cast(Block, block).layer}.hook_resid_post")
             for sub, name in zip(subs, after, strict=True):
-                stacks = [make(bank) for bank in sub.banks for make in (self.heads_of, self.bias_of)]
-                pieces.append((name, Sublayer(tuple(stacks), PartialNorm(sub.norm[0], self.layout))))
+                norm = PartialNorm(sub.norm[0], self.layout)
+                for bank in sub.banks:
+                    if products := self.products_of(bank):
+                        pieces.append((f"{bank.path} products", Sublayer(products, norm)))
+                stacks = [
+                    stack for bank in sub.banks for stack in (self.heads_of(bank), *self._beside(bank))
+                ]
+                pieces.append((name, Sublayer(tuple(stacks), norm)))
         return pieces
 
     def start(self, input: Any) -> Float[Tensor, "batch row width"]:
@@ -138,27 +159,6 @@ class LiteralModel(AttentionOnlyModel):
         for name, sublayer in self.literal_sublayers():
             X = sublayer(X)
             yield name, X
-
-    def _attention(self, bank: AttentionBank) -> SoftmaxHeads:
-        layout = self.layout
-
-        def reads(W: Tensor, b: Tensor) -> Tensor:
-            wide = layout.embed(W.detach(), layout.data, dim=1)
-            wide[:, layout.constant] = b.detach()
-            return wide.repeat_interleave(bank.n_heads // len(wide), 0)
-
-        rule: MaskRule = masks.causal if bank.causal else masks.bidirectional
-        if bank.window is not None:
-            rule = masks.windowed(rule, bank.window)
-        return SoftmaxHeads(
-            layout=layout,
-            W_Q=reads(bank.W_Q, bank.b_Q) / bank.scale,
-            W_K=reads(bank.W_K, bank.b_K),
-            W_V=reads(bank.W_V, bank.b_V),
-            W_O=layout.embed(bank.W_O.detach(), layout.data, dim=2),
-            mask=rule,
-            turn=RotaryTurn(self.spec) if self.spec.positions == "rotary" else None,
-        )
 
     # -- the forward pass, with hooks ---------------------------------------------------------
 
@@ -211,70 +211,22 @@ class LiteralModel(AttentionOnlyModel):
         return X
 
     def _out(self, block: Block, bank: HeadBank, read: Tensor) -> Tensor:
-        stack, bias = self.heads_of(bank), self.bias_of(bank)
+        """What a bank's heads add to the stream, through its hooks where somebody watches."""
+        products, stack = self.products_of(bank), self.heads_of(bank)
+        X = read
+        for product in products:  # the norm leaves scratch alone: it need not be taken again
+            X = X + product(read)
+        beside = (X - read) + sum(head(X) for head in self._beside(bank))
         if isinstance(bank, NeuronBank):
-            points = [*_hooks(bank), *_hooks(block.mlp)]
-            watched = any(hook.has_hooks() for hook in points)
-            out = self._neurons(block, bank, stack, read) if watched else stack(read)
-            return self._hooked(block.hook_mlp_out, out + bias(read))
-        watched = any(hook.has_hooks() for hook in _hooks(bank))
-        out = self._heads(cast(AttentionBank, bank), stack, read) if watched else stack(read)
-        return self._hooked(block.hook_attn_out, out + bias(read))
-
-    def _heads(self, bank: AttentionBank, stack: SoftmaxHeads, read: Tensor) -> Tensor:
-        """``stack(read)`` through the bank's hooks: real rows, [batch, pos, head, d_head]."""
-        scale = bank.scale
-        q = _real(bank.hook_q, project(read, stack.W_Q) * scale) / scale
-        k = _real(bank.hook_k, project(read, stack.W_K), bank.group)
-        v = _real(bank.hook_v, project(read, stack.W_V), bank.group)
-        if stack.turn is not None:
-            q = _real(bank.hook_rot_q, stack.turn(q) * scale) / scale
-            k = _real(bank.hook_rot_k, stack.turn(k), bank.group)
-        scores = q @ k.mT
-        if stack.penalty is not None:
-            P = read[..., self.layout.positions_at.start :]
-            scores = scores + (P @ stack.penalty @ P.mT).unsqueeze(-3)
-        scores = stack.masked(scores)
-        pattern = _corner(bank.hook_attn_scores, scores).softmax(-1)
-        pattern = _corner(bank.hook_pattern, pattern)
-        z = _real(bank.hook_z, pattern @ v)
-        return torch.einsum("bhnr,hrd->bnd", z, stack.W_O)
-
-    def _neurons(self, block: Block, bank: NeuronBank, stack: SoftmaxHeads, read: Tensor) -> Tensor:
-        """``stack(read)`` through the bank's hooks: real rows, [batch, pos, head]."""
-        act = cast(SoftmaxActivation, self.activation)
-        q, v = project(read, stack.W_Q), project(read, stack.W_V)
-        if block.mlp.hook_pre.has_hooks():
-            scale, slope, shift = (q.new_tensor(column) for column in zip(*act.terms, strict=True))
-            n = len(act.terms)
-            pre = v[:, ::n, 1:, 0].transpose(1, 2) / scale[0]
-            pre = block.mlp.hook_pre(pre).transpose(1, 2)[:, :, None]  # [batch, neuron, 1, pos]
-            q[:, :, 1:, 0] = (slope[:, None] * pre + shift[:, None]).flatten(1, 2)
-            v[:, :, 1:, 0] = (scale[:, None] * pre).flatten(1, 2)
-        q, v = _real(bank.hook_q, q, flat=True), _real(bank.hook_v, v, flat=True)
-        k = project(read, stack.W_K)
-        size = read[..., 0].numel() * read.shape[-2] * read.element_size()
-        own, z = [], []
-        for heads in torch.arange(len(stack)).split(max(1, PATTERN_BYTES // size)):
-            scores = q[:, heads] @ k.mT
-            if stack.penalty is not None:
-                P = read[..., self.layout.positions_at.start :]
-                scores = scores + (P @ stack.penalty @ P.mT).unsqueeze(-3)
-            pattern = stack.masked(scores).softmax(-1)
-            own.append(pattern.diagonal(dim1=-2, dim2=-1))
-            z.append((pattern @ v[:, heads])[..., 0])
-        weight, moved = torch.cat(own, 1), torch.cat(z, 1)  # [batch, head, row]
-        if bank.hook_pattern.has_hooks():  # what an edit takes from the token, the bias token gets
-            seen = weight[..., 1:].transpose(1, 2)
-            change = (bank.hook_pattern(seen) - seen).transpose(1, 2)
-            moved[..., 1:] += change * (v[:, :, 1:, 0] - v[:, :, :1, 0])
-        moved = _real(bank.hook_z, moved[..., None], flat=True)[..., 0]
-        n = len(act.terms)
-        if block.mlp.hook_post.has_hooks():
-            post = moved.unflatten(1, (-1, n)).sum(2)
-            post[..., 1:] = block.mlp.hook_post(post[..., 1:].transpose(1, 2)).transpose(1, 2)
-            return torch.einsum("bhn,hd->bnd", post, stack.W_O[::n, 0])
-        return torch.einsum("bhn,hd->bnd", moved, stack.W_O[:, 0])
+            if _watched(bank, block.mlp):
+                built = self._built[bank.path]
+                out = through_neurons(built, block.mlp, products, stack, read)
+            else:
+                out = stack(X)
+            return self._hooked(block.hook_mlp_out, out + beside)
+        watched = _watched(bank)
+        out = through_attention(cast(AttentionBank, bank), stack, read) if watched else stack(X)
+        return self._hooked(block.hook_attn_out, out + beside)
 
     def save(self, folder: Any) -> None:
         """Not for this form.
@@ -297,58 +249,9 @@ class LiteralModel(AttentionOnlyModel):
         )
 
 
-def _hooks(module: torch.nn.Module) -> Iterator[HookPoint]:
-    return (child for child in module.children() if isinstance(child, HookPoint))
-
-
-def _real(hook: HookPoint, x: Tensor, group: int = 1, *, flat: bool = False) -> Tensor:
-    """``[batch, head, row, rank]`` through a hook that sees ``[batch, pos, head, rank]`` of the real
-    rows (one of every ``group`` heads that share keys; ``flat``: without the rank of 1)."""
-    if not hook.has_hooks():
-        return x
-    seen = x[:, ::group, 1:].transpose(1, 2)
-    seen = hook(seen[..., 0])[..., None] if flat else hook(seen)
-    x = x.clone()
-    x[:, :, 1:] = seen.transpose(1, 2).repeat_interleave(group, 1)
-    return x
-
-
-def _corner(hook: HookPoint, x: Tensor) -> Tensor:
-    """``[batch, head, row, row]`` through a hook that sees the real rows and columns."""
-    if not hook.has_hooks():
-        return x
-    x = x.clone()
-    x[..., 1:, 1:] = hook(x[..., 1:, 1:])
-    return x
-
-
-def _activation(
-    model: AttentionOnlyModel, given: str | SoftmaxActivation | None
-) -> SoftmaxActivation | None:
-    """The softmax terms of the model's neurons: as asked for, as the model already has them, or the
-    paper's."""
-    banks = [bank for bank in model.banks if isinstance(bank, NeuronBank)]
-    if not banks:
-        return None
-    if given is not None:
-        return softmax_activation(given)
-    rule, name = banks[0].rule, str(model.spec.act_fn)
-    if rule.is_softmax and rule.weight is torch.sigmoid:
-        terms = tuple(zip(rule.values, rule.slopes, rule.offsets, strict=True))
-        return SoftmaxActivation(terms, f"{name}, {len(terms)} heads a neuron")
-    return softmax_activation(name)
-
-
-def _is_exact(model: AttentionOnlyModel, act: SoftmaxActivation) -> bool:
-    """Whether the neurons of the model compute just these terms."""
-    rule = next(bank.rule for bank in model.banks if isinstance(bank, NeuronBank))
-    z = torch.linspace(-10, 10, 201, dtype=torch.float64)
-    return bool(torch.allclose(act(z), rule.total(z) * z, rtol=0, atol=1e-12))
-
-
-def _rule(act: SoftmaxActivation) -> Rule:
-    scales, slopes, shifts = zip(*act.terms, strict=True)
-    return Rule(torch.sigmoid, slopes, shifts, scales, is_softmax=True)
+def _watched(*modules: torch.nn.Module) -> bool:
+    children = (child for module in modules for child in module.children())
+    return any(isinstance(child, HookPoint) and child.has_hooks() for child in children)
 
 
 def _refuse_unsupported(model: AttentionOnlyModel) -> None:
@@ -359,7 +262,8 @@ def _refuse_unsupported(model: AttentionOnlyModel) -> None:
     """
     spec = model.spec
     parts = {
-        "a gated MLP (theorems.gated_mlp builds its sublayers)": spec.gated,
+        f"activation {spec.act_fn!r}, a softmax over neurons: it needs a persistent row for every neuron "
+        "in every sublayer (theorems.solu_heads builds one sublayer)": str(spec.act_fn).startswith("solu"),
         "norms on what sublayers write": spec.post_norm is not None,
         "norms over the stream behind sublayers": spec.stream_norm is not None,
         "norms on queries and keys": spec.qk_norm is not None,

@@ -24,6 +24,7 @@ from mechinterp_attn.sources.bridge import run_bridge
 from mechinterp_attn.sources.checkpoint import Checkpoint
 from mechinterp_attn.sources.reference import run_checkpoint
 from mechinterp_attn.theorems.activations import SoftmaxActivation
+from mechinterp_attn.theorems.gated import default_eps
 from mechinterp_attn.theorems.heads import check_precision
 from mechinterp_attn.theorems.literal import LiteralModel
 from mechinterp_attn.theorems.omega import check_omega, least_omega, sublayer_log_leak
@@ -35,6 +36,9 @@ Source = Any  # a TransformerBridge, a Checkpoint or an AttentionOnlyModel
 
 # Largest logit error that rounding explains, as a share of the logit scale.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# The same where neurons multiply: a product is off by eps^2 g^2 / 12 and by rounding 1 / eps times
+# larger (``gated.product_heads``), about 1e-10 and 1e-4 of itself.
+PRODUCT_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 # What masks in weights may add to a sublayer's output where omega is chosen for the caller.
 MASK_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
@@ -45,7 +49,8 @@ class Steps(Result):
 
     Attributes:
         frame: one row per sublayer and one for the logits: ``sublayer`` (the hook of the stream it
-            makes), ``heads``, ``max_error`` (against the original stream), ``scale`` (largest entry
+            makes, or ``blocks.0.neurons products`` for one that only fills scratch), ``heads``,
+            ``max_error`` (against the original stream), ``scale`` (largest entry
             of the original), ``relative``, ``constant`` (largest departure of the constant coordinate
             from its 1 and 0), ``bias_row`` (largest entry of the bias token's row).
     """
@@ -104,12 +109,12 @@ def attention_only(
     if masks == "weights":
         check_precision(practical.W_E.dtype)
         if omega is None or tol is not None:
-            leaks = [leak for _, _, leak in _leaks(exact, tokens)]
+            leak = max((leak for _, _, leak in _leaks(exact, tokens)), default=-math.inf)
             goal = MASK_TOLERANCE[practical.W_E.dtype] if tol is None else tol
             if omega is None:
-                omega = least_omega(max(leaks), goal)
+                omega = least_omega(leak, goal)
             else:
-                check_omega(omega, max(leaks), goal)
+                check_omega(omega, leak, goal)
         literal = LiteralModel(practical, omega=omega, activation=activation)
     literal.steps = inductive_steps(literal, model, tokens)
     return literal
@@ -126,13 +131,15 @@ def inductive_steps(literal: LiteralModel, source: Source, tokens: Int[Tensor, "
     ids = literal.as_tokens(tokens)
     expected, streams = _original(source, ids, literal)
     layout, rows = literal.layout, []
+    original = layout.deaugment(literal.start(ids))
     for (name, X), (_, sublayer) in zip(literal.streams(ids), literal.literal_sublayers(), strict=True):
+        original = streams.get(name, original)  # products leave the stream as it was
         aug = layout.augment(layout.deaugment(X))
         rows.append(
             (
                 name,
                 sublayer.n_heads,
-                *_errors(layout.deaugment(X), streams[name]),
+                *_errors(layout.deaugment(X), original),
                 float((X - aug)[..., layout.constant].abs().max()),
                 float(X[..., :1, : layout.constant + 1].abs().max()),
             )
@@ -153,7 +160,8 @@ def inductive_steps(literal: LiteralModel, source: Source, tokens: Int[Tensor, "
         # A bridge takes RMS norms in float32 whatever its weights are.
         bridge = not isinstance(source, (AttentionOnlyModel, Checkpoint))
         narrow = bridge and "RMS" in (literal.spec.norm, literal.spec.final_norm)
-        tolerance = TOLERANCE[torch.float32 if narrow else dtype]
+        tolerances = PRODUCT_TOLERANCE if literal.layout.scratch else TOLERANCE
+        tolerance = max(tolerances[dtype], TOLERANCE[torch.float32] if narrow else 0.0)
         error = float(frame["relative"].iloc[-1])
         checks = (Check("logits against the original, of their scale", error, tolerance),)
     return Steps(frame=frame, receipt=Receipt(checks, notes))
@@ -222,11 +230,14 @@ def mask_sweep(
         literal = LiteralModel(practical, omega=float(omega), activation=activation)
         for (name, X, leak), (_, sublayer) in zip(leaks, literal.literal_sublayers(), strict=True):
             wide = literal.layout.augment(exact.layout.deaugment(X[0]))
-            expected = exact.layout.deaugment(X[1])
-            error = float((literal.layout.deaugment(sublayer(wide)) - expected).abs().max())
+            wide[..., : exact.layout.width] = X[0]  # products in scratch, if there are any
+            expected = X[1][:, 1:]
+            error = float((sublayer(wide)[:, 1:, : exact.layout.width] - expected).abs().max())
             bound = math.exp(leak - omega)
             rows.append((float(omega), name, error, bound))
-            floor = 1e3 * eps * max(float(expected.abs().max()), 1.0)
+            # Rounding, of numbers 4 / eps times larger where the sublayer makes products.
+            gain = 4 / default_eps(logits.dtype) if name.endswith("products") else 1.0
+            floor = 1e3 * eps * gain * max(float(expected.abs().max()), 1.0)
             worst = max(worst, error - bound - floor)
         error = float((literal(ids) - logits).abs().max())
         rows.append((float(omega), "logits", error, float("nan")))
@@ -269,7 +280,7 @@ def calibrate_omega(model: Source, tokens: Int[Tensor, "batch pos"] | str, tol: 
     exact = LiteralModel(practical)
     ids = exact.as_tokens(tokens)
     least = [least_omega(leak, tol) for _, _, leak in _leaks(exact, ids)]
-    omega = max(least)
+    omega = max(least, default=0.0)
     sweep = mask_sweep(practical, ids, [omega])
     measured = sweep.frame[sweep.frame["sublayer"] != "logits"]
     heads = [sublayer.n_heads for _, sublayer in exact.literal_sublayers()]
@@ -282,7 +293,9 @@ def calibrate_omega(model: Source, tokens: Int[Tensor, "batch pos"] | str, tol: 
         }
     )
     eps = torch.finfo(practical.W_E.dtype).eps
-    check = Check("largest error at this omega", float(frame["error"].max()), tol + 1e4 * eps)
+    check = Check(
+        "largest error at this omega", float(frame["error"].max()) if least else 0.0, tol + 1e4 * eps
+    )
     return OmegaCalibration(
         frame=frame, receipt=Receipt((check,), {**sweep.receipt.notes, "tol": tol}), omega=omega
     )
@@ -322,7 +335,7 @@ def _original(
         return run_bridge(source, ids)
     names = [name for name, _ in literal.literal_sublayers()]
     logits, cache = source.run_with_cache(ids, names_filter=lambda name: name in names)
-    return logits, {name: cache[name] for name in names}
+    return logits, {name: cache[name] for name in names if name in cache}
 
 
 def _errors(own: Tensor, original: Tensor) -> tuple[float, float, float]:

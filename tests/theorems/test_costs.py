@@ -1,12 +1,16 @@
 """Costs: against published parameter counts, against a count of the model's own tensors, by hand."""
 
 import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 import mechinterp_attn as mia
 from mechinterp_attn import MechInterpError
 from mechinterp_attn.theorems import Shape, costs, public_costs
 from mechinterp_attn.theorems.costs import PUBLIC
 from tests.conftest import tiny_bridge
+from tests.conversion.families import bridge_of, hugging_face
 
 
 @pytest.mark.parametrize("shape", PUBLIC, ids=lambda s: s.name)
@@ -45,6 +49,74 @@ def test_a_models_parameters_are_those_of_its_source(config):
     frame = costs(mia.convert(bridge)).frame
     assert frame["parameters"].iloc[0] == sum(p.numel() for p in bridge.parameters())
     assert frame["mlp_heads"].iloc[2] == (0 if "attn_only" in config else 48)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox_serial", "llama", "llama3", "mistral", "qwen2"])
+def test_parameters_of_other_families_are_hugging_faces(family):
+    """Shared keys, gates, RMS norms, and biases on all, some or none of the matrices."""
+    hf = hugging_face(family)
+    frame = costs(mia.convert(bridge_of(family), check=False)).frame
+    shared = hf.get_input_embeddings().weight is hf.get_output_embeddings().weight
+    tied = hf.get_input_embeddings().weight.numel() if shared else 0  # told apart after folding
+    assert frame["parameters"].iloc[0] == sum(p.numel() for p in hf.parameters()) + tied
+
+
+def test_a_mixture_has_several_heads_a_neuron():
+    model = mia.convert(tiny_bridge(), mlp="mixture", components=4)
+    frame = costs(model, n_tokens=10).frame.set_index("form")
+    assert frame.loc["two-key", "mlp_heads"] == sum(bank.n_heads for bank in model.banks[1::2])
+    assert frame.loc["dense", "pattern_bytes"] == 4 * (8 + 4 * 48) * 100
+
+
+HUGGING_FACE = {
+    "GPT-2 small": ("GPT2", dict(n_layer=12, n_embd=768, n_head=12)),
+    "GPT-2 medium": ("GPT2", dict(n_layer=24, n_embd=1024, n_head=16)),
+    "GPT-2 large": ("GPT2", dict(n_layer=36, n_embd=1280, n_head=20)),
+    "GPT-2 XL": ("GPT2", dict(n_layer=48, n_embd=1600, n_head=25)),
+    "GPT-3": ("GPT2", dict(n_layer=96, n_embd=12288, n_head=96, n_positions=2048)),
+    "Llama-3-8B": (
+        "Llama",
+        dict(num_hidden_layers=32, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,
+             intermediate_size=14336, vocab_size=128256, max_position_embeddings=8192),
+    ),
+    "Pythia-70m": (
+        "GPTNeoX",
+        dict(num_hidden_layers=6, hidden_size=512, num_attention_heads=8, intermediate_size=2048,
+             vocab_size=50304, max_position_embeddings=2048),
+    ),
+    "Pythia-1b": (
+        "GPTNeoX",
+        dict(num_hidden_layers=16, hidden_size=2048, num_attention_heads=8, intermediate_size=8192,
+             vocab_size=50304, max_position_embeddings=2048),
+    ),
+    "Pythia-12b": (
+        "GPTNeoX",
+        dict(num_hidden_layers=36, hidden_size=5120, num_attention_heads=40, intermediate_size=20480,
+             vocab_size=50688, max_position_embeddings=2048),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_parameters_and_flops_are_those_of_the_model_itself(name):
+    """Hugging Face's model of that config without numbers in it: its tensors, and the matrix products
+    that PyTorch counts in a forward pass over 24 tokens."""
+    family, options = HUGGING_FACE[name]
+    config = getattr(transformers, f"{family}Config")(**options, attn_implementation="eager")
+    with torch.device("meta"):
+        kind = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+        model = getattr(transformers, family + kind)(config)
+        tokens, mask = torch.zeros(1, 24, dtype=torch.long), torch.zeros(1, 1, 24, 24)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(tokens, attention_mask=mask, position_ids=torch.arange(24)[None], use_cache=False)
+    original = costs(name, n_tokens=24).frame.iloc[0]
+    counted = {name: p.numel() for name, p in model.named_parameters()}
+    attention = sum(n for name, n in counted.items() if "attn." in name or "attention." in name)
+    assert original["parameters"] == sum(counted.values())
+    assert original["attention_share"] == attention / original["parameters"]
+    mlp = sum(n for name, n in counted.items() if ".mlp." in name)
+    assert original["mlp_share"] == mlp / original["parameters"]
+    assert 24 * original["flops"] == counter.get_total_flops()
 
 
 def test_unknown_models_and_lengths():
