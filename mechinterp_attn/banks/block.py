@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
@@ -53,7 +54,8 @@ class Unembed(nn.Module):
         self.b_U = nn.Parameter(b_U)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        return x @ self.W_U + self.b_U
+        # One tensor of logits, not a second one for the sum with the bias.
+        return torch.addmm(self.b_U, x.flatten(0, 1), self.W_U).unflatten(0, x.shape[:2])
 
 
 class PredictionHead(nn.Module):
