@@ -1,7 +1,7 @@
 """Cost of path analyses in GPT-2-small shape with random weights: time and memory, as ratios.
 
 Run: python benchmarks/bench_paths.py [--tokens 64] [--max-order 8]
-     python benchmarks/bench_paths.py --long [--small]
+     python benchmarks/bench_paths.py --long [--small] [--only orders "term importance"]
 
 Times are processor seconds over all threads; every one is compared with one forward and backward pass
 of the same model in the same run. ``--long`` measures prompts of 1,024 tokens: what each analysis adds
@@ -103,7 +103,7 @@ def watched(work: Callable[[], object]) -> tuple[object, float, float]:
     return result, time.process_time() - start, top - before
 
 
-def long_prompt(small: bool) -> None:
+def long_prompt(small: bool, only: list[str]) -> None:
     shape = SMALL if small else SHAPE
     net = model(shape)
     tokens = torch.randint(shape["d_vocab"], (1024,), generator=torch.Generator().manual_seed(0))
@@ -126,10 +126,11 @@ def long_prompt(small: bool) -> None:
         ),
         "20 partial paths": lambda: paths.top_paths(frozen, k=10, max_expansions=20, progress=False),
         "orders 0..4": lambda: paths.orders(frozen, max_order=4),
+        "term importance, 4 heads": lambda: paths.term_importance(net, tokens, heads=4),
     }
-    if small:
-        works["term importance, 4 heads"] = lambda: paths.term_importance(net, tokens, heads=4)
     for name, work in works.items():
+        if only and not any(part in name for part in only):
+            continue
         result, spent, extra = watched(work)
         print(
             f"{name:26} {spent:6.1f} s  {spent / both:5.2f}x  +{extra:.2f} GiB   {result.receipt}",
@@ -144,9 +145,10 @@ def main() -> None:
     parser.add_argument("--max-order", type=int, default=8)
     parser.add_argument("--long", action="store_true")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--only", nargs="+", default=[], help="of --long, analyses whose names hold these")
     args = parser.parse_args()
     if args.long:
-        long_prompt(args.small)
+        long_prompt(args.small, args.only)
         return
     net = model(SHAPE)
     tokens = torch.randint(SHAPE["d_vocab"], (args.tokens,), generator=torch.Generator().manual_seed(0))

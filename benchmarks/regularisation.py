@@ -38,14 +38,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/figures"))
     parser.add_argument("--model", default="gelu-2l")
     parser.add_argument("--omega", type=float, default=30.0)
-    parser.add_argument("--documents", type=int, default=2)
-    parser.add_argument("--length", type=int, default=32)
-    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--documents", type=int, default=2, help="of each held-out novel")
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--draws", type=int, default=10)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     model = mia.load(options.model, dtype=torch.float64)
-    stream = torch.tensor(model.tokenizer(corpus.read_novels(options.corpus)[-1][:40_000])["input_ids"])
-    documents = corpus.windows(stream, options.length)[: options.documents]
+    documents = []
+    for novel in corpus.read_novels(options.corpus)[-corpus.N_HELD_OUT :]:
+        stream = torch.tensor(model.tokenizer(novel[10_000:40_000])["input_ids"])
+        documents.append(corpus.windows(stream, options.length)[: options.documents])
+    documents = torch.cat(documents)
     exact = theorems.attention_only(model)
     logits, loss = exact(documents, return_type="both")
     literal = theorems.attention_only(model, masks="weights", omega=options.omega)
