@@ -11,6 +11,7 @@ from mechinterp_attn.cli.common import (
     AsJson,
     CsvFile,
     FigureFile,
+    Heads,
     Model,
     Quiet,
     Seed,
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from mechinterp_attn.results import Result
 
 CIRCUIT = "circuit"
+BY_CUTTING = ("loss_change", "logit_change", "estimate")
+BY_WEIGHTS = ("copying", "copying_z", "copying_size", "pure_copying", "induction_z")
 
 
 def register(app: typer.Typer) -> None:
@@ -33,22 +36,30 @@ def register(app: typer.Typer) -> None:
 
 def detect(
     model: Model,
+    heads: Heads = None,
     top: Top = None,
     by: Annotated[
         str,
         typer.Option(
             help="The score to sort by: of attention (induction, previous_token, ...), of weights "
-            "(copying_z, induction_z, ...), of cutting heads out (loss_change), or 'circuit' for the "
-            "induction circuit by all three."
+            "(copying_z, induction_z, ...), of cutting heads out (loss_change, estimate), or 'circuit' "
+            "for the induction circuit by all three."
         ),
     ] = "induction",
     corpus: Annotated[
-        Path | None, typer.Option(help="Score on this .txt or .jsonl file, not on random tokens.")
+        Path | None,
+        typer.Option(help="Score on this .txt or .jsonl file, not on random tokens; cut HEADS there."),
     ] = None,
     field: Annotated[str, typer.Option(help="Where a line of a .jsonl corpus has its text.")] = "text",
     limit: Annotated[int | None, typer.Option(help="Only so many documents.", min=1)] = None,
     save: Annotated[
         Path | None, typer.Option(help="Keep what was counted here; the same command goes on from it.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Let so many Ray workers read the corpus.", min=1)
+    ] = None,
+    passages: Annotated[
+        str | None, typer.Option(help="The passages where this head writes most.", metavar="HEAD")
     ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -56,14 +67,33 @@ def detect(
     figure: FigureFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Score every head, attention and MLP-derived: by attention, weights or cutting, or on a corpus."""
+    """Score heads, attention, MLP-derived and virtual: by attention, weights or cutting, or on a corpus."""
     import mechinterp_attn as mia
     from mechinterp_attn.errors import MechInterpError
 
+    given = {"save": save, "workers": workers, "passages": passages, "limit": limit}
+    only = [name for name, value in given.items() if value is not None]
+    if corpus is None and only:
+        raise MechInterpError(f"--{only[0]} is about a corpus; give one with --corpus")
     opened = load(model)
     result: Result
     if corpus is not None:
-        result = mia.detect.over_corpus(opened, corpus, field=field, limit=limit, save=save)
+        scores = mia.detect.over_corpus(
+            opened,
+            corpus,
+            heads=heads or (),
+            estimate=by == "estimate",
+            field=field,
+            limit=limit,
+            save=save,
+            workers=workers,
+        )
+        if passages is not None:
+            found = scores.passages(passages)
+            about = f"Where {passages} writes most"
+            deliver(scores, found.head(top or len(found)), about=about, as_json=as_json, csv=csv)
+            return
+        result = scores
     elif by == CIRCUIT:
         circuit = mia.detect.induction(opened, seed=seed)
         remark(str(circuit))
@@ -71,21 +101,23 @@ def detect(
         deliver(circuit, rows, as_json=as_json, csv=csv, figure=figure)
         return
     else:
-        result = _scores(opened, by, seed)
+        result = _scores(opened, heads, by, seed)
     names = list(result.frame.select_dtypes("float").columns)
     if by not in names:
-        raise MechInterpError(f"no score {by!r}; there are {', '.join(names)}")
+        others = [] if corpus is not None else [CIRCUIT, *BY_WEIGHTS, *BY_CUTTING]
+        raise MechInterpError(f"no score {by!r} here; there are {', '.join([*names, *others])}")
     rows = result.top(top or len(result.frame), by=by)
     deliver(result, rows, as_json=as_json, csv=csv, figure=figure)
 
 
-def _scores(model: AttentionOnlyModel, by: str, seed: int) -> Result:
+def _scores(model: AttentionOnlyModel, heads: list[str] | None, by: str, seed: int) -> Result:
     """The table that has a score: by attention unless it is one of the others'."""
     import mechinterp_attn as mia
 
-    if by in ("loss_change", "logit_change", "estimate"):
+    chosen = heads or None
+    if by in BY_CUTTING:
         probe = mia.detect.random_repeats(model, draws=10, seed=seed)
-        return mia.detect.ablate(model, probe.tokens, where=probe.repeated)
-    if by in ("copying", "copying_z", "copying_size", "pure_copying", "induction_z"):
-        return mia.detect.score_weights(model, seed=seed)
-    return mia.detect.score_heads(model, seed=seed)
+        return mia.detect.ablate(model, probe.tokens, chosen, where=probe.repeated)
+    if by in BY_WEIGHTS:
+        return mia.detect.score_weights(model, chosen, seed=seed)
+    return mia.detect.score_heads(model, chosen, seed=seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import Any, ClassVar
@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechinterp_attn.detect.batches import Batch, Input, as_batch, rows_within
 from mechinterp_attn.detect.cuts import (
@@ -25,8 +24,11 @@ from mechinterp_attn.detect.cuts import (
     run_cuts,
     saved_patterns,
 )
+from mechinterp_attn.detect.estimates import estimated_changes, rank_correlation
 from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.heads import Head
 from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.progress import Progress
 from mechinterp_attn.results import Check, Receipt, Result
 
 MAX_BYTES = 2**30
@@ -37,10 +39,10 @@ class Ablations(Result):
     """What cutting heads out does to the model's predictions.
 
     Attributes:
-        frame: one row per head or virtual head: ``head, layer, index, kind, loss_change`` (nats a
-            token: above zero where the model needs the head), ``logit_change`` (of the right next
-            token), both exact, NaN where only estimated; and ``estimate``, the loss change to first
-            order from one backward pass (NaN for what is not a single head).
+        frame: one row per head, virtual head or edge: ``head, layer, index, kind, loss_change``
+            (nats a token: above zero where the model needs the head), ``logit_change`` (of the
+            right next token), both exact, NaN where only estimated; and ``estimate``, the loss
+            change from one backward pass (``estimates.py``; NaN for what is not a single head).
         loss: of the whole model on the counted tokens (nats).
         loss_changes, logit_changes: every token's, ``[row, batch, pos - 1]``, for the rows of the
             frame that are exact, which come first; zero on padding.
@@ -70,14 +72,15 @@ def ablate(
 ) -> Ablations:
     """Cut heads of any kind out of the model and measure every next token's loss and logit.
 
-    A neuron cut to zero is the source's neuron set to zero. A virtual head is a chain such as
+    A neuron cut to zero is the source's neuron set to zero. A virtual head, ``"L0H1 > L1H2"`` or
     ``("L0H1", "L1H2")``: the last head loses what came to it through the ones before, and nothing
-    else, its own pattern and the norm in front of it as in the whole model.
+    else, its own pattern and the norm in front of it as in the whole model. An edge, ``"L0H1 -K->
+    L1H2"``: the second head's keys (queries, values) are those of a run without the first one.
 
     Args:
         tokens: tokens ``[pos]`` or ``[batch, pos]``, a text, or texts of any lengths.
-        heads: labels and chains of labels, each cut in a run of its own. None: all heads by the
-            estimate, and the ``exact`` ones with the largest estimates by cutting.
+        heads: heads or labels, chains of them, and edges, each cut in a run of its own. None: all
+            heads by the estimate, and the ``exact`` ones with the largest estimates by cutting.
         together: cut all of ``heads`` in one run.
         replace: ``"zero"``, or ``"mean"``: what the head holds on average over ``reference``.
         reference: tokens or texts for the mean; the same tokens by default.
@@ -104,7 +107,7 @@ def ablate(
         ranked = estimates.abs().sort_values(ascending=False, kind="stable").index
         chosen: list[Target] = list(ranked[: max(exact, 0)])
     else:
-        chosen = [heads] if isinstance(heads, str) else list(dict.fromkeys(heads))
+        chosen = [heads] if isinstance(heads, str | Head) else list(dict.fromkeys(heads))
     cuts = [cut_of(model, target, batch) for target in chosen]
     if together and len(cuts) > 1:
         cuts = [reduce(add, cuts)]
@@ -121,10 +124,7 @@ def ablate(
         "loss": round(loss, 6), "replace": replace, "keep_patterns": keep_patterns,
         "tokens counted": int(n), "dtype": str(model.W_E.dtype).removeprefix("torch."),
     }  # fmt: skip
-    both = frame.dropna(subset=["loss_change", "estimate"])
-    if len(both) > 2:
-        rank = both["loss_change"].rank().corr(both["estimate"].rank())
-        notes["rank correlation of estimate and exact"] = round(float(rank), 4)
+    notes |= rank_correlation(frame)
     plain = float(((_plain(model, batch, rows) - losses[0]) * counted).abs().max())
     check = Check("a run with nothing cut is the plain run", plain, 1e-4 * max(1.0, abs(loss)))
     return Ablations(
@@ -165,7 +165,7 @@ def _exact(
     at_a_time = max(1, rows_within(model, batch.tokens.shape[1], max_bytes) // rows)
     losses = torch.zeros(len(runs), len(batch), batch.tokens.shape[1] - 1)
     logits = torch.zeros_like(losses)
-    with tqdm(total=len(runs) * len(batch), desc="cutting heads", disable=len(runs) < 200) as progress:
+    with Progress(desc="cutting heads", total=len(runs) * len(batch)) as progress:
         for at, part in zip(range(0, len(batch), rows), batch.split(rows), strict=True):
             patterns = saved_patterns(model, part) if keep_patterns else None
             end, width = at + len(part), part.tokens.shape[1]
@@ -179,7 +179,7 @@ def _exact(
 
 
 def _rows(cut: Cut, start: int, end: int, width: int) -> Cut:
-    return Cut(cut.name, cut.whole, {key: part[start:end, :width] for key, part in cut.parts.items()})
+    return replace(cut, parts={key: part[start:end, :width] for key, part in cut.parts.items()})
 
 
 def _estimates(
@@ -190,34 +190,11 @@ def _estimates(
     replacement: dict[str, Tensor] | None,
     keep_patterns: bool,
 ) -> pd.Series:
-    """The change of the loss to first order in every head's output: ``(replacement - z) . dL/dz``."""
-    held: dict[str, Tensor] = {}
-
-    def hooks_of(path: str) -> list[tuple[str, Any]]:
-        def keep(z: Tensor, hook: Any) -> None:
-            held[path] = z
-
-        fixed = [(f"{path}.hook_pattern", lambda p, hook: p.detach())] if keep_patterns else []
-        return [(f"{path}.hook_z", keep), *fixed]
-
-    hooks = [pair for bank in model.banks for pair in hooks_of(bank.path)]
-    hooks.append(("hook_embed", lambda x, hook: x if x.requires_grad else x.requires_grad_()))
-    totals = {bank.path: torch.zeros(bank.n_heads, dtype=torch.float64) for bank in model.banks}
+    total = torch.zeros(len(model.heads), dtype=torch.float64)
     for at, part in zip(range(0, len(batch), rows), batch.split(rows), strict=True):
-        some = counted[at : at + len(part), : part.tokens.shape[1] - 1].to(part.tokens.device)
-        padded: dict[str, Any] = {} if part.mask is None else {"attention_mask": part.mask}
-        with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
-            loss, _ = next_token(model(part.tokens, **padded), part)
-            total = (loss * some).sum() / counted.sum()
-        paths = list(held)
-        gradients = torch.autograd.grad(total, [held[path] for path in paths])
-        for path, gradient in zip(paths, gradients, strict=True):
-            z = held[path].detach()
-            change = -z if replacement is None else replacement[path].to(z.dtype) - z
-            effect = (change * gradient).double()
-            totals[path] += effect.sum([i for i in range(effect.ndim) if i != 2]).cpu()
-        held.clear()
-    return pd.Series(torch.cat(list(totals.values())).numpy(), index=list(model.heads))
+        some = counted[at : at + len(part), : part.tokens.shape[1] - 1]
+        total += estimated_changes(model, part, some, replacement=replacement, keep_patterns=keep_patterns)
+    return pd.Series((total / counted.sum()).numpy(), index=list(model.heads))
 
 
 @torch.no_grad()
@@ -234,17 +211,12 @@ def _frame(
     model: AttentionOnlyModel, cuts: Sequence[Cut], estimates: pd.Series, *, every: bool
 ) -> pd.DataFrame:
     """What was cut, in order; with ``every``, then all other heads by the size of their estimates."""
+    known = model.heads.frame[["head", "layer", "index", "kind"]].set_index("head").to_dict("index")
+    known |= {cut.name: {"layer": cut.layer, "index": cut.index, "kind": cut.kind} for cut in cuts}
     names = [cut.name for cut in cuts]
     if every:
         names = list(estimates.abs().sort_values(ascending=False, kind="stable").index)
-    known = model.heads.frame[["head", "layer", "index", "kind"]].set_index("head").to_dict("index")
-    several = {cut.name: {"kind": "several"} for cut in cuts}
-    virtual = {
-        cut.name: known[cut.name.split(" > ")[-1]] | {"kind": "virtual"}
-        for cut in cuts
-        if not cut.whole and len(cut.parts) == 1
-    }
-    rows = [{"head": name} | (several | virtual | known)[name] for name in names]
+    rows = [{"head": name} | known[name] for name in names]
     frame = pd.DataFrame(rows, columns=["head", "layer", "index", "kind"])
     frame = frame.astype({"layer": "Int64", "index": "Int64"})
     return frame.assign(estimate=frame["head"].map(estimates).astype(float))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from mechinterp_attn.detect.ablation import ablate
 from mechinterp_attn.detect.batches import Batch, as_batch, pad
-from mechinterp_attn.detect.induction import ATTENDS, MATTERS_NATS, STANDS_OUT
+from mechinterp_attn.detect.cuts import EDGE, cut_of
+from mechinterp_attn.detect.induction import ATTENDS
 from mechinterp_attn.detect.probes import ROLES, random_repeats
-from mechinterp_attn.detect.scores import score_heads
-from mechinterp_attn.detect.weights import score_weights
+from mechinterp_attn.detect.scores import look, score_heads
 from mechinterp_attn.errors import MechInterpError, listing
 from mechinterp_attn.model import AttentionOnlyModel
 from mechinterp_attn.results import Receipt, Result
@@ -27,7 +26,7 @@ from mechinterp_attn.results import Receipt, Result
 Spec = Mapping[str, Any] | str | Path
 
 CARRIES = 0.5  # share of a behaviour that a circuit carries where the spec names no number
-_EDGE = re.compile(r"\s*(\S+)\s*-([KV])->\s*(\S+)\s*")
+DEPENDS = 0.3  # share of what a head holds that depends on an edge, likewise
 _KEYS = ("name", "heads", "edges", "behaviour")
 
 
@@ -64,9 +63,10 @@ def assert_circuit(
 
     - ``heads``: labels (``*`` stands for any characters) with a role of ``score_heads``, whose score
       must be at least 0.4, or the number given; ``member`` claims nothing.
-    - ``edges``: ``-K->``: the trace of the K-composed QK circuit is at least 5 standard deviations
-      above random heads (``score_weights``); ``-V->``: cutting the virtual head costs at least 0.1
-      nats on the behaviour.
+    - ``edges``: ``-Q->``, ``-K->``, ``-V->``: when the queries, keys or values of the second head are
+      those of a run without the first one, what it holds where the behaviour is shown changes by at
+      least 0.3 of its norm, or by the number given: ``{L0H2 -K-> L1H3: 0.8}``. The first may act
+      through heads in between; other heads that stand in for the second do not hide an edge.
     - ``behaviour``: ``induction`` (the repeats in repeated random tokens), or a mapping with ``task:
       induction``, ``texts: [...]``, or ``prompts: [{prompt: ..., answer: ...}]``; ``carries``: with
       all heads outside the circuit replaced by their means, at least this share of the loss
@@ -89,9 +89,14 @@ def assert_circuit(
     failed = result.frame[~result.frame["ok"]]
     if len(failed):
         lines = [
-            f"{r.claim}: {r.measured:.3f}, expected at least {r.at_least:.3f}" for r in failed.itertuples()
+            f"  {row.claim}: {row.measured:.3f}, expected at least {row.at_least:.3f}"
+            for row in failed.itertuples()
         ]
-        raise AssertionError(listing(f"{len(failed)} of {len(result.frame)} claims do not hold", lines))
+        held = [str(claim) for claim in result.frame[result.frame["ok"]]["claim"]]
+        lines += [f"  (these hold: {', '.join(held)})"] if held else []
+        raise AssertionError(
+            "\n".join([f"{len(failed)} of {len(result.frame)} claims do not hold:", *lines])
+        )
     return result
 
 
@@ -101,33 +106,29 @@ def check_circuit(
     """``assert_circuit`` without the assertion: what holds and what does not."""
     data = _read(spec)
     members, roles = _heads(model, data)
-    edges = [_EDGE.fullmatch(edge) for edge in data.get("edges", ())]
     claims: list[tuple[str, float, float]] = []
     if roles:
         scores = score_heads(model, seed=seed, draws=draws).frame.set_index("head")
         for head, role, least in roles:
             claims.append((f"{head} {role}", float(scores[role][head]), least - tolerance))
-    pairs: dict[tuple[str, str], float] | None = None
     batch, where = _behaviour(model, data.get("behaviour", "induction"), seed=seed, draws=draws)
-    for edge in edges:
-        assert edge is not None  # checked by _read
-        src, kind, dst = edge.groups()
-        name = f"{src} -{kind}-> {dst}"
-        if kind == "K":
-            if pairs is None:
-                table = score_weights(model, seed=seed, draws=1).pairs
-                ends = zip(table["src"], table["dst"], strict=True)
-                pairs = dict(zip(ends, table["trace_z"].tolist(), strict=True))
-            claims.append((f"{name} (deviations)", pairs.get((src, dst), 0.0), STANDS_OUT))
-        else:
-            cut = ablate(model, batch.tokens, [(src, dst)], where=where)
-            claims.append((f"{name} (nats)", float(cut.frame["loss_change"][0]), MATTERS_NATS))
+    for edge, least in _edges(data):
+        claims.append((edge, _dependence(model, edge, batch, where), least - tolerance))
     if "behaviour" in data:
         claims += _carried(model, data["behaviour"], members, batch, where, tolerance)
     frame = pd.DataFrame(claims, columns=["claim", "measured", "at_least"])
     frame["ok"] = frame["measured"] >= frame["at_least"]
     notes = {"heads in the circuit": len(members), "seed": seed, "draws": draws, "tolerance": tolerance}
     return CircuitCheck(frame=frame, receipt=Receipt((), notes))
+
+
+def _dependence(model: AttentionOnlyModel, edge: str, batch: Batch, where: Tensor) -> float:
+    """How much of what an edge's second head holds changes without the edge, as a share of its norm,
+    where the next token is counted."""
+    (((path, index), part),) = cut_of(model, edge, batch).parts.items()
+    z = look(model, batch, hooks=("hook_z",))[f"{path}.hook_z"][:, :, index].reshape(part.shape)
+    change, whole = (x[:, :-1][where].double().norm() for x in (part, z))
+    return float(change / whole) if whole > 0 else 0.0
 
 
 def _carried(
@@ -203,9 +204,11 @@ def _read(spec: Spec) -> Mapping[str, Any]:
     wrong = [f"unknown key {key!r} (known: {', '.join(_KEYS)})" for key in data if key not in _KEYS]
     if not isinstance(data.get("heads"), Mapping) or not data["heads"]:
         wrong.append("no heads: expected 'heads' with a role for every label, such as L0H2: previous_token")
-    for edge in data.get("edges") or ():
-        if not isinstance(edge, str) or not _EDGE.fullmatch(edge):
-            wrong.append(f"edge {edge!r}: expected 'L0H2 -K-> L1H3' or 'L0H2 -V-> L1H3'")
+    for edge, least in _edges(data):
+        if not EDGE.fullmatch(edge):
+            wrong.append(f"edge {edge!r}: expected 'L0H2 -K-> L1H3' (or -Q-> or -V->)")
+        elif not isinstance(least, (int, float)):
+            wrong.append(f"edge {edge!r}: {least!r} is no number")
     behaviour = data.get("behaviour", "induction")
     tasks = behaviour if isinstance(behaviour, Mapping) else {"task": behaviour}
     if not ({"texts", "prompts"} & set(tasks)) and tasks.get("task") != "induction":
@@ -233,8 +236,8 @@ def _heads(
                 roles += [(head, name, float(least)) for head in found]
             elif name != "member":
                 wrong.append(f"{label}: role {name!r}; expected {', '.join(ROLES)} or member")
-    for edge in data.get("edges") or ():
-        ends = _EDGE.fullmatch(edge)
+    for edge, _ in _edges(data):
+        ends = EDGE.fullmatch(edge)
         assert ends is not None  # checked by _read
         wrong += [
             f"edge {edge!r}: {end} is not among the heads" for end in ends.group(1, 3) if end not in members
@@ -242,3 +245,12 @@ def _heads(
     if wrong:
         raise MechInterpError(listing("the circuit does not fit the model", wrong))
     return list(dict.fromkeys(members)), roles
+
+
+def _edges(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Each edge with its number; both forms, ``L0H2 -K-> L1H3`` and ``{L0H2 -K-> L1H3: 0.8}``."""
+    edges: list[tuple[str, Any]] = []
+    for one in data.get("edges") or ():
+        items = one.items() if isinstance(one, Mapping) else [(str(one), DEPENDS)]
+        edges += [(" ".join(str(edge).split()), least) for edge, least in items]
+    return edges

@@ -5,29 +5,33 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechinterp_attn.detect.batches import Batch, pad, rows_within
 from mechinterp_attn.detect.cuts import Cut, Target, cut_of, next_token, run_cuts
+from mechinterp_attn.detect.estimates import estimated_changes, rank_correlation
 from mechinterp_attn.detect.measures import HOOKS, sums_of
-from mechinterp_attn.detect.tally import Best, Tally
-from mechinterp_attn.detect.texts import Texts, documents, windows
+from mechinterp_attn.detect.tally import Best, Place, Tally
+from mechinterp_attn.detect.texts import Texts, Window, windows
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.progress import Progress
 from mechinterp_attn.results import Receipt, Result
 
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
 MAX_BYTES = 2**30
-SAVE_EVERY = 50  # batches
+PIECE = 2**15  # tokens that are counted between two writes of the file, and sent to a worker at once
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -36,8 +40,10 @@ class CorpusScores(Result):
 
     Attributes:
         frame: one row per head: the columns of ``score_heads``; ``written``, the mean norm of what
-            the head writes; and ``loss_change`` (nats a token) for the heads that were cut.
-        ablations: one row per head or virtual head that was cut: ``head, loss_change``.
+            the head writes; ``loss_change`` and ``logit_change`` (nats a token, logit of the right
+            token) for the heads that were cut; ``estimate`` of the loss change, if asked for.
+        ablations: one row per head, virtual head or edge that was cut: ``head, loss_change,
+            logit_change``.
         loss: of the model (nats a token);  tokens: how many next tokens were counted.
     """
 
@@ -49,12 +55,19 @@ class CorpusScores(Result):
     tally: Tally
     model: AttentionOnlyModel
 
+    def plot(self, score: str = "induction") -> Figure:
+        """A heatmap of one score over attention heads by layer."""
+        from mechinterp_attn.view.figures.detect import score_heatmap
+
+        return score_heatmap(self, score)
+
     def passages(self, head: str) -> pd.DataFrame:
         """Where a head of any kind writes most.
 
         Returns:
             one row per passage, largest first: ``rank, norm, document, position`` (of the token in
-            its document), ``before, token, after``.
+            its document), ``before, token, after``; for viewers that colour tokens, ``tokens`` (the
+            passage token by token) and ``norms`` (of what the head writes at each).
 
         Raises:
             MechInterpError: no such head.
@@ -66,21 +79,19 @@ class CorpusScores(Result):
         for rank, value in enumerate(best.value[row].tolist()):
             if value == -float("inf"):
                 continue
-            ids = best.tokens[row, rank].tolist()
+            ids, norms = best.tokens[row, rank], best.norms[row, rank]
             middle = len(ids) // 2
             document, start, position = best.place[row, rank].tolist()
-            text = [
-                self._text(part) for part in (ids[:middle], ids[middle : middle + 1], ids[middle + 1 :])
-            ]
-            rows.append((rank + 1, value, document, start + position - bos, *text))
-        names = ["rank", "norm", "document", "position", "before", "token", "after"]
+            parts = (ids[:middle], ids[middle : middle + 1], ids[middle + 1 :])
+            texts = ["".join(self._texts(part)) for part in parts]
+            inside = norms[ids >= 0].tolist()
+            place = document, start + position - bos
+            rows.append((rank + 1, value, *place, *texts, self._texts(ids), inside))
+        names = ["rank", "norm", "document", "position", "before", "token", "after", "tokens", "norms"]
         return pd.DataFrame(rows, columns=names)
 
-    def _text(self, ids: list[int]) -> str:
-        real = [i for i in ids if i >= 0]
-        if self.model.tokenizer is None:
-            return " ".join(str(i) for i in real)
-        return self.model.to_string(real) if real else ""
+    def _texts(self, ids: Tensor) -> list[str]:
+        return self.model.to_str_tokens(ids[ids >= 0])
 
 
 @torch.no_grad()
@@ -89,6 +100,7 @@ def over_corpus(
     texts: Texts,
     *,
     heads: Sequence[Target] = (),
+    estimate: bool = False,
     length: int | None = None,
     batch: int = 8,
     top: int = 10,
@@ -102,61 +114,78 @@ def over_corpus(
     """Score every head on a corpus, and keep the passages where each writes most.
 
     Documents are read one at a time and cut into windows; what is held does not grow with the
-    corpus. Sums are taken in float64, so batch size, order and number of workers change no more
-    than their last digits.
+    corpus. Sums are taken in float64 and added up in the order of the corpus: a pass that was
+    interrupted, or shared among workers, gives the very same numbers, and batch size and the order
+    of documents change no more than their last digits.
 
     Args:
-        texts: a text file, a JSONL file, or anything that gives texts or mappings with ``field``,
-            such as a Hugging Face dataset.
-        heads: heads, or chains of heads, to cut to zero on every window; each costs a run.
+        texts: a text file, a JSONL file, or anything that gives documents, such as one split of a
+            Hugging Face dataset (streaming ones too): texts, token ids, or mappings with ``field``.
+        heads: what to cut to zero on every window, as for ``ablate``; each costs a run.
+        estimate: also estimate the loss change of every head from a backward pass per window.
         length: tokens of a window, BOS included; the model's context by default.
         batch: windows at a time, fewer where ``max_bytes`` says so.
         top: how many passages to keep for every head;  context: tokens on each side.
         limit: stop after so many documents.
-        save: a file that takes what was counted, every 50 batches and at the end; a later call with
+        save: a file that takes what was counted, after every 32 thousand tokens; a later call with
             the same arguments goes on from there. Nothing is lost or counted twice.
-        workers: this many Ray workers, each with every n-th document (extra ``ray``; a running
-            cluster is used). With ``save`` each has its own file beside it.
+        workers: let so many Ray workers count, while this process reads (extra ``ray``; a running
+            cluster is used). None: count in this process.
         max_bytes: of patterns, values and logits held at a time.
 
     Raises:
-        MechInterpError: unreadable texts, settings out of range, a ``save`` file of another pass.
+        MechInterpError: unreadable texts, settings out of range, a ``save`` file of another pass or
+            of a corpus that has changed.
     """
-    settings = _Settings(
-        heads=tuple(heads) if not isinstance(heads, str) else (heads,),
+    settings = Settings(
+        heads=(heads,) if isinstance(heads, str) else tuple(heads),
+        estimate=estimate,
         length=length or model.spec.n_ctx,
         batch=batch,
         top=top,
         context=context,
-        limit=limit,
-        field=field,
         max_bytes=max_bytes,
     )
-    settings.check(model)
+    settings.check(model, workers)
     path = None if save is None else Path(save)
+    about = settings.about(model, field) if path is not None else {}
+    tally = Tally.load(path, about) if path is not None and path.exists() else None
+    pieces = _pieces(model, texts, settings, field, limit, None if tally is None else tally.place)
+    counted: Iterator[Tally]
     if workers is None:
-        tally = count(model, texts, settings, path)
+        counted = (count(model, piece, settings) for piece in pieces)
     else:
         from mechinterp_attn.detect.cluster import count_on_ray
 
-        tally = reduce(add, count_on_ray(model, texts, settings, path, workers))
-    return _result(model, tally, settings)
+        counted = count_on_ray(model, pieces, settings, workers)
+    done = 0 if tally is None else tally.windows
+    with Progress(desc="corpus", unit=" windows", initial=done, stops=True) as bar:
+        for part in counted:
+            tally = part if tally is None else tally + part
+            bar.update(part.windows)
+            if path is not None:
+                tally.save(path, about)
+            if bar.stopped:
+                break
+        notes = bar.notes
+    if tally is None:
+        raise MechInterpError("the corpus has no window of at least 2 tokens; give more text")
+    return _result(model, tally, settings, notes)
 
 
 @dataclass(frozen=True)
-class _Settings:
+class Settings:
+    """What to count on a window."""
+
     heads: tuple[Target, ...]
+    estimate: bool
     length: int
     batch: int
     top: int
     context: int
-    limit: int | None
-    field: str
     max_bytes: int
-    shard: int = 0
-    shards: int = 1
 
-    def check(self, model: AttentionOnlyModel) -> None:
+    def check(self, model: AttentionOnlyModel, workers: int | None) -> None:
         wrong = []
         if not 2 <= self.length <= model.spec.n_ctx:
             wrong.append(f"length={self.length}; expected 2 to {model.spec.n_ctx}, the model's context")
@@ -165,23 +194,26 @@ class _Settings:
                 wrong.append(f"{name}={getattr(self, name)}; expected at least 1")
         if self.context < 0:
             wrong.append(f"context={self.context}; expected 0 or more")
+        if workers is not None and workers < 1:
+            wrong.append(f"workers={workers}; expected at least 1, or None for this process")
         if wrong:
             raise MechInterpError("; ".join(wrong))
+        rows_within(model, self.length, self.max_bytes)
+        self.cuts(model, Batch(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2, dtype=torch.bool)))
+
+    def cuts(self, model: AttentionOnlyModel, batch: Batch) -> list[Cut]:
+        return [cut_of(model, head, batch) for head in self.heads]
+
+    def names(self, model: AttentionOnlyModel) -> list[str]:
         empty = Batch(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2, dtype=torch.bool))
-        for head in self.heads:
-            cut_of(model, head, empty)
+        return [cut.name for cut in self.cuts(model, empty)]
 
-    def about(self, model: AttentionOnlyModel) -> dict[str, Any]:
-        """What makes a pass what it is; batch size and memory do not."""
-        heads = [head if isinstance(head, str) else list(head) for head in self.heads]
+    def about(self, model: AttentionOnlyModel, field: str) -> dict[str, Any]:
+        """What makes a pass what it is; batch size, memory and workers do not."""
         return {
-            "model": fingerprint(model), "heads": heads,
-            "length": self.length, "top": self.top, "context": self.context, "limit": self.limit,
-            "field": self.field, "shard": f"{self.shard} of {self.shards}",
+            "model": fingerprint(model), "heads": self.names(model), "estimate": self.estimate,
+            "length": self.length, "top": self.top, "context": self.context, "field": field,
         }  # fmt: skip
-
-    def of_shard(self, shard: int, shards: int) -> _Settings:
-        return replace(self, shard=shard, shards=shards)
 
 
 def fingerprint(model: AttentionOnlyModel) -> str:
@@ -194,61 +226,55 @@ def fingerprint(model: AttentionOnlyModel) -> str:
     return digest.hexdigest()[:16]
 
 
-@torch.no_grad()
-def count(model: AttentionOnlyModel, texts: Texts, settings: _Settings, path: Path | None) -> Tally:
-    """The tally of a corpus or of a shard of it, gone on with where ``path`` holds a part of it."""
-    about = settings.about(model) if path is not None else {}
-    tally = Tally.load(path, about) if path is not None and path.exists() else None
-    done = 0 if tally is None else tally.windows
-    fit = rows_within(model, settings.length, settings.max_bytes) // (1 + len(settings.heads))
-    rows = max(1, min(settings.batch, fit))
-    with tqdm(desc="windows", unit="window", initial=done, disable=None, leave=False) as progress:
-        for i, (places, some) in enumerate(_batches(model, texts, settings, rows, done), 1):
-            part = _tally(model, some, places, settings)
-            tally = part if tally is None else tally + part
-            progress.update(len(some))
-            if path is not None and i % SAVE_EVERY == 0:
-                tally.save(path, about)
-    if tally is None:
-        raise MechInterpError("the corpus has no window of at least 2 tokens; give more text")
-    if path is not None:
-        tally.save(path, about)
-    return tally
+def _pieces(
+    model: AttentionOnlyModel,
+    texts: Texts,
+    settings: Settings,
+    field: str,
+    limit: int | None,
+    last: Place | None,
+) -> Iterator[list[Window]]:
+    """The windows behind ``last``, about ``PIECE`` tokens at a time.
 
-
-def _batches(
-    model: AttentionOnlyModel, texts: Texts, settings: _Settings, rows: int, done: int
-) -> Iterator[tuple[Int[Tensor, "batch 2"], Batch]]:
-    """Windows in batches, after those that are done: document and start of each, and tokens."""
-    waiting: list[tuple[int, int, Tensor]] = []
-    seen = 0
-    for number, text in enumerate(documents(texts, field=settings.field)):
-        if settings.limit is not None and number >= settings.limit:
-            break
-        if number % settings.shards != settings.shard:
+    Raises:
+        MechInterpError: ``last`` is not where it was.
+    """
+    n = max(1, PIECE // settings.length)
+    piece: list[Window] = []
+    first = 0 if last is None else last.document
+    for window in windows(model, texts, settings.length, field=field, limit=limit, first=first):
+        if last is not None:
+            here, there = (window.document, window.start), (last.document, last.start)
+            if here > there or (here == there and Place.of(window) != last):
+                break
+            last = None if here == there else last
             continue
-        for start, window in windows(model, text, settings.length):
-            seen += 1
-            if seen <= done:
-                continue
-            waiting.append((number, start, window))
-            if len(waiting) == rows:
-                yield _packed(model, waiting)
-                waiting = []
-    if waiting:
-        yield _packed(model, waiting)
+        piece.append(window)
+        if len(piece) == n:
+            yield piece
+            piece = []
+    if last is not None:
+        raise MechInterpError(
+            f"document {last.document} is not the one that was counted up to token {last.start}: the "
+            "texts have changed, or limit is smaller than it was; give another file to save to"
+        )
+    if piece:
+        yield piece
 
 
-def _packed(
-    model: AttentionOnlyModel, waiting: list[tuple[int, int, Tensor]]
-) -> tuple[Int[Tensor, "batch 2"], Batch]:
-    places = torch.tensor([(number, start) for number, start, _ in waiting])
-    return places, pad(model, [window.to(model.W_E.device) for _, _, window in waiting])
+def count(model: AttentionOnlyModel, piece: Sequence[Window], settings: Settings) -> Tally:
+    """The tally of some windows, a batch at a time."""
+    fit = rows_within(model, settings.length, settings.max_bytes)
+    rows = max(1, min(settings.batch, fit // 3 if settings.estimate else fit))
+    parts = (piece[i : i + rows] for i in range(0, len(piece), rows))
+    return reduce(add, (_tally(model, part, settings, at_a_time=max(1, fit // rows)) for part in parts))
 
 
 def _tally(
-    model: AttentionOnlyModel, batch: Batch, places: Int[Tensor, "batch 2"], settings: _Settings
+    model: AttentionOnlyModel, some: Sequence[Window], settings: Settings, *, at_a_time: int
 ) -> Tally:
+    batch = pad(model, [window.tokens.to(model.W_E.device) for window in some])
+    places = torch.tensor([(window.document, window.start) for window in some])
     names = {f"{bank.path}.{hook}" for bank in model.banks for hook in (*HOOKS, "hook_z")}
     padded: dict[str, Any] = {} if batch.mask is None else {"attention_mask": batch.mask}
     logits, cache = model.run_with_cache(
@@ -261,30 +287,41 @@ def _tally(
     counted[:, 0] = False
     written = [bank.written(cache) for bank in model.banks]
     best = [_best(w, counted, batch, places, settings) for w in written]
-    n = batch.predicts.sum().double()[None].cpu()
     sums = sums_of(model, batch, cache)
-    cpu = type(sums)(*(tensor.cpu() for tensor in vars(sums).values()))
     del cache
-    cuts = [cut_of(model, head, batch) for head in settings.heads]
-    changes = torch.zeros(len(cuts), dtype=torch.float64)
-    if cuts:
-        runs, _ = run_cuts(model, batch, [Cut("nothing"), *cuts], replacement=None, patterns=None)
-        totals = runs.double().sum((1, 2)).cpu()
-        changes = totals[1:] - totals[0]
     means = [(w.double() * counted[..., None]).sum((0, 1)).cpu() for w in written]
+    nothing = torch.zeros(0, dtype=torch.float64)
     return Tally(
-        sums=cpu,
+        sums=type(sums)(*(tensor.cpu() for tensor in vars(sums).values())),
         loss=loss.double().sum()[None].cpu(),
-        tokens=n,
-        cut=changes,
+        tokens=batch.predicts.sum().double()[None].cpu(),
+        cut=_cut(model, batch, settings, at_a_time),
+        estimate=estimated_changes(model, batch, batch.predicts) if settings.estimate else nothing,
         written=torch.cat(means),
         positions=counted.sum().double()[None].cpu(),
         best=Best(*(torch.cat(parts) for parts in zip(*(vars(b).values() for b in best), strict=True))),
         windows=len(batch),
+        place=Place.of(some[-1]),
     )
 
 
-def _best(written: Tensor, counted: Tensor, batch: Batch, places: Tensor, settings: _Settings) -> Best:
+def _cut(
+    model: AttentionOnlyModel, batch: Batch, settings: Settings, at_a_time: int
+) -> Float[Tensor, "2 cut"]:
+    """Sums of what every cut changes: losses, logits."""
+    cuts = settings.cuts(model, batch)
+    if not cuts:
+        return torch.zeros(2, 0, dtype=torch.float64)
+    runs = [Cut("nothing"), *cuts]
+    totals = []
+    for start in range(0, len(runs), at_a_time):
+        part = run_cuts(model, batch, runs[start : start + at_a_time], replacement=None, patterns=None)
+        totals.append(torch.stack([x.double().sum((1, 2)).cpu() for x in part]))
+    total = torch.cat(totals, 1)
+    return total[:, 1:] - total[:, :1]
+
+
+def _best(written: Tensor, counted: Tensor, batch: Batch, places: Tensor, settings: Settings) -> Best:
     """The passages of one batch where each head of a bank writes most."""
     width, context = batch.tokens.shape[1], settings.context
     values = written.masked_fill(~counted[..., None], -torch.inf).flatten(0, 1).T.float()  # [head, b * p]
@@ -293,30 +330,39 @@ def _best(written: Tensor, counted: Tensor, batch: Batch, places: Tensor, settin
     row, position = flat // width, flat % width
     around = position[..., None] + torch.arange(-context, context + 1)
     inside = (around >= 0) & (around < batch.real.sum(1).cpu()[row][..., None])
-    tokens = batch.tokens.cpu()[row[..., None], around.clamp(0, width - 1)]
+    at = row[..., None], around.clamp(0, width - 1)
+    head = torch.arange(len(value))[:, None, None]
     found = Best(
         value,
         torch.cat([places[row], position[..., None]], -1),
-        torch.where(inside, tokens, -1).to(torch.int32),
+        torch.where(inside, batch.tokens.cpu()[at], -1).to(torch.int32),
+        torch.where(inside, written.cpu()[(*at, head)], 0).float(),
     )
     found.place[value == -torch.inf] = -1
     found.tokens[value == -torch.inf] = -1
     return Best.empty(len(value), settings.top, context) + found
 
 
-def _result(model: AttentionOnlyModel, tally: Tally, settings: _Settings) -> CorpusScores:
+def _result(
+    model: AttentionOnlyModel, tally: Tally, settings: Settings, more: Mapping[str, str]
+) -> CorpusScores:
     n, positions = float(tally.tokens), float(tally.positions)
     frame = model.heads.frame[["head", "layer", "index", "kind"]]
     columns: Mapping[str, Any] = tally.sums.columns()
     frame = frame.assign(**columns, written=(tally.written / positions).numpy())
-    names = [head if isinstance(head, str) else " > ".join(head) for head in settings.heads]
-    ablations = pd.DataFrame({"head": names, "loss_change": (tally.cut / n).numpy()})
-    if names:
-        frame["loss_change"] = frame["head"].map(dict(zip(names, ablations["loss_change"], strict=True)))
+    names = settings.names(model)
+    loss, logit = (tally.cut / n).numpy()
+    ablations = pd.DataFrame({"head": names, "loss_change": loss, "logit_change": logit})
     notes = {"windows": tally.windows, "tokens": int(n), "loss": round(float(tally.loss) / n, 6)}
+    if names:
+        frame = frame.merge(ablations, on="head", how="left")
+    if settings.estimate:
+        frame["estimate"] = (tally.estimate / n).numpy()
+        if names:
+            notes |= rank_correlation(frame)
     return CorpusScores(
         frame=frame,
-        receipt=Receipt((), notes),
+        receipt=Receipt((), {**notes, **more}),
         ablations=ablations,
         loss=float(tally.loss) / n,
         tokens=int(n),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,13 +15,15 @@ from torch import Tensor
 from mechinterp_attn.detect.batches import Batch
 from mechinterp_attn.detect.scores import look
 from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.heads import HeadBank
+from mechinterp_attn.heads import Head, HeadBank
 from mechinterp_attn.model import AttentionOnlyModel
 from mechinterp_attn.paths.frozen import freeze
+from mechinterp_attn.virtual import VirtualHead, resolve_head, virtual_head
 
-Target = str | tuple[str, ...]
+Target = str | Head | tuple[str | Head, ...]
 Replace = Literal["zero", "mean"]
 ByPath = Mapping[str, Tensor]
+EDGE = re.compile(r"\s*(\S+)\s*-([QKV])->\s*(\S+)\s*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +32,17 @@ class Cut:
 
     Attributes:
         name: as a table shows it.
+        kind: "attention", "mlp", "virtual", "edge", "several".
+        layer, index: of the head, or of the last one of a chain or edge.
         whole: heads whose output is replaced, by the path of their bank.
         parts: what is taken out of a head's ``z`` and nothing else, ``[batch, pos, d_head]``, by
             path and index: what a virtual head brings there.
     """
 
     name: str
+    kind: str = "several"
+    layer: int | None = None
+    index: int | None = None
     whole: Mapping[str, list[int]] = field(default_factory=dict)
     parts: Mapping[tuple[str, int], Float[Tensor, "batch pos d_head"]] = field(default_factory=dict)
 
@@ -47,27 +55,67 @@ class Cut:
         parts = dict(self.parts)
         for key, part in other.parts.items():
             parts[key] = parts[key] + part if key in parts else part
-        return Cut(f"{self.name} + {other.name}", whole, parts)
+        return Cut(f"{self.name} + {other.name}", whole=whole, parts=parts)
 
 
 def cut_of(model: AttentionOnlyModel, target: Target, batch: Batch) -> Cut:
-    """The cut that a label, or a chain of labels (a virtual head), stands for.
+    """The cut that a head, a chain of heads (a virtual head) or an edge stands for.
 
     Raises:
-        MechInterpError: unknown labels, or a chain in which a head cannot read the one before.
+        MechInterpError: unknown labels, or a chain or edge in which a head cannot read the one before.
     """
-    if isinstance(target, str):
-        bank, index = model.heads.find(target)
-        return Cut(target, {bank.path: [index]})
-    chain = [model.heads.find(label) for label in target]
-    if len(chain) < 2:
-        raise MechInterpError(f"a virtual head is at least two heads, got {target!r}")
-    for (first, i), (then, j) in pairwise(chain):
-        if then.step <= first.step:
-            raise MechInterpError(f"{then.label(j)} cannot read {first.label(i)}: it does not come later")
-    last, index = chain[-1]
-    name = " > ".join(target)
-    return Cut(name, parts={(last.path, index): brought(model, chain, batch)})
+    edge = EDGE.fullmatch(target) if isinstance(target, str) else None
+    if edge is not None:
+        src, side, dst = edge.groups()
+        ends = virtual_head(model, src, dst).heads  # checks them
+        (first, i), (last, index) = (model.heads.find(head.label) for head in ends)
+        if side == "K" and not bool(ends[-1].W_K.any()):
+            raise MechInterpError(f"{dst} has a constant key, which nothing can change; give Q or V")
+        part = through(model, (first, i), side, (last, index), batch)
+        name, kind = f"{src} -{side}-> {dst}", "edge"
+    else:
+        head = virtual_head(model, *target) if isinstance(target, tuple) else resolve_head(model, target)
+        labels = [one.label for one in head.heads] if isinstance(head, VirtualHead) else [head.label]
+        chain = [model.heads.find(label) for label in labels]
+        last, index = chain[-1]
+        if len(chain) == 1:
+            return Cut(head.label, last.kind, last.layer, index, whole={last.path: [index]})
+        part = brought(model, chain, batch)
+        name, kind = head.label, "virtual"
+    return Cut(name, kind, last.layer, index, parts={(last.path, index): part})
+
+
+@torch.no_grad()
+def through(
+    model: AttentionOnlyModel,
+    src: tuple[HeadBank, int],
+    side: str,
+    dst: tuple[HeadBank, int],
+    batch: Batch,
+) -> Float[Tensor, "batch pos d_head"]:
+    """What changes in a head's ``z`` when its queries, keys or values are those of a run without an
+    earlier head, and all else is as it was (Wang et al. 2022, "path patching"). What the earlier head
+    does through heads in between is part of it."""
+    (bank, index), (first, i) = dst, src
+    point, z = f"{bank.path}.hook_{side.lower()}", f"{bank.path}.hook_z"
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda x, hook: seen.__setitem__(name, x)
+
+    runs: list[list[tuple[str, Callable[..., Any]]]] = [
+        [(z, keep("whole"))],
+        [*cutting(model, [Cut("src", whole={first.path: [i]})]), (point, keep("side"))],
+        [(point, lambda x, hook: seen["side"]), (z, keep("cut"))],
+    ]
+    padded: dict[str, Any] = {} if batch.mask is None else {"attention_mask": batch.mask}
+    for hooks in runs if len(batch) else []:
+        with model.hooks(fwd_hooks=hooks):
+            model(batch.tokens, return_type=None, **padded)
+    if not seen:
+        return torch.zeros(*batch.tokens.shape, bank.d_head)
+    change = (seen["whole"] - seen["cut"])[:, :, index]
+    return change.reshape(*batch.tokens.shape, bank.d_head)
 
 
 def brought(

@@ -13,6 +13,7 @@ from mechinterp_attn.detect.batches import Batch
 from mechinterp_attn.detect.cuts import cut_of, cutting
 from mechinterp_attn.detect.losses import token_losses
 from mechinterp_attn.detect.measures import sums_of
+from mechinterp_attn.detect.null import random_removals
 from mechinterp_attn.detect.probes import random_repeats
 from mechinterp_attn.detect.scores import MAX_BYTES, HeadScores, look, score_heads
 from mechinterp_attn.detect.weights import WeightScores, score_weights
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 ATTENDS = 0.4  # least attention on a role's pairs
-STANDS_OUT = 5.0  # least standard deviations of a trace above random heads
-MATTERS = 0.02  # least loss on repeats, in shares of what repetition is worth
-MATTERS_NATS = 0.1  # and in nats
+STANDS_OUT = 5.0  # least standard deviations above the null, of a trace or of a loss
+NULL_SEQUENCES = 4  # how many of the sequences the null of the losses is taken on
 VIEWS = ("by_behaviour", "by_weights", "by_intervention")
 
 
@@ -34,9 +34,9 @@ class Induction(Result):
     """The induction circuit and the evidence for it.
 
     Attributes:
-        frame: one row per head that a view names, and per neuron that was cut: ``head, layer, index,
-            kind``; ``role``: "induction", "previous_token" or "" ; ``by_behaviour, by_weights,
-            by_intervention``: which views name it, and ``views``, how many; then the evidence:
+        frame: one row per head that was cut, all that move between positions and some neurons:
+            ``head, layer, index, kind``; ``role``: "induction", "previous_token" or ""; ``by_behaviour,
+            by_weights, by_intervention``: which views name it, and ``views``, how many; the evidence:
             ``induction``, ``previous_token`` (attention), ``trace_z``, ``partner`` (the K-composed QK
             circuit and the head at its other end), ``copying_z``, ``loss_change`` (nats on repeated
             tokens when it is cut).
@@ -107,9 +107,9 @@ def induction(
     - weights: the trace of the K-composed QK circuit of a pair is at least 5 standard deviations
       above random heads in the earlier one's place, and its eigenvalues are mostly positive
       (Elhage et al. 2021);
-    - intervention: the loss on repeated tokens rises by at least 0.1 nats, and by a fiftieth of what
-      repetition is worth, when the head is cut. Heads that stand in for one another can hide from
-      this view.
+    - intervention: the loss on repeated tokens rises when the head is cut, by at least 5 standard
+      deviations more than when as much is taken out of the stream in random directions
+      (``loss_z``). Heads that stand in for one another can hide from this view.
 
     Args:
         seed, draws: of the random tokens.
@@ -130,10 +130,17 @@ def induction(
     losses = token_losses(model, probe.batch, max_bytes=max_bytes)
     first = losses[:, : probe.period - 1 + probe.bos].mean()
     gain = float(first) - ablations.loss
-    frame = _evidence(scores, weights, ablations, least=max(MATTERS * gain, MATTERS_NATS))
+    null = random_removals(
+        model, next(probe.batch.split(NULL_SEQUENCES)), probe.repeated[:NULL_SEQUENCES], cut, seed=seed,
+        max_bytes=max_bytes,
+    )  # fmt: skip
+    frame = _evidence(scores, weights, ablations, null)
     edges = _edges(model, probe.batch, frame, weights.pairs, max_bytes)
-    named = frame["role"].ne("") | frame["by_intervention"] | frame["head"].isin(set(others))
-    frame = frame[named].sort_values(["views", "loss_change"], ascending=False).reset_index(drop=True)
+    frame = (
+        frame[frame["loss_change"].notna()]
+        .sort_values(["views", "loss_change"], ascending=False)
+        .reset_index(drop=True)
+    )
     checks = (*scores.receipt.checks, *weights.receipt.checks, *ablations.receipt.checks)
     agree = all(frame[frame["role"] != ""]["views"] == 3)
     notes = {"tokens": str(probe), "seed": seed, "draws": draws, "all views agree": agree}
@@ -149,7 +156,7 @@ def induction(
 
 
 def _evidence(
-    scores: HeadScores, weights: WeightScores, ablations: Ablations, *, least: float
+    scores: HeadScores, weights: WeightScores, ablations: Ablations, null: pd.DataFrame
 ) -> pd.DataFrame:
     frame = scores.frame[["head", "layer", "index", "kind", "induction", "previous_token"]]
     frame = frame.merge(weights.frame[["head", "copying_z"]], on="head")
@@ -171,13 +178,15 @@ def _evidence(
     frame["by_weights"] = (dst & frame["head"].isin(later.index)) | (
         src & frame["head"].isin(earlier.index)
     )
-    frame["by_intervention"] = frame["loss_change"] >= least
+    mean, std = (frame["head"].map(null[name]) for name in ("mean", "std"))
+    frame["loss_z"] = (frame["loss_change"] - mean) / std
+    frame["by_intervention"] = frame["loss_z"] >= STANDS_OUT
     frame["views"] = frame[list(VIEWS)].sum(axis=1)
     ends = (frame["head"].map(later["trace_z"]), frame["head"].map(earlier["trace_z"]))
     frame["trace_z"] = ends[0].where(dst, ends[1])
     frame["partner"] = frame["head"].map(later["src"]).where(dst, frame["head"].map(earlier["dst"]))
     order = ["head", "layer", "index", "kind", "role", *VIEWS, "views", "induction", "previous_token"]
-    return frame[[*order, "trace_z", "partner", "copying_z", "loss_change"]]
+    return frame[[*order, "trace_z", "partner", "copying_z", "loss_change", "loss_z"]]
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from mechinterp_attn.detect.batches import Batch
 from mechinterp_attn.detect.probes import ROLES, pairs_by_role
 from mechinterp_attn.heads import Cache
 from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.virtual import VirtualHead
 
 HOOKS = ("hook_pattern", "hook_v")  # what ``sums_of`` reads from a cache
 
@@ -73,3 +74,56 @@ def sums_of(model: AttentionOnlyModel, batch: Batch, cache: Cache) -> Sums:
     attention, moved, moved_all, entropy = (torch.cat(x, -1) for x in zip(*parts, strict=True))
     count = torch.stack([q.sum() for q in queries]).double()
     return Sums(attention, count, moved, moved_all, entropy, rows.sum().double()[None])
+
+
+def hooks_of(model: AttentionOnlyModel, head: VirtualHead) -> set[str]:
+    """What ``sums_of_chain`` reads from a cache, besides ``HOOKS``."""
+    norms = [model.norm_of(one.bank) for one in head.heads[1:]]
+    return {_read_at(model, head)} | {f"{path}.hook_scale" for norm, path in norms if norm.kind is not None}
+
+
+def _read_at(model: AttentionOnlyModel, head: VirtualHead) -> str:
+    """The hook of what its first head reads."""
+    bank = head.heads[0].bank
+    norm, path = model.norm_of(bank)
+    return model.stream_of(bank) if norm.kind is None else f"{path}.hook_normalized"
+
+
+def sums_of_chain(model: AttentionOnlyModel, batch: Batch, cache: Cache, head: VirtualHead) -> Sums:
+    """``sums_of`` for one virtual head, from the product of the patterns of its heads.
+
+    What it moves from a key to a query is weighted by that product and by the norms' scales between
+    the heads. Where a model has norms behind its heads there is no such product: NaN.
+    """
+    n = len(batch)
+    patterns = torch.stack([head.pattern(cache, b) for b in range(n)]).double()  # [batch, query, key + 1]
+    first, *later = head.heads
+    flow = torch.stack([first.pattern(cache, b)[:, :-1] for b in range(n)]).double()
+    x = cache[_read_at(model, head)].double()
+    bias = first.b_V.double() @ first.W_O.double()
+    for one in later:
+        step = torch.stack([one.pattern(cache, b)[:, :-1] for b in range(n)]).double()
+        norm, path = model.norm_of(one.bank)
+        if norm.kind is not None:
+            step = step / cache[f"{path}.hook_scale"].double().mT
+        flow = step @ flow
+        bias = bias @ one.W_V.double() @ one.W_O.double()
+        sublayer = model.sublayer_of(one.bank)
+        if sublayer.out is not None or any(post.kind is not None for post, _ in sublayer.posts):
+            flow = flow * torch.nan
+    norms = (x @ head.W_V.double() @ head.W_O.double() + bias).norm(dim=-1)
+    flow = flow * norms[:, None, :]
+    pairs = list(pairs_by_role(batch).values())
+    real = batch.real[:, :, None] & batch.real[:, None, :]
+    rows = batch.real.clone()
+    rows[:, 0] = False
+    entropy = torch.special.entr(patterns).sum(-1)
+    entropy = entropy.where((patterns >= 0).all(-1), torch.nan)[rows].sum()
+    return Sums(
+        torch.stack([(patterns[..., :-1] * p).sum() for p in pairs])[:, None],
+        torch.stack([p.any(-1).sum() for p in pairs]).double(),
+        torch.stack([(flow * p).sum() for p in pairs])[:, None],
+        torch.stack([(flow * (real & p.any(-1)[:, :, None])).sum() for p in pairs])[:, None],
+        entropy[None],
+        rows.sum().double()[None],
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor
 
 from mechinterp_attn.detect.batches import Batch, Input, as_batch, rows_within
-from mechinterp_attn.detect.measures import HOOKS, Sums, sums_of
+from mechinterp_attn.detect.measures import HOOKS, Sums, hooks_of, sums_of, sums_of_chain
 from mechinterp_attn.detect.probes import pairs_by_role, random_repeats
 from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.heads import Cache
+from mechinterp_attn.heads import Cache, Head
 from mechinterp_attn.model import AttentionOnlyModel
 from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.virtual import VirtualHead, resolve_head
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -52,6 +54,7 @@ class HeadScores(Result):
 @torch.no_grad()
 def score_heads(
     model: AttentionOnlyModel,
+    heads: Sequence[str | Head] | None = None,
     *,
     seed: int = 0,
     draws: int = 10,
@@ -67,28 +70,50 @@ def score_heads(
     ask the same of attention times the norm of what is moved (Elhage et al. 2021, "value-weighted").
 
     An MLP-derived head sees only its own token and the bias token, so its current-token score is
-    its mean gate and the other scores are zero.
+    its mean gate and the other scores are zero. A virtual head is scored on the product of its
+    heads' patterns.
 
     Args:
+        heads: labels or heads, virtual ones such as ``"L0H1 > L1H2"`` too; None: all single heads.
         seed: of the random tokens;  draws: how many random sequences.
         tokens: score on these instead: tokens ``[batch, pos]``, a text, or texts of any lengths.
         max_bytes: of patterns and values held at a time.
 
     Raises:
-        MechInterpError: context or vocabulary too small for repeated tokens; unusable tokens.
+        MechInterpError: context or vocabulary too small for repeated tokens; unusable tokens; no
+            such head.
     """
+    chosen = None if heads is None else resolve_all(model, heads)
+    chains = [head for head in chosen or () if isinstance(head, VirtualHead)]
+    extra = set[str]().union(*(hooks_of(model, head) for head in chains))
     batch, notes = probe_or(model, tokens, draws=draws, seed=seed)
     rows = rows_within(model, batch.tokens.shape[1], max_bytes)
-    parts: list[Sums] = []
+    parts: list[list[Sums]] = []
     checks: tuple[Check, ...] = ()
     for part in batch.split(rows):
-        cache = look(model, part)
-        parts.append(sums_of(model, part, cache))
-        checks = checks or (_dense_check(model, part, cache, parts[0]),)
-    frame = model.heads.frame[["head", "layer", "index", "kind"]]
-    for name, column in reduce(add, parts).columns().items():
-        frame[name] = column
+        cache = look(model, part, extra=extra)
+        sums = sums_of(model, part, cache)
+        parts.append([sums, *(sums_of_chain(model, part, cache, head) for head in chains)])
+        checks = checks or (_dense_check(model, part, cache, sums),)
+    totals = [reduce(add, column) for column in zip(*parts, strict=True)]
+    frame = model.heads.frame[["head", "layer", "index", "kind"]].assign(**totals[0].columns())
+    for head, total in zip(chains, totals[1:], strict=True):
+        own = pd.DataFrame(
+            {"head": [head.label], "layer": head.layer, "index": head.index, "kind": head.kind}
+        )
+        frame = pd.concat([frame, own.assign(**total.columns())], ignore_index=True)
+    if chosen is not None:
+        frame = frame.set_index("head", drop=False).loc[[head.label for head in chosen]]
+        frame = frame.reset_index(drop=True)
     return HeadScores(frame=frame, receipt=Receipt(checks, notes), probe=batch)
+
+
+def resolve_all(model: AttentionOnlyModel, heads: Sequence[str | Head]) -> list[Head]:
+    """Heads, virtual ones too, from labels or heads, each once."""
+    heads = [heads] if isinstance(heads, str | Head) else heads
+    if not heads:
+        raise MechInterpError("heads is empty; give labels or heads, or None for all")
+    return list({head.label: head for head in (resolve_head(model, one) for one in heads)}.values())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -102,6 +127,12 @@ class Offsets(Result):
     """
 
     title: ClassVar[str] = "Attention by relative offset"
+
+    def plot(self) -> Figure:
+        """Attention heads by how far back they look."""
+        from mechinterp_attn.view.figures.detect import offset_heatmap
+
+        return offset_heatmap(self)
 
 
 @torch.no_grad()
@@ -231,9 +262,14 @@ def probe_or(
     return batch, {"tokens": f"{int(batch.real.sum())} given", "sequences": len(batch), "dtype": dtype}
 
 
-def look(model: AttentionOnlyModel, batch: Batch, hooks: tuple[str, ...] = HOOKS) -> dict[str, Tensor]:
-    """Run a batch and keep some hooks of every bank."""
-    names = {f"{bank.path}.{hook}" for bank in model.banks for hook in hooks}
+def look(
+    model: AttentionOnlyModel,
+    batch: Batch,
+    hooks: tuple[str, ...] = HOOKS,
+    extra: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """Run a batch and keep some hooks of every bank, and ``extra`` ones by their full names."""
+    names = {f"{bank.path}.{hook}" for bank in model.banks for hook in hooks} | set(extra)
     padded: dict[str, Any] = {} if batch.mask is None else {"attention_mask": batch.mask}
     _, cache = model.run_with_cache(
         batch.tokens,

@@ -5,9 +5,10 @@ Tallies of disjoint texts add up, so batches, processes and machines can each ma
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mechinterp_attn.detect.measures import Sums
+from mechinterp_attn.detect.texts import Window
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.sources.saved import write_atomic
+
+TENSORS = ("loss", "tokens", "cut", "estimate", "written", "positions")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +34,13 @@ class Best:
         value: norm of what the head writes, ``[head, rank]``.
         place: document, token in the document (of the window's start), position in the window.
         tokens: the passage around it, -1 outside the window, ``[head, rank, 2 * context + 1]``.
+        norms: of what the head writes at each of these tokens, 0 outside the window.
     """
 
     value: Float[Tensor, "head rank"]
     place: Int[Tensor, "head rank 3"]
     tokens: Int[Tensor, "head rank passage"]
+    norms: Float[Tensor, "head rank passage"]
 
     @classmethod
     def empty(cls, n_heads: int, top: int, context: int) -> Best:
@@ -42,23 +48,42 @@ class Best:
             torch.full((n_heads, top), -torch.inf),
             torch.full((n_heads, top, 3), -1, dtype=torch.int64),
             torch.full((n_heads, top, 2 * context + 1), -1, dtype=torch.int32),
+            torch.zeros(n_heads, top, 2 * context + 1),
         )
 
     def __add__(self, other: Best) -> Best:
         """The best of both; equal values in the order of the corpus, whoever found them first."""
-        value = torch.cat([self.value, other.value], 1)
-        place = torch.cat([self.place, other.place], 1)
-        tokens = torch.cat([self.tokens, other.tokens], 1)
+        value, place, tokens, norms = (
+            torch.cat([getattr(self, f.name), getattr(other, f.name)], 1) for f in fields(self)
+        )
         order = torch.arange(value.shape[1]).expand(len(value), -1)
         for key in (place[..., 2], place[..., 1], place[..., 0]):  # least key first, each sort stable
             order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
         order = order.gather(1, value.gather(1, order).argsort(dim=1, descending=True, stable=True))
-        order = order[:, : self.value.shape[1]]
+        order = order[:, : self.value.shape[1], None]
         return Best(
-            value.gather(1, order),
-            place.gather(1, order[..., None].expand(-1, -1, 3)),
-            tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[2])),
+            value.gather(1, order[..., 0]),
+            *(part.gather(1, order.expand(-1, -1, part.shape[2])) for part in (place, tokens, norms)),
         )
+
+
+@dataclass(frozen=True)
+class Place:
+    """The last window that was counted: a pass goes on behind it, and is refused if it has changed.
+
+    Attributes:
+        document, start: as in ``Window``.
+        mark: a hash of its tokens.
+    """
+
+    document: int
+    start: int
+    mark: str
+
+    @classmethod
+    def of(cls, window: Window) -> Place:
+        tokens = window.tokens.to(torch.int64).numpy().tobytes()
+        return cls(window.document, window.start, hashlib.sha256(tokens).hexdigest()[:16])
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,32 +93,46 @@ class Tally:
     Attributes:
         sums: of attention by role.
         loss: sum of the losses (nats), ``[1]``;  tokens: how many next tokens that is, ``[1]``.
-        cut: sum of the loss changes of every cut head, ``[cut]``.
+        cut: sums of the changes of every cut head, of the loss and of the right token's logit,
+            ``[2, cut]``.
+        estimate: sum of the estimated loss changes, ``[head]``, or ``[0]`` where none were asked for.
         written: sum over positions of the norm of what each head writes, ``[head]``;  positions: how
             many, ``[1]``.
         best: the passages where each head writes most.
         windows: how many windows of tokens were counted.
+        place: the last of them.
     """
 
     sums: Sums
     loss: Float[Tensor, " one"]
     tokens: Float[Tensor, " one"]
-    cut: Float[Tensor, " cut"]
+    cut: Float[Tensor, "2 cut"]
+    estimate: Float[Tensor, " estimated"]
     written: Float[Tensor, " head"]
     positions: Float[Tensor, " one"]
     best: Best
     windows: int
+    place: Place
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        """Of two disjoint parts of a corpus, the ``other`` being the later one."""
+        parts = {
+            f.name: getattr(self, f.name) + getattr(other, f.name)
+            for f in fields(self)
+            if f.name != "place"
+        }
+        return Tally(**parts, place=other.place)
 
     def save(self, path: Path, about: Mapping[str, Any]) -> None:
         """Write the tally, whole or not at all."""
         tensors = {f"sums.{f.name}": getattr(self.sums, f.name) for f in fields(Sums)}
         tensors |= {f"best.{f.name}": getattr(self.best, f.name) for f in fields(Best)}
-        tensors |= {name: getattr(self, name) for name in ("loss", "tokens", "cut", "written", "positions")}
+        tensors |= {name: getattr(self, name) for name in TENSORS}
         tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        metadata = {"about": json.dumps(about, sort_keys=True), "windows": str(self.windows)}
+        metadata = {
+            "about": json.dumps(about, sort_keys=True),
+            "place": json.dumps([self.windows, *astuple(self.place)]),
+        }
         write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
 
     @classmethod
@@ -107,7 +146,11 @@ class Tally:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            found, windows = json.loads(metadata["about"]), int(metadata["windows"])
+            found = json.loads(metadata["about"])
+            windows, *place = json.loads(metadata["place"])
+            sums = Sums(**{f.name: tensors[f"sums.{f.name}"] for f in fields(Sums)})
+            best = Best(**{f.name: tensors[f"best.{f.name}"] for f in fields(Best)})
+            rest = {name: tensors[name] for name in TENSORS}
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise MechInterpError(f"{path} is not a saved pass over a corpus: {error}") from error
         wanted = json.loads(json.dumps(about))
@@ -121,7 +164,4 @@ class Tally:
                 f"{path} is a pass with other settings ({'; '.join(other)}); give another file to save "
                 "to, or the same settings"
             )
-        sums = Sums(**{f.name: tensors[f"sums.{f.name}"] for f in fields(Sums)})
-        best = Best(**{f.name: tensors[f"best.{f.name}"] for f in fields(Best)})
-        rest = {name: tensors[name] for name in ("loss", "tokens", "cut", "written", "positions")}
-        return cls(sums=sums, best=best, windows=windows, **rest)
+        return cls(sums=sums, best=best, windows=windows, place=Place(*place), **rest)

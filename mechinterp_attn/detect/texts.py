@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -16,24 +18,81 @@ from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.model import AttentionOnlyModel
 
 Texts = str | os.PathLike[str] | Iterable[Any]
+Document = str | Int[Tensor, " pos"]
 PIECE = 1 << 16  # characters of a text file that make one document
 
 
-def documents(texts: Texts, *, field: str = "text") -> Iterator[str]:
+@dataclass(frozen=True, eq=False)
+class Window:
+    """A piece of a document, no longer than a model's context.
+
+    Attributes:
+        document: its number;  start: of the piece, in tokens of the document.
+        tokens: ``[pos]``, BOS in front where there is one.
+    """
+
+    document: int
+    start: int
+    tokens: Int[Tensor, " pos"]
+
+
+def windows(
+    model: AttentionOnlyModel,
+    texts: Texts,
+    length: int,
+    *,
+    field: str = "text",
+    limit: int | None = None,
+    first: int = 0,
+) -> Iterator[Window]:
+    """The windows of all documents in order, each of at most ``length`` tokens, BOS included.
+
+    The last window of a document may be short, and is left out if it has no next token.
+
+    Args:
+        field, texts: as for ``documents``;  limit: leave out documents from this number on.
+        first: leave out documents before this number, without tokenising them.
+
+    Raises:
+        MechInterpError: as for ``documents``; tokens outside the vocabulary.
+    """
+    bos = model.bos_token_id
+    step = length if bos is None else length - 1
+    for number, document in enumerate(documents(texts, field=field)):
+        if number == limit:
+            return
+        if number < first:
+            continue
+        ids = _ids(model, document, f"document {number}")
+        for start in range(0, len(ids), step):
+            window = ids[start : start + step]
+            if bos is not None:
+                window = torch.cat([torch.tensor([bos]), window])
+            if len(window) > 1:
+                yield Window(number, start, window)
+
+
+def documents(texts: Texts, *, field: str = "text") -> Iterator[Document]:
     """One document at a time.
 
     Args:
         texts: a text file (cut at line ends into documents of about 64 thousand characters), a
-            JSONL file (one document a line, under ``field``), or anything that gives texts or
-            mappings with ``field``, such as a Hugging Face dataset.
+            JSONL file (one document a line), or anything that gives documents, such as one split of
+            a Hugging Face dataset. A document is a text, a sequence of token ids, or a mapping
+            that has one of them under ``field``.
 
     Raises:
         MechInterpError: a file that cannot be read, a line that is no JSON, a document without
-            ``field``; says which.
+            ``field``, a mapping of several splits; says which.
     """
+    if isinstance(texts, Mapping):
+        names = ", ".join(repr(name) for name in list(texts)[:5])
+        raise MechInterpError(
+            f"texts is a mapping with {names}; give one of them, such as texts[{names.split(',')[0]}]"
+        )
     if not isinstance(texts, (str, os.PathLike)):
         for i, one in enumerate(texts):
-            yield _text_of(one, field, f"document {i}")
+            yield _document(one, field, f"document {i}")
         return
     path = Path(texts)
     if not path.is_file():
@@ -48,7 +107,7 @@ def documents(texts: Texts, *, field: str = "text") -> Iterator[str]:
         raise MechInterpError(f"{path} is not UTF-8 text: {error}") from error
 
 
-def _json_lines(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
+def _json_lines(path: Path, lines: Iterable[str], field: str) -> Iterator[Document]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -56,7 +115,7 @@ def _json_lines(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
             one = json.loads(line)
         except json.JSONDecodeError as error:
             raise MechInterpError(f"{path}, line {number}: not JSON: {error}") from error
-        yield _text_of(one, field, f"{path}, line {number}")
+        yield _document(one, field, f"{path}, line {number}")
 
 
 def _pieces(lines: Iterable[str]) -> Iterator[str]:
@@ -72,33 +131,33 @@ def _pieces(lines: Iterable[str]) -> Iterator[str]:
         yield "".join(piece)
 
 
-def _text_of(one: Any, field: str, where: str) -> str:
+def _document(one: Any, field: str, where: str) -> Document:
+    if isinstance(one, Mapping):
+        if field not in one:
+            known = ", ".join(repr(str(key)) for key in one)
+            raise MechInterpError(
+                f"{where} has no {field!r}, only {known}; name the field of the text with field="
+            )
+        one = one[field]
     if isinstance(one, str):
         return one
-    try:
-        text = one[field]
-    except (KeyError, TypeError, IndexError):
-        text = None
-    if not isinstance(text, str):
-        raise MechInterpError(f"{where} has no text under {field!r}; name its field with field=")
-    return text
+    ids = isinstance(one, Sequence) and all(isinstance(i, int) for i in one)
+    if ids or isinstance(one, (Tensor, np.ndarray)):
+        return torch.as_tensor(one, dtype=torch.long).cpu()
+    raise MechInterpError(
+        f"{where} is a {type(one).__name__}; expected a text, token ids, or a mapping with one of them "
+        f"under {field!r} (name another field with field=)"
+    )
 
 
-def windows(model: AttentionOnlyModel, text: str, length: int) -> Iterator[tuple[int, Int[Tensor, " pos"]]]:
-    """A document as windows of at most ``length`` tokens, BOS in front of each where there is one.
-
-    Yields:
-        where the window begins in the document, in tokens, and its tokens; the last one may be short,
-        and is left out if it has no next token.
-    """
-    if not text.strip():
-        return
-    bos = model.bos_token_id
-    ids = model.to_tokens(text, prepend_bos=False)[0].cpu()
-    step = length if bos is None else length - 1
-    for start in range(0, len(ids), step):
-        window = ids[start : start + step]
-        if bos is not None:
-            window = torch.cat([torch.tensor([bos]), window])
-        if len(window) > 1:
-            yield start, window
+def _ids(model: AttentionOnlyModel, document: Document, where: str) -> Int[Tensor, " ids"]:
+    """A document's tokens, on the CPU, without BOS."""
+    if isinstance(document, str):
+        if not document.strip():
+            return torch.zeros(0, dtype=torch.long)
+        return model.to_tokens(document, prepend_bos=False)[0].cpu()
+    outside = document[(document < 0) | (document >= model.spec.d_vocab)]
+    if len(outside) or document.ndim != 1:
+        what = f"token id {int(outside[0])}" if len(outside) else f"shape {tuple(document.shape)}"
+        raise MechInterpError(f"{where} has {what}; expected [pos], ids 0..{model.spec.d_vocab - 1}")
+    return document[1:] if len(document) and document[0] == model.bos_token_id else document

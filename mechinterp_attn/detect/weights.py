@@ -7,17 +7,22 @@ positions are left out. float64 throughout.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import pandas as pd
 import torch
 from jaxtyping import Complex, Float
 from torch import Generator, Tensor
 
-from mechinterp_attn.circuits.copying import copying_scores
-from mechinterp_attn.heads import HeadBank
+from mechinterp_attn.circuits.composition import CompositionScores, composition
+from mechinterp_attn.circuits.copying import CopyingScores, copying_scores
+from mechinterp_attn.circuits.groups import HeadGroup, groups_of
+from mechinterp_attn.detect.scores import resolve_all
+from mechinterp_attn.heads import Head, HeadBank
 from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.progress import Progress
 from mechinterp_attn.results import Check, Receipt, Result
 
 NULL_DRAWS = 100
@@ -38,7 +43,7 @@ class WeightScores(Result):
             ``induction, induction_z, from_head``: ``matching`` and ``trace_z`` of the earlier head
             with which the trace stands out most, and which that is.
         pairs: one row per pair of an earlier and a later head that move between positions:
-            ``src, dst``; ``composition``: ``|W_QK W_OV^T| / (|W_QK| |W_OV|)``; ``trace``: of
+            ``src, dst``; ``composition``: the K-composition score (``circuits.composition``); ``trace``: of
             ``W_E W_QK W_OV^T W_E^T`` divided by the vocabulary: how much a token's score rises on
             what it preceded; ``matching``: trace over the sum of the eigenvalues' sizes, in
             [-1, 1]; ``trace_z, matching_z``: against random heads in the place of ``src``.
@@ -50,7 +55,13 @@ class WeightScores(Result):
 
 
 @torch.no_grad()
-def score_weights(model: AttentionOnlyModel, *, seed: int = 0, draws: int = 10) -> WeightScores:
+def score_weights(
+    model: AttentionOnlyModel,
+    heads: Sequence[str | Head] | None = None,
+    *,
+    seed: int = 0,
+    draws: int = 10,
+) -> WeightScores:
     """Score every head by its weights: copying, and induction by K-composition.
 
     Copying is the eigenvalue score of Elhage et al. 2021 ("Detecting copying behavior") and the
@@ -64,23 +75,34 @@ def score_weights(model: AttentionOnlyModel, *, seed: int = 0, draws: int = 10) 
     ``pairs``: as ``src`` it moves nothing between positions.
 
     Args:
+        heads: labels or heads for ``frame``, virtual ones such as ``"L0H1 > L1H2"`` too, whose OV is
+            the product; None: all single heads.
         seed: of random tokens and random heads;  draws: of 25 random tokens for ``pure_copying``.
 
     Raises:
-        MechInterpError: inputs and outputs have different vocabularies, so nothing can be copied.
+        MechInterpError: inputs and outputs have different vocabularies, so nothing can be copied; no
+            such head.
     """
     W_E, W_U = model.W_E.detach().double(), model.W_U.detach().double()
     generator = torch.Generator().manual_seed(seed)
-    copying = copying_scores(model, seed=seed)
-    frame = model.heads.frame[["head", "layer", "index", "kind"]].merge(
-        copying.frame[["head", "copying_score", "z", "size"]], on="head", validate="one_to_one"
-    )
-    frame.columns = ["head", "layer", "index", "kind", "copying", "copying_z", "copying_size"]
-    frame["pure_copying"] = (
-        torch.cat([_pure_copying(bank, W_E, W_U, draws=draws, generator=generator) for bank in model.banks])
-        .cpu()
-        .numpy()
-    )
+    chosen = None if heads is None else resolve_all(model, heads)
+    copying = cast(CopyingScores, copying_scores(model, chosen, seed=seed))
+    columns = {"copying_score": "copying", "z": "copying_z", "size": "copying_size"}
+    frame = copying.frame[["head", "layer", "kind", *columns]].rename(columns=columns)
+    groups = groups_of(model, chosen)
+    index = {head.label: head.index for group in groups for head in group.members()}
+    frame.insert(2, "index", frame["head"].map(index))
+    pure = {
+        label: score
+        for group in groups
+        for label, score in zip(
+            group.labels, _pure_copying(group, W_E, W_U, draws=draws, seed=seed).tolist(), strict=True
+        )
+    }
+    frame["pure_copying"] = frame["head"].map(pure)
+    if chosen is not None:
+        frame = frame.set_index("head", drop=False).loc[[head.label for head in chosen]]
+        frame = frame.reset_index(drop=True)
     pairs, check = _pairs(model, W_E, generator)
     best = pairs.sort_values("trace_z", ascending=False).drop_duplicates("dst").set_index("dst")
     for column, source in (("induction", "matching"), ("induction_z", "trace_z"), ("from_head", "src")):
@@ -96,9 +118,10 @@ def eigenvalue_score(eigenvalues: Complex[Tensor, "*head rank"]) -> Float[Tensor
 
 
 def _pure_copying(
-    bank: HeadBank, W_E: Tensor, W_U: Tensor, *, draws: int, generator: Generator
+    group: HeadGroup, W_E: Tensor, W_U: Tensor, *, draws: int, seed: int
 ) -> Float[Tensor, " head"]:
-    W_V, W_O = bank.stacked("V").double(), bank.stacked("O").double()
+    generator = torch.Generator().manual_seed(seed)  # the same tokens for every group
+    W_V, W_O = group.stacked("V").double(), group.stacked("O").double()
     n = min(COPY_TOKENS, len(W_E))
     shares = []
     for _ in range(draws):
@@ -108,7 +131,7 @@ def _pure_copying(
         raised = (logits - logits.mean(-1, keepdim=True)).relu()
         own = raised.diagonal(dim1=1, dim2=2)
         shares.append(own / raised.sum(-1).clamp_min(torch.finfo(own.dtype).tiny))
-    return 2 * torch.stack(shares).mean((0, 2)) - 1
+    return 2 * torch.stack(shares).mean((0, 2)).cpu() - 1
 
 
 def _pairs(model: AttentionOnlyModel, W_E: Tensor, generator: Generator) -> tuple[pd.DataFrame, Check]:
@@ -116,24 +139,19 @@ def _pairs(model: AttentionOnlyModel, W_E: Tensor, generator: Generator) -> tupl
     banks = [bank for bank in model.banks if bank.mixes_positions]
     parts: list[pd.DataFrame] = []
     error = 0.0
-    for late in banks:
+    for late in Progress(banks, desc="pairs of heads"):
         W_Q, W_K = late.stacked("Q").double(), late.stacked("K").double()
-        qk = ((W_Q.mT @ W_Q) * (W_K.mT @ W_K)).sum((1, 2)).sqrt()
         seen = gram @ W_Q  # [head, d_model, d_head]
-        null = _null_pairs(late, seen, W_K, generator)
-        for early in banks:
-            if early.step >= late.step:
-                continue
+        earlier = [bank for bank in banks if bank.step < late.step]
+        null = _null_pairs(late, seen, W_K, generator) if earlier else ()
+        for early in earlier:
             W_V, W_O = early.stacked("V").double(), early.stacked("O").double()
             ov = ((W_V.mT @ W_V) * (W_O @ W_O.mT)).sum((1, 2)).sqrt()
             for i in range(early.n_heads):
                 # W_E W_Q (W_K^T W_O^T) W_V^T W_E^T, turned round: [head, d_head, d_head]
                 eigenvalues = torch.linalg.eigvals((W_O[i] @ W_K).mT @ (W_V[i].T @ seen))
                 score, trace = eigenvalue_score(eigenvalues), eigenvalues.real.sum(-1)
-                mixed = W_K.mT @ W_O[i].T @ W_V[i].T  # W_QK W_OV^T without W_Q
-                norm = ((W_Q.mT @ W_Q) * (mixed @ mixed.mT)).sum((1, 2)).clamp_min(0).sqrt()
                 columns = {
-                    "composition": norm / (qk * ov[i]).clamp_min(1e-300),
                     "trace": trace / len(W_E),
                     "trace_z": (trace / ov[i].clamp_min(1e-300) - null[0]) / null[1],
                     "matching": score,
@@ -149,8 +167,13 @@ def _pairs(model: AttentionOnlyModel, W_E: Tensor, generator: Generator) -> tupl
             mine = float(parts[-1]["trace"][0]) * len(W_E)
             error = max(error, float((again - mine).abs() / again.abs().clamp_min(1e-300)))
     check = Check("a trace of every pair of layers summed over the vocabulary, relative", error, 1e-8)
-    pairs = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(PAIR_COLUMNS))
-    return pairs, check
+    if not parts:
+        return pd.DataFrame(columns=list(PAIR_COLUMNS)), check
+    mixing = [label for bank in banks for label in bank.labels()]
+    composed = cast(CompositionScores, composition(model, "K", mixing, mixing)).frame
+    composed = composed[["src", "dst", "score"]].rename(columns={"score": "composition"})
+    pairs = pd.concat(parts, ignore_index=True).merge(composed, on=["src", "dst"], how="left")
+    return pairs[list(PAIR_COLUMNS)], check
 
 
 def _null_pairs(

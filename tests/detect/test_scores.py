@@ -241,3 +241,57 @@ def test_too_little_memory_names_the_knob():
     model = mia.convert(tiny_bridge())
     with pytest.raises(MechInterpError, match=r"one sequence of 24 tokens needs about .* raise max_bytes"):
         mia.detect.score_heads(model, max_bytes=1000)
+
+
+def test_a_virtual_head_is_scored_on_the_product_of_its_patterns():
+    """With loops over the bridge's patterns, values and norm scales; beside single heads in one table."""
+    bridge = tiny_bridge(n_ctx=20, d_vocab=7)
+    model = mia.convert(bridge)
+    chosen = ["L1H2", "L0H1 > L1H2", "L0N3", mia.circuits.virtual_head(model, "L0N3", "L1H0")]
+    result = mia.detect.score_heads(model, chosen, draws=2)
+    assert list(result.frame["head"]) == ["L1H2", "L0H1 > L1H2", "L0N3", "L0N3 > L1H0"]
+    assert list(result.frame["kind"]) == ["attention", "virtual", "mlp", "virtual"]
+    single = by_head(model, draws=2)
+    for label in ("L1H2", "L0N3"):
+        own = result.frame.set_index("head").loc[label]
+        assert own[KINDS].tolist() == pytest.approx(single.loc[label, KINDS].tolist())
+    tokens = result.probe.tokens
+    _, cache = bridge.run_with_cache(tokens)
+    first, then = (cache[f"blocks.{layer}.attn.hook_pattern"][:, i] for layer, i in ((0, 1), (1, 2)))
+    scores = result.frame.set_index("head").loc["L0H1 > L1H2"]
+    product = then @ first
+    assert scores["previous_token"] == pytest.approx(float(product.diagonal(-1, 1, 2).mean()), abs=1e-9)
+    entropy = torch.special.entr(product).sum(-1)[:, 1:].mean()
+    assert scores["entropy"] == pytest.approx(float(entropy), abs=1e-9)
+    _, own = model.run_with_cache(tokens)
+    value = own["blocks.0.attn.hook_v"][:, :, 1] @ model["L0H1"].W_O @ model["L1H2"].OV.dense()
+    scale = own["blocks.1.ln1.hook_scale"][..., 0]
+    some = total = 0.0
+    for b in range(2):
+        for i in range(1, tokens.shape[1]):
+            flow = [
+                sum(float(then[b, i, m] / scale[b, m] * first[b, m, k]) for m in range(k, i + 1))
+                * float(value[b, k].norm())
+                for k in range(i + 1)
+            ]
+            some, total = some + flow[i - 1], total + sum(flow)
+    assert scores["previous_token_weighted"] == pytest.approx(some / total, abs=1e-9)
+
+
+def test_a_planted_virtual_head_scores_one():
+    """The previous-token head, and the current-token one, passed on by a second current-token head."""
+    model = known_heads()
+    with torch.no_grad():  # L1H1 as a second current-token head
+        for side in ("W_Q", "W_K"):
+            getattr(model.blocks[1].attn, side)[1] = getattr(model.blocks[0].attn, side)[2]
+    scores = by_head(model, heads=["L0H0 > L1H1", "L0H2 > L1H1"], draws=2)
+    assert scores.loc["L0H0 > L1H1", "previous_token"] == pytest.approx(1, abs=1e-6)
+    assert scores.loc["L0H2 > L1H1", "current_token"] == pytest.approx(1, abs=1e-6)
+
+
+def test_heads_that_do_not_exist_are_refused():
+    model = mia.convert(tiny_bridge())
+    with pytest.raises(MechInterpError, match="no head L0H9"):
+        mia.detect.score_heads(model, ["L0H9"])
+    with pytest.raises(MechInterpError, match="heads is empty"):
+        mia.detect.score_heads(model, [])

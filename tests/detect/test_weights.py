@@ -91,3 +91,20 @@ def test_a_classifier_cannot_copy():
     model = mia.convert(tiny_bridge(d_vocab_out=5))
     with pytest.raises(MechInterpError, match="13 and 5"):
         mia.detect.score_weights(model)
+
+
+def test_virtual_heads_copy_as_the_product_does():
+    model = mia.convert(tiny_bridge())
+    heads = ["L1N20", "L0H1 > L1H2", "L0H0"]
+    result = mia.detect.score_weights(model, heads, draws=1)
+    assert list(result.frame["head"]) == heads
+    assert list(result.frame["kind"]) == ["mlp", "virtual", "attention"]
+    W_E, W_U = (W.detach().numpy() for W in (model.W_E, model.W_U))
+    OV = model["L0H1"].OV.dense().numpy() @ model["L1H2"].OV.dense().numpy()
+    eigenvalues = np.linalg.eigvals(W_E @ OV @ W_U)
+    own = result.frame.set_index("head").loc["L0H1 > L1H2"]
+    assert own["copying"] == pytest.approx(eigenvalues.sum().real / np.abs(eigenvalues).sum(), abs=1e-9)
+    logits = torch.as_tensor(W_E @ OV @ W_U)
+    raised = (logits - logits.mean(-1, keepdim=True)).clamp_min(0)
+    shares = (raised.diagonal() / raised.sum(-1)).mean()
+    assert own["pure_copying"] == pytest.approx(2 * float(shares) - 1, abs=1e-9)

@@ -1,0 +1,89 @@
+"""The null of an intervention: as much taken out of the stream, in a direction that means nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool
+from torch import Generator, Tensor
+
+from mechinterp_attn.detect.batches import Batch, rows_within
+from mechinterp_attn.detect.cuts import next_token
+from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.progress import Progress
+
+DRAWS = 8  # random directions for each head
+LEAST = 1e-6  # nats: what float32 leaves of a mean loss
+
+
+@torch.no_grad()
+def random_removals(
+    model: AttentionOnlyModel,
+    batch: Batch,
+    where: Bool[Tensor, "batch pos_minus_1"],
+    heads: Sequence[str],
+    *,
+    seed: int,
+    max_bytes: int,
+) -> pd.DataFrame:
+    """What the loss does when, in place of a head's output, its output turned by a random rotation is
+    taken out of the residual stream: the same norm at every position, the same relations between
+    positions, another direction.
+
+    Returns:
+        indexed by head: ``mean`` and ``std`` of the loss change (nats) over ``DRAWS`` rotations.
+    """
+    rows = min(len(batch), rows_within(model, batch.tokens.shape[1], max_bytes))
+    at_a_time = max(1, min(DRAWS, rows_within(model, batch.tokens.shape[1], max_bytes) // rows))
+    batch, where = next(batch.split(rows)), where[:rows].to(batch.tokens.device)
+    generator = torch.Generator().manual_seed(seed)
+    turns = [_rotation(model.spec.d_model, generator).to(model.W_E) for _ in range(DRAWS)]
+    plain = _loss(model, batch, where, [])
+    found = {}
+    for label in Progress(heads, desc="random directions"):
+        changes: list[float] = []
+        for start in range(0, DRAWS, at_a_time):
+            hooks = _turned_out(model, label, torch.stack(turns[start : start + at_a_time]))
+            some = len(turns[start : start + at_a_time])
+            losses = _loss(model, batch.repeat(some), where.repeat(some, 1), hooks, parts=some)
+            changes += (losses - plain).tolist()
+        drawn = torch.tensor(changes, dtype=torch.float64)
+        found[label] = float(drawn.mean()), max(float(drawn.std()), LEAST)
+    return pd.DataFrame.from_dict(found, orient="index", columns=["mean", "std"])
+
+
+def _turned_out(model: AttentionOnlyModel, label: str, turns: Tensor) -> list[tuple[str, Any]]:
+    """Hooks that take a head's output, turned, out of the stream behind its sublayer; every turn in
+    its own share of the batch."""
+    bank, index = model.heads.find(label)
+    streams = [sublayer.stream for sublayer in model.sublayers()]
+    streams.append(f"blocks.{model.spec.n_layers - 1}.hook_resid_post")
+    behind = streams[streams.index(model.stream_of(bank)) + 1]
+    W_O, held = model[label].W_O, {}
+
+    def keep(z: Tensor, hook: Any) -> None:
+        held["z"] = z[:, :, index].reshape(*z.shape[:2], -1)
+
+    def remove(x: Tensor, hook: Any) -> Tensor:
+        written = (held["z"] @ W_O).unflatten(0, (len(turns), -1))
+        return x - torch.einsum("nbpd,nde->nbpe", written, turns).flatten(0, 1)
+
+    return [(f"{bank.path}.hook_z", keep), (behind, remove)]
+
+
+def _loss(
+    model: AttentionOnlyModel, batch: Batch, where: Tensor, hooks: list[Any], parts: int = 1
+) -> Tensor:
+    """Mean of the counted losses in each share of the batch."""
+    padded: dict[str, Any] = {} if batch.mask is None else {"attention_mask": batch.mask}
+    with model.hooks(fwd_hooks=hooks):
+        loss, _ = next_token(model(batch.tokens, **padded), batch)
+    loss, where = (x.unflatten(0, (parts, -1)).double() for x in (loss, where))
+    return (loss * where).sum((1, 2)) / where.sum((1, 2))
+
+
+def _rotation(n: int, generator: Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
