@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -37,8 +37,16 @@ def report(
         list[str] | None,
         typer.Option(help="This section instead of a preset's; may be given several times."),
     ] = None,
+    head: Annotated[
+        list[str] | None,
+        typer.Option(help="A head whose patterns and circuits to show; may be given several times."),
+    ] = None,
     compare: Annotated[
         str | None, typer.Option(help="A second model to set beside this one on the prompt.")
+    ] = None,
+    compare_mlp: Annotated[
+        str | None,
+        typer.Option("--compare-mlp", help="Set the same model in this mode beside it: silu or mixture."),
     ] = None,
     seed: Seed = 0,
     data: Annotated[
@@ -48,11 +56,17 @@ def report(
 ) -> None:
     """Write the circuit report of a model on a prompt: one HTML file that opens offline."""
     import mechinterp_attn as mia
+    from mechinterp_attn.errors import MechInterpError
     from mechinterp_attn.view.report.build import writable
 
     writable(out)  # before the work, not after it
     text = prompt_of(prompt, tokens)
+    if compare is not None and compare_mlp is not None:
+        raise MechInterpError("give --compare or --compare-mlp, one of the two")
     opened = load(model)
+    other = load(compare) if compare is not None else None
+    if compare_mlp is not None:
+        other = mia.load(model, mlp=cast(Any, compare_mlp))
     page = mia.report(
         opened,
         text,
@@ -60,7 +74,8 @@ def report(
         position=position,
         preset=preset,
         sections=section,
-        compare=None if compare is None else load(compare),
+        heads=head or (),
+        compare=other,
         seed=seed,
         progress=not quiet,
     )

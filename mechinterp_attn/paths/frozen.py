@@ -58,7 +58,7 @@ class Frozen:
     @property
     def start(self) -> Float[Tensor, "pos d_model"]:
         """The residual stream before the first bank."""
-        return self.sublayers[0].stream
+        return self.sublayers[0].stream if self.sublayers else self.end
 
     @property
     def banks(self) -> tuple[FrozenBank, ...]:
@@ -177,15 +177,17 @@ def freeze(model: AttentionOnlyModel, tokens: str | Tensor) -> Frozen:
     wanted = ("hook_pattern", "hook_scale", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
     logits, cache = model.run_with_cache(
         ids,
-        names_filter=lambda name: name.endswith(wanted) or name == "hook_embed",
+        names_filter=lambda name: name.endswith(wanted) or name in ("hook_embed", "hook_pos_embed"),
         return_cache_object=False,
     )
     cache = {name: tensor[0] for name, tensor in cache.items()}
-    end = cache[f"blocks.{model.spec.n_layers - 1}.hook_resid_post"]
+    parts = _parts(model, cache)
+    last = f"blocks.{model.spec.n_layers - 1}.hook_resid_post"
+    end = cache[last] if model.spec.n_layers else sum(parts.values(), torch.zeros_like(parts["embed"]))
     frozen = Frozen(
         model=model,
         tokens=ids[0],
-        parts=_parts(model, cache),
+        parts=parts,
         sublayers=tuple(sublayer.freeze(cache) for sublayer in model.sublayers()),
         end=end,
         final_norm=model.ln_final.freeze(cache.get("ln_final.hook_scale")),
@@ -198,7 +200,11 @@ def freeze(model: AttentionOnlyModel, tokens: str | Tensor) -> Frozen:
 
 
 def _parts(model: AttentionOnlyModel, cache: dict[str, Tensor]) -> dict[str, Tensor]:
-    start, embed = cache["blocks.0.hook_resid_pre"], cache["hook_embed"]
+    embed = cache["hook_embed"]
+    if not model.spec.n_layers:  # no block to read the stream at; no known model has an embed norm then
+        position = cache.get("hook_pos_embed")
+        return {"embed": embed} if position is None else {"embed": embed, "position": position}
+    start = cache["blocks.0.hook_resid_pre"]
     if model.spec.embed_norm is not None:
         return {"embed": start}
     position = start - embed

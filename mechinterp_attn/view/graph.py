@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from mechinterp_attn.paths.graph import AttributionGraph
 
+TOKENS = 96  # that are drawn, the most influential ones
+EDGES = 3000  # that are drawn, the strongest ones
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 
 
@@ -76,7 +78,10 @@ def graph_view(graph: AttributionGraph, *, most: int = 60) -> GraphView:
 
 
 def graph_data(graph: AttributionGraph, *, most: int = 60) -> dict[str, Any]:
-    """Nodes, edges, tokens and rows for ``drawAttributionGraph``."""
+    """Nodes, edges, tokens, columns and rows for ``drawAttributionGraph``.
+
+    Long prompts: only the tokens with most influence get a column, beside those where heads are drawn.
+    """
     table, links, inside = _drawn(graph, most)
     n_kept = int(graph.nodes["kind"].isin(["attention", "mlp"]).sum())
     rows: dict[int, str] = {}
@@ -107,27 +112,36 @@ def graph_data(graph: AttributionGraph, *, most: int = 60) -> dict[str, Any]:
     return {
         "title": f"Where {shown(graph.about)} = {graph.total:.3f} comes from",
         "note": (
-            f"{n_kept:,} of {graph.n_candidates:,} heads "
-            f"and neurons at positions are in the graph, the {inside} most influential are drawn; paths "
-            f"inside the graph give {graph.kept:.3f} of {graph.total:.3f}"
+            f"{n_kept:,} of {graph.n_candidates:,} heads and neurons at positions are in the graph, the "
+            f"{inside} most influential are drawn{_tokens(graph)}; paths inside the graph give "
+            f"{graph.kept:.3f} of {graph.total:.3f}"
         ),
         "tokens": [shown(token) for token in graph.tokens],
+        "columns": sorted(table.loc[table["kind"] != "bias", "position"].astype(int).unique().tolist()),
         "rows": {str(row): name for row, name in rows.items()},
         "nodes": nodes,
         "edges": edges,
     }
 
 
+def _tokens(graph: AttributionGraph) -> str:
+    n = len(graph.tokens)
+    return f", and {TOKENS} of {n:,} tokens" if n > TOKENS else ""
+
+
 def _drawn(graph: AttributionGraph, most: int) -> tuple[pd.DataFrame, pd.DataFrame, int]:
     """The nodes and edges to draw; what is not drawn goes into each node's ``rest``."""
     nodes, edges = graph.nodes, graph.edges
     heads = nodes[nodes["kind"].isin(["attention", "mlp"])].nlargest(most, "influence")["node"]
-    others = nodes[nodes["kind"].isin(["token", "bias", "logit"])]["node"]
-    names = {*heads, *others}
+    others = nodes[nodes["kind"].isin(["bias", "logit"])]["node"]
+    tokens = nodes[nodes["kind"] == "token"].nlargest(TOKENS, "influence")["node"]
+    names = {*heads, *others, *tokens}
     of_drawn = nodes["node"].map(lambda node: str(node).split("<-")[0] in names)
     names |= set(nodes["node"][of_drawn & (nodes["kind"] == "score")])
     nodes = nodes[nodes["node"].isin(names)]
     edges = edges[edges["source"].isin(names) & edges["target"].isin(names)]
+    weak = edges["weight"].abs().nlargest(EDGES).min() if len(edges) > EDGES else 0.0
+    edges = edges[(edges["kind"] != "value") | (edges["weight"].abs() >= weak)]
     into = edges[edges["kind"] == "value"].groupby("target")["weight"].sum()
     rest = nodes["value"] - nodes["node"].map(into).fillna(0.0)
     rest = rest.where(nodes["kind"].isin(["attention", "mlp", "logit"]), 0.0)

@@ -80,8 +80,9 @@ class Watched:
     def open(self, path):
         self.page.goto(path.as_uri())
         self.page.wait_for_selector("html[data-ready]", state="attached")
-        if self.page.locator(".patterns").count():
-            self.page.wait_for_selector(".patterns[data-ready]", state="attached")
+        self.page.wait_for_function(
+            "document.querySelectorAll(':is(.patterns, .matrix):not([data-ready])').length === 0"
+        )
         return self.page
 
     def assert_quiet(self):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 
 import pytest
 
@@ -63,10 +64,15 @@ def test_the_head_table_filters(saved, watched, model):
 def test_a_pattern_is_visible_and_is_the_models(saved, watched, model):
     page = watched.open(saved)
     assert page.locator(".panel").count() == 2
-    box = page.locator("canvas.big").first
+    box = page.locator(".patterns .heatmap").first
     assert box.is_visible()
     colours = box.evaluate(
-        """(canvas) => {
+        """async (svg) => {
+        const picture = new Image();
+        picture.src = svg.querySelector("image").getAttribute("href");
+        await picture.decode();
+        const canvas = new OffscreenCanvas(picture.width, picture.height);
+        canvas.getContext("2d").drawImage(picture, 0, 0);
         const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
         const seen = new Set();
         for (let i = 0; i < data.length; i += 4) seen.add(data.slice(i, i + 3).join());
@@ -87,10 +93,10 @@ def test_pointing_at_a_cell_reads_its_weight(saved, watched, model, report):
         exact = model[label].pattern(cache)
         n = len(exact)
         query, key = (n - 2, 3) if kind == 0 else (n - 2, n - 2)
-        canvas = panel.locator("canvas.big")
-        canvas.scroll_into_view_if_needed()
-        size = canvas.bounding_box()
-        canvas.hover(
+        cells = panel.locator(".heatmap .edge").first
+        cells.scroll_into_view_if_needed()
+        size = cells.bounding_box()
+        panel.locator(".heatmap image").hover(
             position={"x": (key + 0.5) * size["width"] / (n + 1), "y": (query + 0.5) * size["height"] / n}
         )
         page.wait_for_timeout(100)
@@ -109,10 +115,10 @@ def test_patterns_work_by_keyboard(saved, watched):
     strip.focus()
     strip.press("Home")
     page.wait_for_timeout(100)
-    assert strip.get_attribute("aria-activedescendant") == "attention-token-0"
+    assert strip.get_attribute("aria-activedescendant") == "patterns-0-token-0"
     strip.press("ArrowRight")
     page.wait_for_timeout(100)
-    assert panel.locator("[aria-selected=true]").get_attribute("id") == "attention-token-1"
+    assert panel.locator("[aria-selected=true]").get_attribute("id") == "patterns-0-token-1"
     panel.locator("input:checked").press("ArrowRight")
     page.wait_for_timeout(100)
     assert panel.locator("input").nth(1).is_checked()
@@ -129,19 +135,92 @@ def test_tables_download_as_csv(saved, watched, model):
     watched.assert_quiet()
 
 
-def test_charts_and_patterns_download_as_pictures(saved, watched):
+def test_every_figure_downloads_as_svg_and_png(saved, watched):
+    """Charts, patterns, heatmaps and the graph: as many of each button as there are pictures."""
     page = watched.open(saved)
+    pictures = page.locator("main svg").count()
     for name, start in (("SVG", b"<svg"), ("PNG", b"\x89PNG")):
-        with page.expect_download() as caught:
-            page.get_by_label(f"Download as {name}: Loss with").click()
-        assert caught.value.path().read_bytes().startswith(start)
-    with page.expect_download() as caught:
-        page.get_by_label("Download the pattern as PNG").first.click()
-    assert caught.value.path().read_bytes().startswith(b"\x89PNG")
+        buttons = page.get_by_label(f"Download as {name}:").all()
+        assert len(buttons) == pictures == 9  # 3 charts, 2 patterns, 3 heatmaps, 1 graph
+        for button in buttons:
+            with page.expect_download() as caught:
+                button.click()
+            assert caught.value.path().read_bytes().startswith(start)
     watched.assert_quiet()
 
 
-@pytest.mark.parametrize("width", [390, 1280])
+def test_a_picture_that_was_downloaded_stands_by_itself(saved, watched, chromium):
+    """The SVG is drawn as an image of its own: nothing of the page's style is needed."""
+    page = watched.open(saved)
+    with page.expect_download() as caught:
+        page.get_by_label("Download as SVG: pattern, Attention heads").click()
+    text = caught.value.path().read_text(encoding="utf-8")
+    assert "var(--" not in text
+    assert "class=" in text or "fill=" in text
+    other = chromium.new_page()
+    other.set_content(text)
+    assert other.locator("svg > image").bounding_box()["width"] > 100
+    assert "token looked at" in other.locator("svg").inner_text()
+    other.close()
+
+
+def test_heatmaps_work_by_keyboard(saved, watched, model):
+    page = watched.open(saved)
+    box = page.locator(".matrix").first
+    box.locator(".heatmap").focus()
+    box.locator(".heatmap").press("ArrowDown")
+    box.locator(".heatmap").press("ArrowRight")
+    names = [f"L0H{i}" for i in range(4)], [f"L1H{i}" for i in range(4)]
+    assert f"{names[0][1]} → {names[1][1]}" in box.locator(".readout").inner_text()
+    box.locator(".heatmap").press("End")
+    assert f"{names[0][1]} → {names[1][3]}" in box.locator(".readout").inner_text()
+    panel = page.locator(".panel").first
+    panel.locator(".heatmap").focus()
+    panel.locator(".heatmap").press("PageUp")
+    page.wait_for_timeout(100)
+    assert "(0)" in panel.locator(".readout").inner_text()
+    watched.assert_quiet()
+
+
+def test_the_graph_is_walked_with_arrow_keys(saved, watched):
+    page = watched.open(saved)
+    assert page.locator(".graph-node[tabindex='0']").count() == 1  # one stop for the tab key
+    page.locator(".graph-node.logit").focus()
+    before = page.locator(".graph-panel h3").inner_text()
+    page.keyboard.press("ArrowDown")
+    assert page.locator(".graph-panel h3").inner_text() != before
+    assert page.evaluate("document.activeElement.classList.contains('chosen')")
+    page.keyboard.press("ArrowUp")
+    assert page.locator(".graph-panel h3").inner_text() == before
+    watched.assert_quiet()
+
+
+def test_neurons_say_what_they_read_and_write(saved, watched, report):
+    page = watched.open(saved)
+    headers = page.locator("#table-neurons th").all_inner_texts()
+    k = next(i for i, text in enumerate(headers) if text.startswith("Raises")) + 1
+    label = page.locator("#table-neurons tbody tr").first.locator("td").first.inner_text()
+    data = next(b for s in report.data["sections"] for b in s["blocks"] if b.get("id") == "neurons")["data"]
+    expected = data["tokens_raises"][data["head"].index(label)]
+    cell = page.locator(f"#table-neurons tbody tr:first-child td:nth-child({k})")
+    assert cell.locator("code").all_text_contents() == expected
+    with page.expect_download() as caught:
+        page.get_by_label("Download as CSV: The 48 MLP-derived heads").click()
+    rows = list(csv.DictReader(io.StringIO(caught.value.path().read_text(encoding="utf-8"))))
+    assert rows[0]["tokens_raises"] == " ".join(json.dumps(token, ensure_ascii=False) for token in expected)
+    watched.assert_quiet()
+
+
+def test_a_page_that_is_printed_shows_its_tables(saved, watched):
+    page = watched.open(saved)
+    page.emulate_media(media="print", color_scheme="dark")
+    assert not page.locator("nav").is_visible()
+    assert page.locator("#table-receipts").is_visible()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert len(page.pdf(print_background=True)) > 50_000
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280])
 def test_nothing_sticks_out(saved, watched, width):
     watched.page.set_viewport_size({"width": width, "height": 800})
     page = watched.open(saved)

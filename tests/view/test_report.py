@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ import mechinterp_attn as mia
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.view.report.blocks import ABOVE, BELOW, NOT_A_NUMBER, SCALE, pattern
 from mechinterp_attn.view.report.presets import SECTIONS
+from mechinterp_attn.view.report.sections_about import GLOSSARY
 from mechinterp_attn.view.text import inert_json, number, shown
 from tests.conftest import tiny_bridge
 from tests.view.conftest import PROMPT
@@ -168,6 +170,91 @@ def test_presets_choose_sections(model):
     assert "graph" not in ids
 
 
+def test_every_receipt_is_in_one_table(report):
+    rows = as_frame(blocks(report, "table")["receipts"])
+    passed = {
+        (r["of"], c["name"]) for s in report.data["sections"] for r in s["receipts"] for c in r["checks"]
+    }
+    assert set(zip(rows["result"], rows["check"], strict=True)) == passed
+    assert set(rows["ok"]) == {"✓ passed"}
+
+
+def test_headline_numbers_carry_their_check(report):
+    summary = report.data["sections"][0]
+    items = {i["name"]: i for b in summary["blocks"] if b["type"] == "facts" for i in b["items"]}
+    checked = ["Next token", "Largest direct effect", "Loss on the prompt", "Best induction head"]
+    for name in [*checked, "Conversion error"]:
+        assert items[name]["check"]["ok"], name
+    assert items["Conversion error"]["check"]["error"] <= items["Conversion error"]["check"]["tolerance"]
+
+
+def test_heads_that_were_asked_for_come_first(model):
+    page = mia.report(
+        model, PROMPT, sections=["patterns", "vocabulary"], heads=["L1H2", "L0N7"], progress=False
+    )
+    groups = blocks(page, "patterns")["patterns"]["groups"]
+    assert [g["heads"][0]["head"] for g in groups] == ["L1H2", "L0N7"]
+    tables = blocks(page, "table")
+    assert {"ov-L1H2", "qk-L1H2", "ov-neurons"} == set(tables)
+    exact = mia.circuits.reads_and_writes(model, ["L0N7"], top_k=6)
+    assert tables["ov-neurons"]["data"]["tokens_raises"] == [
+        [shown(t) for t in exact.tokens("L0N7", "raises")]
+    ]
+    with pytest.raises(MechInterpError, match="L9H9"):
+        mia.report(model, PROMPT, heads=["L9H9"], progress=False)
+
+
+def test_two_modes_on_one_prompt(tokenizer):
+    exact, silu = mia.load("gelu-2l"), mia.load("gelu-2l", mlp="silu")
+    page = mia.report(exact, PROMPT, sections=["summary"], compare=silu, progress=False)
+    sides = as_frame(blocks(page, "table")["comparison"]).set_index("what")
+    losses = [m(PROMPT, return_type="loss").item() for m in (exact, silu)]
+    for side, loss in zip(("first", "second"), losses, strict=True):
+        assert float(sides.loc["loss", side].split()[0]) == pytest.approx(loss, abs=1e-3)
+    chart = blocks(page, "chart")["comparison-losses"]
+    assert chart["values"][-1] == pytest.approx(losses[0], abs=1e-3)
+    assert chart["other"]["values"][-1] == pytest.approx(losses[1], abs=1e-3)
+    pictures = blocks(page, "patterns")["comparison-mlp"]["groups"]
+    assert [g["title"].split(":")[0] for g in pictures] == ["First", "Second"]
+
+
+def test_glossary_links_only_to_published_docs(model, monkeypatch):
+    from mechinterp_attn.view.report import sections_about
+
+    for site in (None, "https://docs.example.org"):
+        monkeypatch.setattr(sections_about, "documentation", lambda site=site: site)
+        page = mia.report(model, PROMPT, sections=["glossary"], progress=False)
+        words = page.data["sections"][0]["blocks"][0]["words"]
+        assert words["Order"]["links"][0]["url"] == (site and f"{site}/paths.html")
+        assert ("docs.example.org" in page.html()) == bool(site)
+
+
+def test_every_page_of_the_glossary_exists():
+    docs = Path(__file__).parents[2] / "docs"
+    assert all((docs / f"{page}.md").is_file() for _, page, _ in GLOSSARY.values())
+
+
+def test_a_long_graph_draws_the_tokens_that_matter(model):
+    from mechinterp_attn.view import graph as picture
+
+    graph = mia.paths.attribution_graph(mia.paths.freeze(model, PROMPT))
+    everything = picture.graph_data(graph)
+    assert everything["columns"] == list(range(len(graph.tokens)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(picture, "TOKENS", 2)
+        few = picture.graph_data(graph)
+    assert sum(n["kind"] == "token" for n in few["nodes"]) == 2
+    assert set(few["columns"]) == {n["position"] for n in few["nodes"] if n["position"] is not None}
+    assert "2 of" in few["note"]
+    for data in (everything, few):  # what is not drawn is said, node by node
+        into = {n["id"]: n["rest"] for n in data["nodes"]}
+        for e in data["edges"]:
+            into[e["target"]] += e["weight"] if e["kind"] == "value" else 0
+        for n in data["nodes"]:
+            if n["kind"] in ("attention", "mlp", "logit"):
+                assert into[n["id"]] == pytest.approx(n["value"], abs=1e-4)
+
+
 def test_the_data_beside_the_page_makes_the_same_page(report, tmp_path):
     page = report.save(tmp_path / "report.html", data=True)
     again = mia.Report.load(tmp_path / "report.json")
@@ -219,7 +306,8 @@ def test_the_page_holds_no_address_and_one_policy(report):
     assert "unsafe" not in policy
     html = re.sub(r'<script type="text/plain" id="circuitsvis">.*?</script>', "", html, flags=re.S)
     hosts = set(re.findall(r"https?://[^\s\"'<)]+", html))
-    assert hosts <= {"http://www.w3.org/2000/svg"}  # a name space, not an address
+    papers = {url for _, _, source in GLOSSARY.values() if source for url in source[1:]}
+    assert hosts <= {"http://www.w3.org/2000/svg"} | papers  # a name space, and links to follow by hand
 
 
 def test_same_input_same_data(report, model):

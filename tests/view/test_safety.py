@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 import mechinterp_attn as mia
-from mechinterp_attn.view.report.blocks import column, pattern, section, table, token
+from mechinterp_attn.results import Check, Receipt
+from mechinterp_attn.view.report.blocks import column, fact, matrix, patterns, section, table, token
 from mechinterp_attn.view.text import shown
 
 HOSTILE = [
@@ -47,25 +48,20 @@ def hostile_report(report):
         data[key] = shown(" ".join(HOSTILE))
     data["prompt"] = [shown(t) for t in HOSTILE]
     n = len(HOSTILE)
-    weights = pattern(np.tril(np.ones((n, n + 1))) / n)
-    groups = [
-        {
-            "kind": kind,
-            "title": "Heads",
-            "heads": [{"head": shown(t), "why": shown(t), "weights": weights} for t in HOSTILE],
-        }
-        for kind in ("attention", "mlp")
-    ]
+    weights = np.tril(np.ones((n, n + 1))) / n
+    groups = [(kind, HOSTILE[2], {t: (t, weights) for t in HOSTILE}) for kind in ("attention", "mlp")]
     rows = pd.DataFrame({"token": HOSTILE, "head": HOSTILE, "text": HOSTILE, "kind": HOSTILE}, dtype=object)
+    rows["tokens"] = [HOSTILE] * n
     columns = [
         column("token", HOSTILE[0], "token", HOSTILE[3]),
         column("head", "Head", "head"),
         column("text", "Text", "text"),
         column("kind", "Kind", "kind"),
+        column("tokens", HOSTILE[3], "tokens"),
     ]
     blocks = [
         {"type": "prompt", "tokens": data["prompt"], "ids": list(range(n))},
-        {"type": "patterns", "id": "patterns", "tokens": data["prompt"], "groups": groups},
+        patterns("patterns", HOSTILE, groups, caption=HOSTILE[2], circuitsvis=True),
         table("hostile", HOSTILE[2], rows, columns, filters=("head", "kind"), rows=len(HOSTILE)),
         {
             "type": "chart",
@@ -78,9 +74,15 @@ def hostile_report(report):
         },
         {
             "type": "facts",
-            "items": [{"name": shown(t), "value": shown(t), "note": shown(t)} for t in HOSTILE],
+            "items": [fact(shown(t), t, t, receipt=Receipt((Check(shown(t), 0.0, 1.0),))) for t in HOSTILE],
         },
-        {"type": "words", "words": {shown(t): shown(t) for t in HOSTILE}},
+        {
+            "type": "words",
+            "words": {
+                shown(t): {"meaning": shown(t), "links": [{"text": shown(t), "url": None}]} for t in HOSTILE
+            },
+        },
+        matrix("matrix", HOSTILE[2], np.eye(n), HOSTILE, HOSTILE, (HOSTILE[0], HOSTILE[3])),
     ]
     graph = next(b for s in report.data["sections"] for b in s["blocks"] if b["type"] == "graph")
     graph = json.loads(json.dumps(graph))
@@ -135,16 +137,12 @@ def test_every_token_of_gpt2_reads_as_itself(watched, data, report, tmp_path):
 def test_what_is_no_number_is_drawn_as_such(report, watched, tmp_path):
     weights = np.full((3, 4), 0.25)
     weights[1, 0], weights[2, 0], weights[2, 1] = np.nan, 1.5, -0.5
-    group = {
-        "kind": "attention",
-        "title": "Heads",
-        "heads": [{"head": "L0H0", "why": "odd", "weights": pattern(weights)}],
-    }
+    group = ("attention", "Heads", {"L0H0": ("odd", weights)})
     frame = pd.DataFrame({"value": [1.0, float("nan"), float("inf"), -float("inf")]})
     data = report.data | {"prompt": ["a", "b", "c"]}
     data["sections"] = [
         section("odd", "Odd", [], [
-            {"type": "patterns", "id": "patterns", "tokens": ["a", "b", "c"], "groups": [group]},
+            patterns("patterns", ["a", "b", "c"], [group]),
             table("odd", "Odd", frame, [column("value", "Value", "signed")]),
         ], {})
     ]  # fmt: skip
@@ -154,18 +152,43 @@ def test_what_is_no_number_is_drawn_as_such(report, watched, tmp_path):
     assert page.locator("#table-odd td").all_inner_texts() == ["∞", "+1.000", "−∞", "× NaN"]  # NaN last
     titles = page.locator(".panel .strip li").evaluate_all("(nodes) => nodes.map((n) => n.title)")
     assert [t.split(": ")[1] for t in titles] == ["> 1", "< 0", "0.25", "0.25"]
+    assert page.locator(".heatmap .odd").all_text_contents() == [
+        "×",
+        "+",
+        "−",
+    ]  # and crossed out where drawn
     watched.assert_quiet()
 
 
+@pytest.fixture(scope="module")
+def presets(report, model):
+    from tests.view.conftest import PROMPT
+
+    made = {
+        name: mia.report(model, PROMPT, preset=name, progress=False) for name in ("induction", "prediction")
+    }
+    beside = mia.report(model, PROMPT, sections=["summary"], compare=model, progress=False)
+    return {"overview": report, "comparison": beside, **made}
+
+
+@pytest.mark.parametrize(
+    ("preset", "width"),
+    [
+        ("overview", 390),
+        ("overview", 1280),
+        ("induction", 1280),
+        ("prediction", 1280),
+        ("comparison", 1280),
+    ],
+)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
-def test_axe_finds_no_serious_violation(report, chromium, tmp_path, scheme, width):
+def test_axe_finds_no_serious_violation(presets, preset, chromium, tmp_path, scheme, width):
     """axe-core's rules, contrast AA included. It is put in by the test; the page's policy forbids it."""
     context = chromium.new_context(
         color_scheme=scheme, viewport={"width": width, "height": 900}, bypass_csp=True
     )
     page = context.new_page()
-    page.goto(report.save(tmp_path / "report.html").as_uri())
+    page.goto(presets[preset].save(tmp_path / "report.html").as_uri())
     page.wait_for_selector(".patterns[data-ready]", state="attached")
     for summary in page.locator("details:not(:has(.circuitsvis)) > summary").all():
         if "CircuitsVis" not in summary.inner_text():

@@ -1,6 +1,5 @@
 "use strict";
 /* Text reaches the page through textContent only: nothing from the data is ever parsed as markup. */
-const report = JSON.parse(document.getElementById("data").textContent);
 
 function el(name, attributes, ...children) {
   const node = document.createElement(name);
@@ -39,13 +38,18 @@ function download(name, content, type) {
 
 function toCsv(columns, rows) {
   const cell = (x) => {
-    const text = x === null || x === undefined ? "" : String(x);
+    const text = x === null || x === undefined ? "" : Array.isArray(x) ? x.map((t) => JSON.stringify(t)).join(" ") : String(x);
     return /[",\r\n]/.test(text) ? '"' + text.replaceAll('"', '""') + '"' : text;
   };
   return [columns, ...rows].map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";
 }
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+
+/* Pictures are painted again when the colours change: dark mode, and a page that is printed. */
+function onColours(paint) {
+  for (const query of ["(prefers-color-scheme: dark)", "print"]) matchMedia(query).addEventListener("change", paint);
+}
 
 function rgb(text) {
   const n = parseInt(text.slice(1), 16);

@@ -31,7 +31,7 @@ function drawAttributionGraph(host, data) {
     if (!cells.has(key)) cells.set(key, []);
     cells.get(key).push(n);
   }
-  const columns = [-1, ...data.tokens.keys()];
+  const columns = [-1, ...data.columns]; // positions; long prompts show those that matter
   const wide = new Map(columns.map((c) => [c, 34]));
   for (const [key, list] of cells) {
     const c = Number(key.split(":")[0]);
@@ -62,7 +62,7 @@ function drawAttributionGraph(host, data) {
   const label = make("label", {}, bar, "Hide edges below ");
   const slider = make("input", { type: "range", min: "0", max: "100", value: "0", "aria-label": "smallest edge shown" }, label);
   const shownAt = make("span", {}, label, "");
-  make("span", { class: "graph-key" }, bar, "\u25cf attention head  \u25c6 MLP-derived head  \u25a0 token or bias; blue adds, red takes away");
+  make("span", { class: "graph-key" }, bar, "\u25cf attention head  \u25c6 MLP-derived head  \u25a0 token or bias; blue adds, red and dashed takes away; arrow keys walk");
   const stage = make("div", { class: "graph-stage" }, host);
   const scroll = make("div", { class: "graph-scroll" }, stage);
   const svg = make("svg", { width: x + 20, height, viewBox: `0 0 ${x + 20} ${height}`, role: "group", "aria-label": data.title }, scroll);
@@ -92,7 +92,7 @@ function drawAttributionGraph(host, data) {
     }, edgeLayer);
   }
   for (const n of drawn) {
-    const g = make("g", { class: "graph-node " + n.kind, tabindex: "0", role: "button", "aria-label": `${n.label}, ${signed(n.value)}` }, svg);
+    const g = make("g", { class: "graph-node " + n.kind, tabindex: "-1", role: "button", "aria-label": `${n.label}, ${signed(n.value)}` }, svg);
     const s = 3.5 + 5 * Math.sqrt(Math.min(1, Math.abs(n.share || 0)));
     if (n.kind === "mlp") make("polygon", { points: `${n.x},${n.y - s - 1} ${n.x + s + 1},${n.y} ${n.x},${n.y + s + 1} ${n.x - s - 1},${n.y}` }, g);
     else if (n.kind === "attention" || n.kind === "logit") make("circle", { cx: n.x, cy: n.y, r: s }, g);
@@ -102,7 +102,22 @@ function drawAttributionGraph(host, data) {
     g.addEventListener("click", () => select(n.id));
     g.addEventListener("keydown", (event) => {
       if (event.key === "Enter" || event.key === " ") { event.preventDefault(); select(n.id); }
+      const way = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] }[event.key];
+      if (!way) return;
+      event.preventDefault();
+      const next = nearest(n, way);
+      if (next) { select(next.id); next.el.focus(); }
     });
+  }
+  // The closest node that way; what stands off the line counts three times as far.
+  function nearest(n, [right, down]) {
+    let best = null, least = Infinity;
+    for (const m of drawn) {
+      const [dx, dy] = [m.x - n.x, m.y - n.y];
+      const along = dx * right + dy * down, off = Math.abs(right ? dy : dx);
+      if (along > 0.5 && along + 3 * off < least) { least = along + 3 * off; best = m; }
+    }
+    return best;
   }
 
   function list(title, found, other) {
@@ -153,6 +168,7 @@ function drawAttributionGraph(host, data) {
     for (const n of drawn) {
       n.el.classList.toggle("chosen", n.id === chosen);
       n.el.classList.toggle("near", near.has(n.id));
+      n.el.setAttribute("tabindex", n.id === chosen ? "0" : "-1"); // one stop for the tab key; arrows go on
     }
   }
   slider.addEventListener("input", paint);

@@ -1,48 +1,34 @@
 const DRAW = { table: drawTable, patterns: drawPatterns, matrix: drawMatrix, graph: drawGraph };
 
 function drawGraph(host, block) {
-  drawAttributionGraph(host, block.graph);
-  const stage = host.querySelector(".graph-scroll");
+  const box = el("div");
+  host.append(box);
+  drawAttributionGraph(box, block.graph);
+  const stage = box.querySelector(".graph-scroll");
   stage.scrollLeft = stage.scrollWidth; // the target stands at the last token
+  host.append(figureTools(() => block.id, () => block.graph.title, stage.querySelector("svg")));
 }
 
-for (const host of document.querySelectorAll("[data-block]")) {
-  const block = report.sections.find((s) => s.id === host.dataset.section).blocks[host.dataset.block];
-  DRAW[block.type](host, block);
+/* Words and charts are on the screen before this runs; then block after block, each in a turn of its own,
+   so that the page scrolls and answers meanwhile. */
+const turn = () => new Promise((done) => setTimeout(done));
+async function drawAll() {
+  await new Promise((done) => { requestAnimationFrame(done); setTimeout(done, 300); }); // a hidden page has no frames
+  await turn();
+  const report = JSON.parse(document.getElementById("data").textContent);
+  for (const host of document.querySelectorAll("[data-block]")) {
+    await turn();
+    const block = report.sections.find((s) => s.id === host.dataset.section).blocks[host.dataset.block];
+    await DRAW[block.type](host, block);
+  }
+  document.documentElement.dataset.ready = "";
 }
+drawAll();
 
-/* Charts download with their colours written into them. */
+/* Charts come as SVG in the page; here they get their buttons. */
 for (const figure of document.querySelectorAll("[data-chart]")) {
-  const picture = figure.querySelector("svg");
-  function standalone() {
-    const copy = picture.cloneNode(true);
-    const [from, to] = [picture, copy].map((svg) => [svg, ...svg.querySelectorAll("*")]);
-    from.forEach((node, i) => {
-      const style = getComputedStyle(node);
-      for (const name of ["fill", "stroke", "stroke-width", "stroke-dasharray", "paint-order", "font-size", "font-family"])
-        to[i].setAttribute(name, style.getPropertyValue(name));
-    });
-    const { width, height } = picture.viewBox.baseVal;
-    copy.setAttribute("width", width);
-    copy.setAttribute("height", height);
-    return new XMLSerializer().serializeToString(copy);
-  }
-  async function png() {
-    const { width, height } = picture.viewBox.baseVal;
-    const image = new Image();
-    image.src = "data:image/svg+xml;base64," + btoa(unescape(encodeURIComponent(standalone())));
-    await image.decode();
-    const canvas = el("canvas", { width: 2 * width, height: 2 * height });
-    const context = canvas.getContext("2d");
-    context.fillStyle = colour("panel");
-    context.fillRect(0, 0, canvas.width, canvas.height);
-    context.drawImage(image, 0, 0, canvas.width, canvas.height);
-    canvas.toBlob((blob) => download(figure.dataset.chart + ".png", blob));
-  }
   const caption = figure.querySelector("figcaption").textContent;
-  figure.append(el("div", { class: "tools" },
-    el("button", { type: "button", class: "plain", "aria-label": "Download as SVG: " + caption, onclick: () => download(figure.dataset.chart + ".svg", standalone(), "image/svg+xml") }, "SVG"),
-    el("button", { type: "button", class: "plain", "aria-label": "Download as PNG: " + caption, onclick: png }, "PNG")));
+  figure.append(figureTools(() => figure.dataset.chart, () => caption, figure.querySelector("svg")));
 }
 
 /* The section in view is marked in the table of contents. */
@@ -55,4 +41,3 @@ const spy = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "-10% 0px -80% 0px" });
 document.querySelectorAll("main section").forEach((section) => spy.observe(section));
-document.documentElement.dataset.ready = "";

@@ -1,12 +1,4 @@
-/* Attention patterns: attention heads and MLP-derived heads side by side, one query for both. */
-const SCALE = 252, BELOW = 253, ABOVE = 254, NOT_A_NUMBER = 255;
-
-async function inflate(text) {
-  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
-}
-
+/* Attention patterns: heads side by side, one query for all of them. */
 function weightText(code) {
   if (code === NOT_A_NUMBER) return "× NaN";
   if (code === BELOW) return "< 0";
@@ -14,17 +6,11 @@ function weightText(code) {
   return (code / SCALE).toFixed(2);
 }
 
-function ramp(kind) {
-  const low = rgb(colour("panel")), high = rgb(colour(kind)), bad = rgb(colour("bad"));
-  const colours = Array.from({ length: 256 }, (_, i) => (i <= SCALE ? mix(low, high, Math.sqrt(i / SCALE)) : bad));
-  return colours;
-}
-
 /* The same heads in CircuitsVis, whose bundle runs only once somebody asks for it. Its AttentionHeads
    keeps tokens as text (AttentionPatterns reads them as markup and is not used). */
 function inCircuitsVis(block) {
   const bundle = document.getElementById("circuitsvis");
-  if (!bundle) return null;
+  if (!bundle || !block.circuitsvis) return null;
   const views = el("div", { class: "panels" });
   const box = el("details", { class: "twin", ontoggle: () => {
     if (!box.open || views.childElementCount) return;
@@ -53,90 +39,51 @@ function inCircuitsVis(block) {
 
 function drawPatterns(host, block) {
   const n = block.tokens.length, width = n + 1;
-  const name = (k) => (k === n ? "the bias token" : `${block.tokens[k]} (${k})`);
+  const tokens = [...block.tokens, "⟨bias⟩"];
+  const name = (k) => (k === n ? "the bias token" : `${tokens[k]} (${k})`);
+  const code = (k) => el("code", { class: "token", dir: "auto" }, name(k));
   const state = { query: n - 1 };
   const panels = [];
 
-  function panel(group) {
-    const it = { chosen: group.heads[0], key: null };
-    const big = el("canvas", { class: "big", role: "img" });
+  function panel(group, place) {
+    const it = { chosen: group.heads[0], key: null, painted: null };
+    const title = () => `Attention pattern of ${it.chosen.head}, ${it.chosen.why}`;
+    const view = heatmap({ rows: block.tokens, columns: tokens, axes: ["token that looks", "token looked at"], top: 1, power: 0.5, width: 460, rowFrame: true, label: "",
+      onpoint: (q, k) => { [state.query, it.key] = [q, k]; redraw(); }, onleave: () => { it.key = null; redraw(); } });
     const readout = el("p", { class: "readout", "aria-live": "polite" });
     const strip = el("ol", { class: "strip", tabindex: "0", role: "listbox", "aria-label": "Tokens, shaded by how much the chosen one looks at them. Arrow keys choose the token that looks." });
-    const pieces = Array.from({ length: width }, (_, k) =>
-      el("li", { role: "option", id: `${group.kind}-token-${k}` }, el("bdi", {}, k === n ? "⟨bias⟩" : block.tokens[k])));
+    const pieces = tokens.map((token, k) => el("li", { role: "option", id: `${block.id}-${place}-token-${k}` }, el("bdi", {}, token)));
     strip.append(...pieces);
     const twin = el("tbody");
-    const row = () => it.chosen.codes.subarray(state.query * width, (state.query + 1) * width);
+    const shade = []; // what each token's ground shows now: only changes are written
 
-    it.draw = () => {
-      const colours = ramp(group.kind);
-      paint(big, it.chosen.codes, colours);
-      const weights = row();
-      const ranked = Array.from(weights.keys()).sort((a, b) => weights[b] - weights[a]);
+    it.draw = (fresh) => {
+      if (fresh) { it.colours = ramp(group.kind, 0.5); it.painted = null; shade.length = 0; }
+      if (it.painted !== it.chosen) { view.paint(it.chosen.codes, it.colours); view.name(`${title()}; the table below lists the weights of the chosen token`); it.painted = it.chosen; }
+      const weights = it.chosen.codes.subarray(state.query * width, (state.query + 1) * width);
       pieces.forEach((piece, k) => {
-        const back = colours[weights[k]];
+        if (shade[k] === weights[k]) return;
+        shade[k] = weights[k];
+        const back = it.colours[weights[k]];
         piece.style.backgroundColor = `rgb(${back})`;
         piece.style.color = readable(back);
-        piece.classList.toggle("chosen", k === state.query);
-        piece.setAttribute("aria-selected", k === state.query);
         piece.title = `${name(k)}: ${weightText(weights[k])}`;
       });
-      strip.setAttribute("aria-activedescendant", pieces[state.query].id);
+      if (it.query !== state.query) {
+        if (it.query !== undefined) { pieces[it.query].classList.remove("chosen"); pieces[it.query].setAttribute("aria-selected", "false"); }
+        pieces[state.query].classList.add("chosen");
+        pieces[state.query].setAttribute("aria-selected", "true");
+        strip.setAttribute("aria-activedescendant", pieces[state.query].id);
+        it.query = state.query;
+      }
+      const ranked = Array.from(weights.keys()).sort((a, b) => weights[b] - weights[a]).slice(0, 12);
       const at = it.key === null ? ranked[0] : it.key;
+      view.move(state.query, it.key);
       readout.replaceChildren(el("span", { class: "head" }, it.chosen.head), " from ", code(state.query), " to ", code(at),
         ": ", el("strong", {}, weightText(weights[at])), it.key === null ? " (where it looks most)" : "");
-      big.setAttribute("aria-label", `Attention pattern of ${it.chosen.head}, ${it.chosen.why}; the table below lists the weights of the chosen token`);
-      twin.replaceChildren(...ranked.slice(0, 12).map((k) => el("tr", {},
-        el("td", { class: "left token-cell" }, code(k)), el("td", {}, weightText(weights[k])))));
+      twin.replaceChildren(...ranked.map((k) => el("tr", {}, el("td", { class: "left token-cell" }, code(k)), el("td", {}, weightText(weights[k])))));
     };
-    const code = (k) => el("code", { class: "token", dir: "auto" }, name(k));
 
-    /* The whole pattern at device resolution; the chosen row is framed. */
-    function paint(canvas, codes, colours) {
-      const cell = Math.max(1, Math.floor(1152 / width)), size = cell * width;
-      canvas.width = size;
-      canvas.height = cell * n;
-      canvas.style.aspectRatio = `${width} / ${n}`;
-      const context = canvas.getContext("2d");
-      const image = small(codes, colours);
-      context.imageSmoothingEnabled = false;
-      context.drawImage(image, 0, 0, size, cell * n);
-      context.fillStyle = colour("quiet");
-      context.fillRect(cell * n - 1, 0, 2, cell * n); // the bias column stands apart
-      if (cell >= 6) marks(context, codes, cell);
-      context.strokeStyle = colour("ink");
-      context.lineWidth = Math.max(2, cell / 12);
-      context.strokeRect(1, cell * state.query + 1, size - 2, Math.max(cell - 2, 1));
-    }
-
-    /* What a colour cannot show is crossed out or marked. */
-    function marks(context, codes, cell) {
-      context.fillStyle = "#fff";
-      context.font = `${Math.floor(cell * 0.8)}px sans-serif`;
-      context.textAlign = "center";
-      context.textBaseline = "middle";
-      codes.forEach((c, i) => {
-        if (c <= SCALE) return;
-        const mark = c === NOT_A_NUMBER ? "×" : c === ABOVE ? "+" : "−";
-        context.fillText(mark, ((i % width) + 0.5) * cell, (Math.floor(i / width) + 0.5) * cell);
-      });
-    }
-
-    function small(codes, colours) {
-      const canvas = el("canvas", { width, height: n });
-      const image = new ImageData(width, n);
-      codes.forEach((c, i) => image.data.set([...colours[c], 255], 4 * i));
-      canvas.getContext("2d").putImageData(image, 0, 0);
-      return canvas;
-    }
-
-    const cellAt = (event) => {
-      const box = big.getBoundingClientRect();
-      const limit = (x, top) => Math.max(0, Math.min(top - 1, Math.floor(x)));
-      return [limit(((event.clientY - box.top) / box.height) * n, n), limit(((event.clientX - box.left) / box.width) * width, width)];
-    };
-    big.addEventListener("pointermove", (event) => { [state.query, it.key] = cellAt(event); redraw(); });
-    big.addEventListener("pointerleave", () => { it.key = null; redraw(); });
     strip.addEventListener("pointerover", (event) => {
       const k = pieces.indexOf(event.target.closest("li"));
       if (k >= 0 && k < n) { state.query = k; redraw(); }
@@ -146,27 +93,24 @@ function drawPatterns(host, block) {
       if (step === undefined) return;
       event.preventDefault();
       state.query = Math.max(0, Math.min(n - 1, state.query + step));
+      pieces[state.query].scrollIntoView({ block: "nearest" });
       redraw();
     });
 
     const thumbs = el("fieldset", { class: "thumbs" }, el("legend", {}, el("h3", { class: "kind-" + group.kind }, group.title)));
     for (const [i, head] of group.heads.entries()) {
       const canvas = el("canvas", { width: 72, height: 72, "aria-hidden": "true" });
-      const input = el("input", { type: "radio", name: "pattern-" + group.kind, value: head.head, checked: i === 0, onchange: () => { it.chosen = head; it.key = null; redraw(); } });
+      const input = el("input", { type: "radio", name: `${block.id}-${place}`, value: head.head, checked: i === 0, onchange: () => { it.chosen = head; it.key = null; redraw(); } });
       head.thumb = () => {
         const context = canvas.getContext("2d");
         context.imageSmoothingEnabled = n > 72;
-        context.drawImage(small(head.codes, ramp(group.kind)), 0, 0, 72, 72);
+        context.drawImage(bitmap(head.codes, width, n, ramp(group.kind, 0.5)), 0, 0, 72, 72);
       };
       thumbs.append(el("label", {}, input, canvas, el("span", { class: "head" }, head.head), head.why));
     }
-    const tools = el("div", { class: "tools" },
-      el("button", { type: "button", class: "plain", "aria-label": "Download the pattern as PNG", onclick: () => big.toBlob((blob) => download(it.chosen.head + ".png", blob)) }, "PNG"),
-      el("button", { type: "button", class: "plain", "aria-label": "Download the pattern as CSV", onclick: () => {
-        const rows = Array.from({ length: n }, (_, q) => [name(q), ...Array.from(it.chosen.codes.subarray(q * width, (q + 1) * width), weightText)]);
-        download(it.chosen.head + ".csv", toCsv(["query", ...Array.from({ length: width }, (_, k) => name(k))], rows), "text/csv");
-      } }, "CSV"));
-    it.root = el("div", { class: "panel" }, thumbs, big, readout, strip, tools,
+    const csv = () => toCsv(["query", ...tokens.map((_, k) => name(k))],
+      block.tokens.map((_, q) => [name(q), ...Array.from(it.chosen.codes.subarray(q * width, (q + 1) * width), weightText)]));
+    it.root = el("div", { class: "panel" }, thumbs, view.svg, readout, strip, figureTools(() => it.chosen.head, () => `pattern, ${group.title}`, view.svg, csv),
       el("details", { class: "twin" }, el("summary", {}, "As a table: where the chosen token looks"),
         el("table", {}, el("thead", {}, el("tr", {}, el("th", { class: "left", scope: "col" }, "Token looked at"), el("th", { scope: "col" }, "Weight"))), twin)));
     return it;
@@ -179,14 +123,15 @@ function drawPatterns(host, block) {
     requestAnimationFrame(() => { waiting = false; panels.forEach((it) => it.draw()); });
   }
 
-  (async () => {
-    for (const group of block.groups) for (const head of group.heads) head.codes = await inflate(head.weights);
+  return (async () => {
+    await Promise.all(block.groups.flatMap((group) => group.heads.map(async (head) => { head.codes = await inflate(head.weights); })));
     const row = el("div", { class: "panels" });
-    for (const group of block.groups) { const it = panel(group); panels.push(it); row.append(it.root); }
+    block.groups.forEach((group, place) => { const it = panel(group, place); panels.push(it); row.append(it.root); });
+    if (block.caption) host.append(el("p", { class: "caption" }, block.caption));
     host.append(row, inCircuitsVis(block) || "");
-    const everything = () => { panels.forEach((it) => it.draw()); block.groups.forEach((g) => g.heads.forEach((h) => h.thumb())); };
+    const everything = () => { panels.forEach((it) => it.draw(true)); block.groups.forEach((g) => g.heads.forEach((h) => h.thumb())); };
     everything();
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", everything);
+    onColours(everything);
     host.dataset.ready = "";
   })();
 }

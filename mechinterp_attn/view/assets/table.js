@@ -40,17 +40,18 @@ function drawTable(host, block) {
       return el("td", { class: "left kind-" + x }, name);
     }
     if (x === "") return el("td", { class: "left" }, "–");
+    if (c.kind === "tokens") return el("td", { class: "left token-cell" }, ...x.flatMap((token) => [el("code", { class: "token", dir: "auto" }, token), " "]));
     if (c.kind === "token") return el("td", { class: "left token-cell" }, el("code", { class: "token", dir: "auto" }, x));
-    if (c.kind === "text") return el("td", { class: "left" }, x);
+    if (c.kind === "text") return el("td", { class: "left text-cell" }, x);
     if (c.kind === "id" || c.kind === "layer") return el("td", {}, x === null ? "–" : String(x));
     const text = formatNumber(x, c.kind === "signed");
     if (c.kind === "number" || x === null || !Number.isFinite(x)) return el("td", {}, text);
-    const fill = el("i", { class: x < 0 ? "minus" : "" });
-    fill.style.width = 100 * Math.min(1, Math.abs(x) / (largest[c.key] || 1)) + "%";
-    return el("td", {}, el("span", { class: "bar", "aria-hidden": "true" }, fill), el("span", { class: "figure" }, text));
+    const fill = el("i", { class: c.kind === "score" ? "" : x < 0 ? "minus" : "plus" }); // signed bars grow from the middle
+    fill.style.width = (c.kind === "score" ? 100 : 50) * Math.min(1, Math.abs(x) / (largest[c.key] || 1)) + "%";
+    return el("td", {}, el("span", { class: "bar " + c.kind, "aria-hidden": "true" }, fill), el("span", { class: "figure" }, text));
   }
 
-  const left = (c) => ["head", "kind", "token", "text"].includes(c.kind);
+  const left = (c) => ["head", "kind", "token", "tokens", "text"].includes(c.kind);
   const headers = block.columns.map((c) =>
     el("th", { scope: "col", class: left(c) ? "left" : "", "aria-sort": "none", title: c.help || undefined },
       el("button", { type: "button", onclick: () => {
@@ -87,14 +88,14 @@ function drawTable(host, block) {
     return el("label", {}, label, select);
   }
 
-  function byLabel() {
-    const input = el("input", { type: "search", "aria-label": "Head", placeholder: "such as L1H", oninput: () => {
+  function byLabel(key, label) {
+    const input = el("input", { type: "search", "aria-label": label, placeholder: "such as L1H", oninput: () => {
       const wanted = input.value.trim().toLowerCase();
-      if (wanted === "") delete state.tests.head;
-      else state.tests.head = (i) => data.head[i].toLowerCase().startsWith(wanted);
+      if (wanted === "") delete state.tests[key];
+      else state.tests[key] = (i) => data[key][i].toLowerCase().startsWith(wanted);
       order();
     } });
-    return el("label", {}, "Head", input);
+    return el("label", {}, label, input);
   }
 
   function threshold() {
@@ -112,8 +113,10 @@ function drawTable(host, block) {
   }
 
   const tools = el("div", { class: "tools" });
-  const makers = { head: byLabel, kind: () => choice("kind", "Kind"), layer: () => choice("layer", "Layer"), score: threshold };
-  for (const name of block.filters) tools.append(makers[name]());
+  for (const name of block.filters) {
+    const c = block.columns.find((column) => column.key === name);
+    tools.append(name === "score" ? threshold() : c.kind === "head" ? byLabel(c.key, c.label) : choice(c.key, c.label));
+  }
   tools.append(count);
   if (total > block.rows) tools.append(back, next);
   tools.append(el("button", { type: "button", class: "plain", "aria-label": "Download as CSV: " + block.caption, onclick: () => {

@@ -1,7 +1,7 @@
 """What a report is made of, as plain JSON-ready data: sections of blocks.
 
-A block is a dict with a ``type``: "facts", "table", "chart", "patterns". The page draws them, the
-JSON file is them; no block holds markup.
+A block is a dict with a ``type``: "facts", "prompt", "table", "chart", "patterns", "matrix", "graph",
+"words". The page draws them, the JSON file is them; no block holds markup.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mechinterp_attn.results import Receipt
+from mechinterp_attn.results import Check, Receipt
 from mechinterp_attn.view.text import number, shown
 
 Block = dict[str, Any]
@@ -45,34 +45,47 @@ def section(
     }
 
 
+def _check(check: Check) -> Block:
+    return {
+        "name": check.name,
+        "ok": bool(check.ok),  # a float64 of numpy compares to its own kind of bool
+        "error": number(check.error, 3),
+        "tolerance": number(check.tolerance, 3),
+    }
+
+
 def _receipt(name: str, receipt: Receipt) -> Block:
-    checks = [
-        {
-            "name": check.name,
-            "ok": check.ok,
-            "error": number(check.error, 3),
-            "tolerance": number(check.tolerance, 3),
-        }
-        for check in receipt.checks
-    ]
+    checks = [_check(check) for check in receipt.checks]
     notes = {key: shown(str(value)) for key, value in receipt.notes.items()}
     return {"of": name, "ok": receipt.ok, "checks": checks, "notes": notes}
 
 
-def facts(*items: tuple[str, Any, str]) -> Block:
-    """Headline numbers or properties: (name, value, what it means)."""
-    return {
-        "type": "facts",
-        "items": [{"name": n, "value": shown(str(v)), "note": shown(note)} for n, v, note in items],
-    }
+def fact(
+    name: str, value: Any, note: str = "", *, receipt: Receipt | None = None, text: bool = False
+) -> Block:
+    """A headline number or a property.
+
+    Args:
+        note: what it means.
+        receipt: of the result it stands in; its first check is shown beside it.
+        text: the value is a sentence rather than a number.
+    """
+    item: Block = {"name": name, "value": shown(str(value)), "note": shown(note), "text": text}
+    item["check"] = _check(receipt.checks[0]) if receipt is not None and receipt.checks else None
+    return item
+
+
+def facts(*items: Block) -> Block:
+    """Headline numbers or properties side by side."""
+    return {"type": "facts", "items": list(items)}
 
 
 def column(key: str, label: str, kind: str = "number", help: str = "") -> Block:
     """A column of a table.
 
     Args:
-        kind: "text", "head", "kind", "layer", "token", "id", "number", "signed" (a bar either way
-            of zero) or "score" (a bar from 0 to 1).
+        kind: "text", "head", "kind", "layer", "token", "tokens" (lists of them), "id", "number",
+            "signed" (a bar either way of zero) or "score" (a bar from 0 to 1).
     """
     return {"key": key, "label": label, "kind": kind, "help": help}
 
@@ -101,16 +114,28 @@ def table(
     }
 
 
+def missing(values: pd.Series) -> pd.Series:
+    """The column with None for NaN: a number that does not exist, not one that went wrong."""
+    return values.astype(object).where(values.notna(), None)
+
+
 def _values(values: Iterable[Any], kind: str) -> list[Any]:
     if kind in ("number", "signed", "score"):
-        return [None if pd.isna(v) and v is None else number(v) for v in values]
+        return [number(v) for v in values]
+    if kind == "tokens":
+        return [[shown(token) for token in tokens] for tokens in values]
     if kind in ("layer", "id"):
         return [None if pd.isna(v) else int(v) for v in values]
     return [shown("" if pd.isna(v) else str(v)) for v in values]
 
 
 def chart(id: str, caption: str, kind: str, points: Sequence[tuple[str, float]], **more: Any) -> Block:
-    """A chart drawn as SVG: "line" or "bars" over labelled points, its table twin beside it."""
+    """A chart drawn as SVG: "line" or "bars" over labelled points, its table twin beside it.
+
+    Args:
+        more: ``x`` and ``y`` (axes), ``reference`` (a level with its label), ``other`` (a second line:
+            ``name``, ``own`` (the first one's name), ``values``).
+    """
     return {
         "type": "chart",
         "id": id,
@@ -133,6 +158,41 @@ def pattern(weights: np.ndarray) -> str:
     return base64.b64encode(zlib.compress(coded.astype(np.uint8).tobytes(), 9)).decode("ascii")
 
 
+def patterns(
+    id: str,
+    tokens: Sequence[str],
+    groups: Sequence[tuple[str, str, Mapping[str, tuple[str, np.ndarray]]]],
+    *,
+    caption: str = "",
+    circuitsvis: bool = False,
+) -> Block:
+    """Attention patterns side by side.
+
+    Args:
+        groups: kind, title, and by head: why it is shown and its weights ``[query, key + bias]``.
+        circuitsvis: offer the first heads in CircuitsVis as well.
+    """
+    return {
+        "type": "patterns",
+        "id": id,
+        "caption": shown(caption),
+        "circuitsvis": circuitsvis,
+        "tokens": [shown(t) for t in tokens],
+        "groups": [
+            {
+                "kind": kind,
+                "title": shown(title),
+                "heads": [
+                    {"head": shown(head), "why": shown(why), "weights": pattern(weights)}
+                    for head, (why, weights) in heads.items()
+                ],
+            }
+            for kind, title, heads in groups
+            if heads
+        ],
+    }
+
+
 def matrix(
     id: str,
     caption: str,
@@ -151,6 +211,7 @@ def matrix(
         "axes": list(axes),
         "rows": [shown(r) for r in rows],
         "columns": [shown(c) for c in columns],
+        "wide": len(columns) > 24,
         "top": number(top),
         "values": pattern(values / top),
     }

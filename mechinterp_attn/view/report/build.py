@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 from mechinterp_attn import paths
 from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.progress import Progress
 from mechinterp_attn.sources.saved import write_atomic
 from mechinterp_attn.version import __version__
 from mechinterp_attn.view.report.blocks import Block, section
 from mechinterp_attn.view.report.page import page
 from mechinterp_attn.view.report.presets import PRESETS, SECTIONS
-from mechinterp_attn.view.report.sections_pairs import comparison
+from mechinterp_attn.view.report.sections_about import receipts_table
+from mechinterp_attn.view.report.sections_compare import comparison
 from mechinterp_attn.view.report.study import Study, tokens_of
 from mechinterp_attn.view.text import inert_json, shown
 
@@ -108,6 +109,7 @@ def report(
     position: int = -1,
     preset: str = "overview",
     sections: Sequence[str] | None = None,
+    heads: Sequence[str] = (),
     compare: AttentionOnlyModel | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -121,14 +123,15 @@ def report(
         preset: "overview" (every section), "induction" (what heads do) or "prediction" (where one
             prediction comes from).
         sections: which sections, in this order, instead of a preset's.
+        heads: labels of heads whose patterns and circuits to show, before those that the report picks.
         compare: a second model (or the same in another mode) to set beside this one on the prompt.
         seed: of the random tokens that heads are scored on.
         progress: show a progress bar.
 
     Raises:
         MechInterpError: an empty prompt or one longer than the context, a target that is no single
-            token, a position outside the prompt, an unknown preset or section, a second model with
-            another vocabulary.
+            token, a position outside the prompt, an unknown preset, section or head, a second model
+            with another vocabulary.
     """
     if preset not in PRESETS:
         raise MechInterpError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
@@ -137,13 +140,15 @@ def report(
     if unknown or not names:
         raise MechInterpError(f"no section {unknown}; there are {', '.join(SECTIONS)}")
     frozen = paths.freeze(model, tokens_of(model, prompt))
-    study = Study(model=model, frozen=frozen, target=target, position=position, seed=seed)
+    chosen = tuple(dict.fromkeys(model[label].label for label in heads))
+    study = Study(model, frozen, target=target, position=position, seed=seed, chosen=chosen)
     study.attribution  # noqa: B018  (a bad target or position stops here, not in every section)
     makers: dict[str, Callable[[], Block | None]] = {name: partial(SECTIONS[name], study) for name in names}
     if compare is not None:
         makers["comparison"] = partial(comparison, study, _beside(study, compare))
     parts = []
-    for name in (bar := tqdm(makers, desc="report", unit="section", disable=not progress, leave=False)):
+    bar = Progress(makers, desc="report", unit="section", show=progress, stops=True)
+    for name in bar:
         bar.set_postfix_str(name)
         try:
             part = makers[name]()
@@ -151,6 +156,12 @@ def report(
             part = section(name, name.capitalize(), [[f"Not shown: {shown(str(error))}."]], [], {})
         if part is not None:
             parts.append(part)
+    if bar.notes:  # Ctrl-C in the command line: the page has what was ready, and says so
+        text = f"Stopped early. Not made: {', '.join(list(makers)[bar.done :])}."
+        parts.append(section("stopped", "Stopped early", [[text]], [], {}))
+    for part in parts:
+        if part["id"] == "provenance" and (receipts := receipts_table(parts)) is not None:
+            part["blocks"].append(receipts)
     passed = [check["ok"] for part in parts for receipt in part["receipts"] for check in receipt["checks"]]
     origin = str(model.provenance.get("name", "unnamed"))
     return Report(
@@ -179,7 +190,9 @@ def _beside(study: Study, model: AttentionOnlyModel) -> Study:
     frozen = paths.freeze(model, study.frozen.tokens)
     attribution = study.attribution
     target, position = attribution.target, attribution.position
-    return Study(model=model, frozen=frozen, target=target, position=position, seed=study.seed)
+    own = set(model.heads)
+    chosen = tuple(label for label in study.chosen if label in own)
+    return Study(model, frozen, target=target, position=position, seed=study.seed, chosen=chosen)
 
 
 def writable(path: str | os.PathLike[str]) -> Path:

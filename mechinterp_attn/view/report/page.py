@@ -18,7 +18,7 @@ from markupsafe import Markup
 from mechinterp_attn.view.report.svg import svg
 from mechinterp_attn.view.text import inert_json
 
-_SCRIPTS = ("core.js", "table.js", "patterns.js", "matrix.js", "graph.js", "main.js")
+_SCRIPTS = ("core.js", "figure.js", "table.js", "patterns.js", "matrix.js", "graph.js", "main.js")
 _STYLES = ("report.css", "graph.css")
 
 # CircuitsVis holds the browser up on longer prompts; the page's own patterns do not.

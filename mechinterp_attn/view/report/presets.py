@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mechinterp_attn.view.report import sections, sections_pairs, sections_paths
+from mechinterp_attn.view.report import sections_about, sections_heads, sections_pairs, sections_paths
 from mechinterp_attn.view.report.blocks import Block
 from mechinterp_attn.view.report.study import Study
 
 SECTIONS: dict[str, Callable[[Study], Block | None]] = {
-    "summary": sections.summary,
-    "provenance": sections.provenance,
-    "fidelity": sections.fidelity,
-    "orders": sections.loss,
+    "summary": sections_about.summary,
+    "provenance": sections_about.provenance,
+    "fidelity": sections_about.fidelity,
+    "orders": sections_paths.loss,
     "importance": sections_paths.importance,
-    "heads": sections.heads,
-    "patterns": sections.patterns,
+    "heads": sections_heads.heads,
+    "patterns": sections_heads.attention_patterns,
     "composition": sections_pairs.composition,
-    "vocabulary": sections.vocabulary,
+    "vocabulary": sections_heads.vocabulary,
     "paths": sections_paths.top_paths,
     "graph": sections_paths.graph,
-    "neurons": sections.neurons,
-    "glossary": sections.glossary,
+    "neurons": sections_heads.neurons,
+    "glossary": sections_about.glossary,
 }
 
 _HOW = ("provenance", "fidelity", "glossary")

@@ -1,26 +1,31 @@
-"""The sections that hold two things side by side: heads that compose, models on one prompt."""
+"""Composition: which heads write what later heads read, by weights."""
 
 from __future__ import annotations
 
 from itertools import compress
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
-import pandas as pd
 
 from mechinterp_attn import circuits
+from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.view.report.blocks import Block, column, matrix, section, table
-from mechinterp_attn.view.report.study import SCORES, Study
-from mechinterp_attn.view.text import shown
+from mechinterp_attn.view.report.study import Study
 
 PAIRS = 200  # strongest pairs listed of each kind
 READS: dict[Literal["K", "Q", "V"], str] = {"K": "keys", "Q": "queries", "V": "values"}
+FLOPS = 4e11  # of a search over all pairs of heads: seconds to half a minute
+COLUMNS = [
+    column("src", "Earlier", "head"),
+    column("dst", "Later", "head"),
+    column("score", "Score", "score"),
+    column("baseline", "Baseline"),
+    column("z", "z"),
+]
 
 
 def composition(study: Study) -> Block | None:
-    """Which attention heads write what later attention heads read, by weights."""
-    if study.model.spec.n_layers < 2:
-        return None
+    """Heatmaps of attention heads, and the strongest pairs of heads of every kind."""
     lead = [
         [
             "How much of what one head writes a later head reads, from the weights alone, 0 to 1. The "
@@ -29,111 +34,71 @@ def composition(study: Study) -> Block | None:
         ]
     ]
     blocks, receipts = [], {}
-    for kind, reads in READS.items():
-        found = circuits.composition(study.model, kind, src="attention", dst="attention")
-        result = cast(circuits.CompositionScores, found)
-        scores = np.asarray(result.scores, dtype=float)
-        writes, reads_any = np.isfinite(scores).any(1), np.isfinite(scores).any(0)
-        blocks.append(
-            matrix(
-                f"composition-{kind}",
-                f"{kind}-composition: the later head's {reads} read the earlier head",
-                scores[writes][:, reads_any],
-                list(compress(result.sources, writes)),
-                list(compress(result.readers, reads_any)),
-                ("earlier head", "later head"),
-            )
-        )
-        blocks.append(
-            table(
-                f"pairs-{kind}",
-                f"The strongest {kind}-composing pairs",
-                result.top(PAIRS),
-                [
-                    column("src", "Earlier", "head"),
-                    column("dst", "Later", "head"),
-                    column("score", "Score", "score"),
-                    column("baseline", "Baseline"),
-                    column("z", "z", "signed"),
-                ],
-                sort="score",
-                rows=10,
-            )
-        )
-        receipts[f"{kind}-composition"] = result.receipt
-    return section("composition", "Composition", lead, blocks, receipts)
+    if study.model.spec.n_layers > 1 and study.n_attention:
+        for kind, reads in READS.items():
+            found = circuits.composition(study.model, kind, src="attention", dst="attention")
+            result = cast(circuits.CompositionScores, found)
+            blocks += _pictures(kind, reads, result)
+            receipts[f"{kind}-composition"] = result.receipt
+    try:
+        of_all = _all_heads(study)
+    except MechInterpError:  # no pair composes: a single sublayer
+        of_all = None
+    if isinstance(of_all, str):
+        lead.append([of_all])
+    elif of_all is not None:
+        blocks.append(_pairs_of_all(of_all))
+        receipts["composition of all heads"] = of_all.receipt
+    return section("composition", "Composition", lead, blocks, receipts) if blocks else None
 
 
-def comparison(study: Study, other: Study) -> Block:
-    """Two models, or one model in two modes, on the same prompt."""
-    names = [f"{s.model.provenance.get('name', 'unnamed')}, mode {s.model.mode}" for s in (study, other)]
-    if names[0] == names[1]:
-        names = [f"{name} ({which})" for name, which in zip(names, ("first", "second"), strict=True)]
-    rows = [(what, *values) for what, values in _facts(study, other)]
-    frame = pd.DataFrame(rows, columns=["what", "first", "second"])
-    columns = [
-        column("what", "On this prompt", "text"),
-        column("first", names[0], "text"),
-        column("second", names[1], "text"),
+def _pictures(kind: str, reads: str, result: circuits.CompositionScores) -> list[Block]:
+    scores = np.asarray(result.scores, dtype=float)
+    writes, reads_any = np.isfinite(scores).any(1), np.isfinite(scores).any(0)
+    return [
+        matrix(
+            f"composition-{kind}",
+            f"{kind}-composition: the later head's {reads} read the earlier head",
+            scores[writes][:, reads_any],
+            list(compress(result.sources, writes)),
+            list(compress(result.readers, reads_any)),
+            ("earlier head", "later head"),
+        ),
+        table(
+            f"pairs-{kind}",
+            f"The strongest {kind}-composing pairs",
+            result.top(PAIRS),
+            COLUMNS,
+            sort="score",
+            rows=8,
+        ),
     ]
-    blocks = [table("comparison", "Side by side", frame, columns, rows=len(frame))]
-    heads = _by_head(study, other)
-    if len(heads):
-        blocks.append(
-            table(
-                "comparison-heads",
-                "Heads with the same label: what each writes straight to the explained logit",
-                heads,
-                [
-                    column("head", "Head", "head"),
-                    column("kind", "Kind", "kind"),
-                    column("first", "First (logits)"),
-                    column("second", "Second (logits)"),
-                    column("change", "Change", "signed"),
-                ],
-                sort="change",
-                filters=("head", "kind"),
-            )
+
+
+def _all_heads(study: Study) -> circuits.CompositionScores | str | None:
+    """V-composition among attention heads and MLP-derived heads together, or why it is left out."""
+    n = study.model.n_heads
+    if study.n_attention == n:
+        return None
+    plan = cast(circuits.Plan, circuits.composition(study.model, "V", top_k=1, plan=True))
+    if plan.flops > FLOPS:
+        return (
+            f"The pairs of all {n:,} heads, MLP-derived ones among them, are left out here ({plan}); "
+            f"mia.circuits.composition(model, 'V', top_k={PAIRS}, rank_by='z') lists them."
         )
-    lead = [[f"First: {shown(names[0])}. Second: {shown(names[1])}. The same prompt, token by token."]]
-    receipts = {
-        f"{which}, {what}": receipt
-        for which, s in (("first", study), ("second", other))
-        for what, receipt in (("orders", s.orders.receipt), ("logit", s.attribution.receipt))
-    }
-    return section("comparison", "Comparison", lead, blocks, receipts)
+    top_k = PAIRS if n > 2 * PAIRS**0.5 else None  # so few heads have too few pairs: all are listed
+    return cast(
+        circuits.CompositionScores, circuits.composition(study.model, "V", top_k=top_k, rank_by="z")
+    )
 
 
-def _facts(*studies: Study) -> list[tuple[str, list[str]]]:
-    def of(what: Any) -> list[str]:
-        return [str(what(s)) for s in studies]
-
-    def best(s: Study, score: str) -> str:
-        row = s.ranked(score).iloc[0]
-        return f"{row['head']} ({row[score]:.2f})"
-
-    def conversion_error(s: Study) -> str:
-        card = s.model.provenance.get("fidelity")
-        return f"{card['max_logit_error']:.1e} logits" if card else "not measured"
-
-    explained = studies[0].token(studies[0].attribution.target)
-    facts = [
-        ("most likely next token", of(lambda s: shown(s.predictions["token"].iloc[0]))),
-        ("its probability", of(lambda s: f"{s.predictions['probability'].iloc[0]:.1%}")),
-        (f"logit of {shown(explained)}", of(lambda s: f"{s.attribution.total:.3f}")),
-        ("conversion error", of(conversion_error)),
-        ("heads", of(lambda s: f"{s.model.n_heads:,}")),
-    ]
-    facts += [(f"best {words} head", of(lambda s, k=key: best(s, k))) for key, words in SCORES.items()]
-    if len(studies[0].frozen.tokens) > 1:
-        facts.append(("loss", of(lambda s: f"{s.orders.frame['loss'].iloc[-1]:.4f} nats")))
-        facts.append(("loss, no head at all", of(lambda s: f"{s.orders.frame['loss'].iloc[0]:.4f} nats")))
-    return facts
-
-
-def _by_head(study: Study, other: Study) -> pd.DataFrame:
-    frames = [s.attribution.frame for s in (study, other)]
-    frames = [f[f["kind"].isin(("attention", "mlp"))][["head", "kind", "value"]] for f in frames]
-    both = frames[0].merge(frames[1][["head", "value"]], on="head", suffixes=("_first", "_second"))
-    both = both.rename(columns={"value_first": "first", "value_second": "second"})
-    return both.assign(change=both["second"] - both["first"])
+def _pairs_of_all(result: circuits.CompositionScores) -> Block:
+    return table(
+        "pairs-all",
+        "V-composing pairs of all heads, MLP-derived ones among them, furthest above their baseline",
+        result.top(PAIRS, by="z"),
+        COLUMNS,
+        sort="z",
+        filters=("src", "dst"),
+        rows=8,
+    )

@@ -1,11 +1,58 @@
-"""The sections about paths: what orders are worth, the strongest paths, the attribution graph."""
+"""The sections about paths: loss by order, what orders are worth, the strongest paths, the graph."""
 
 from __future__ import annotations
 
+import math
+
 from mechinterp_attn.view.graph import graph_data
-from mechinterp_attn.view.report.blocks import Block, chart, column, section, table, token
-from mechinterp_attn.view.report.study import Study
-from mechinterp_attn.view.text import signed
+from mechinterp_attn.view.report.blocks import Block, chart, column, missing, section, table, token
+from mechinterp_attn.view.report.study import LONG, Study
+from mechinterp_attn.view.text import number, signed
+
+EDGES = 200  # listed as a table
+
+
+def loss(study: Study) -> Block:
+    """Loss by path order."""
+    frame = study.orders.frame
+    lead = [
+        [
+            "Every logit is a sum over paths from a token through heads to the output. Order 0 "
+            "passes through no head, order 1 through one, order 2 through two composed ones. "
+            "MLP-derived heads count as heads. A single order may well make the loss worse: only "
+            "the sum is the model."
+        ]
+    ]
+    blocks = [
+        table(
+            "orders",
+            "Loss with the paths up to each order",
+            frame.assign(change=missing(frame["change"])),  # nothing comes before order 0
+            [
+                column("order", "Order", "text"),
+                column("loss", "Loss (nats)"),
+                column("change", "Change", "signed"),
+                column("logit_norm", "Logits, root mean square"),
+            ],
+        )
+    ]
+    if len(study.frozen.tokens) > 1:
+        blank = math.log(study.model.spec.d_vocab_out)
+        blocks.insert(
+            0,
+            chart(
+                "loss-by-order",
+                "Loss with the paths up to each order",
+                "line",
+                list(zip(frame["order"], frame["loss"], strict=True)),
+                x="paths through at most this many heads",
+                y="loss (nats)",
+                reference={"label": "blind guess", "value": number(blank)},
+            ),
+        )
+    else:
+        lead.append(["A prompt of one token has no next token to be wrong about, so there is no loss."])
+    return section("orders", "Loss by path order", lead, blocks, {"orders": study.orders.receipt})
 
 
 def importance(study: Study) -> Block | None:
@@ -31,29 +78,29 @@ def importance(study: Study) -> Block | None:
         table(
             "importance",
             "Change of the loss by order",
-            result.frame,
+            result.frame.assign(
+                **{name: missing(result.frame[name]) for name in ("attention_only", "with_mlp")}
+            ),
             [
                 column("order", "Order", "text"),
                 column("change", "Change (nats)", "signed"),
-                column("attention_only", "Attention heads only"),
-                column("with_mlp", "With MLP-derived heads"),
+                column("attention_only", "Attention heads only (nats)", "signed"),
+                column("with_mlp", "With MLP-derived heads (nats)", "signed"),
             ],
-        ),
-        table(
-            "importance-of-heads",
-            "Change of the loss by the head that paths end in (the strongest ones)",
-            heads,
-            [
-                column("head", "Head", "head"),
-                column("kind", "Kind", "kind"),
-                column("order", "Order", "text"),
-                column("alone", "Added alone (nats)", "signed"),
-                column("given_others", "Given the others (nats)", "signed"),
-            ],
-            sort="alone",
-            rows=10,
         ),
     ]
+    if len(heads):
+        columns = [
+            column("head", "Head", "head"),
+            column("kind", "Kind", "kind"),
+            column("order", "Order", "text"),
+            column("alone", "Added alone (nats)", "signed"),
+            column("given_others", "Given the others (nats)", "signed"),
+        ]
+        caption = "Change of the loss by the head that paths end in (the strongest ones)"
+        blocks.append(table("importance-of-heads", caption, heads, columns, sort="alone", rows=10))
+    elif len(study.frozen.tokens) > LONG:
+        lead.append([f"Single heads are measured on prompts of up to {LONG} tokens; this one is longer."])
     return section("importance", "Term importance", lead, blocks, {"term importance": result.receipt})
 
 
@@ -104,10 +151,24 @@ def graph(study: Study) -> Block:
         column("share", "Share"),
         column("influence", "Influence", "score", "share of the target that runs through it, signs aside"),
     ]
+    edges = result.edges[result.edges["kind"] == "value"]
+    edges = edges.loc[edges["weight"].abs().sort_values(ascending=False, kind="stable").index[:EDGES]]
     nodes = result.nodes[result.nodes["kind"] != "score"]
     nodes = nodes.assign(token=nodes["token"].fillna(""))
     blocks = [
         {"type": "graph", "id": "graph", "graph": drawn},
         table("graph-nodes", "The nodes of the graph", nodes, columns, sort="influence", rows=10),
+        table(
+            "graph-edges",
+            "The strongest edges of the graph",
+            edges,
+            [
+                column("source", "From", "text"),
+                column("target", "To", "text"),
+                column("weight", "Weight (logits)", "signed"),
+                column("share", "Share"),
+            ],
+            rows=10,
+        ),
     ]
     return section("graph", "Attribution graph", lead, blocks, {"graph": result.receipt})

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from mechinterp_attn.paths.frozen import Frozen
 
 LOGIT_BYTES = 2**30  # of the logits by order: long prompts keep fewer orders apart
+MOST_ORDERS = 12  # kept apart: deep models spend most of their paths on orders in the middle
+LONG = 256  # tokens; on longer prompts the importance of single heads would take minutes
+PATTERN_CELLS = 2**22  # of all the patterns in a page: prompts of 1,024 tokens show four heads
 
 SEARCH = 200  # partial paths to open: seconds, and the section says what is not proven
 CLEAR = 0.3  # a score from here on makes a head one of that kind
@@ -44,6 +47,7 @@ class Study:
         frozen: the prompt with patterns frozen.
         target, position: which prediction is explained.
         seed: of the random tokens that heads are scored on.
+        chosen: labels of heads whose patterns and circuits the reader asked for.
     """
 
     model: AttentionOnlyModel
@@ -51,6 +55,7 @@ class Study:
     target: str | int | None
     position: int
     seed: int
+    chosen: tuple[str, ...] = ()
 
     @cached_property
     def scores(self) -> detect.HeadScores:
@@ -59,7 +64,7 @@ class Study:
     @cached_property
     def orders(self) -> paths.Orders:
         per_order = self.frozen.logits.numel() * self.frozen.logits.element_size()
-        return paths.orders(self.frozen, max_order=max(3, LOGIT_BYTES // per_order - 2))
+        return paths.orders(self.frozen, max_order=max(2, min(MOST_ORDERS, LOGIT_BYTES // per_order - 2)))
 
     @cached_property
     def attribution(self) -> paths.LogitAttribution:
@@ -67,7 +72,9 @@ class Study:
 
     @cached_property
     def importance(self) -> paths.TermImportance:
-        return paths.term_importance(self.model, self.frozen.tokens, heads=16, progress=False)
+        return paths.term_importance(
+            self.model, self.frozen.tokens, heads=16 if len(self.names) <= LONG else 0, progress=False
+        )
 
     @cached_property
     def top_paths(self) -> paths.TopPaths:
@@ -112,15 +119,27 @@ class Study:
         frame = self.scores.frame
         return frame[frame["kind"] == "attention"].nlargest(k, score)
 
-    @property
-    def own_weight(self) -> pd.DataFrame:
-        """Mean weight on the own token over the prompt, of every MLP-derived head: ``head, weight``."""
+    @cached_property
+    def own_weights(self) -> pd.DataFrame:
+        """Weight on the own token of every MLP-derived head: ``head``, ``here`` (where the prediction is
+        made), ``mean`` (over the prompt)."""
+        here = self.attribution.position
         parts = [
-            pd.DataFrame({"head": f.bank.labels(), "weight": f.pattern.double().mean(0).tolist()})
+            pd.DataFrame(
+                {
+                    "head": f.bank.labels(),
+                    "here": f.pattern[here].double().tolist(),
+                    "mean": f.pattern.double().mean(0).tolist(),
+                }
+            )
             for f in self.frozen.banks
             if f.bank.kind == "mlp"
         ]
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"head": [], "weight": []})
+        return (
+            pd.concat(parts, ignore_index=True)
+            if parts
+            else pd.DataFrame({"head": [], "here": [], "mean": []})
+        )
 
     def pattern(self, label: str) -> np.ndarray:
         """``[query, key + bias]`` of one head on this prompt."""
@@ -128,32 +147,61 @@ class Study:
         frozen = next(f for f in self.frozen.banks if f.bank is bank)
         return bank.dense_pattern(frozen.pattern, index).double().cpu().numpy()
 
+    def pictures(self, kind: str, k: int = 8) -> dict[str, tuple[str, np.ndarray]]:
+        """The heads of one kind whose patterns are worth a look: the reason and ``[query, key + bias]``."""
+        return {label: (why, self.pattern(label)) for label, why in self.picked(kind, k).items()}
+
     def picked(self, kind: str, k: int = 8) -> dict[str, str]:
-        """The heads whose patterns are worth a look, each with the reason."""
+        """Those heads, each with the reason; fewer of them on long prompts."""
+        k = min(k, max(2, PATTERN_CELLS // 2 // len(self.names) ** 2))
         reasons: dict[str, str] = {}
         for label, reason in self._candidates(kind, k):
             if label not in reasons and len(reasons) < k:
                 reasons[label] = reason
         return reasons
 
+    @property
+    def shown_patterns(self) -> str:
+        """What of all the patterns is shown, in words."""
+        n = sum(len(self.picked(kind)) for kind in ("attention", "mlp"))
+        which = "those asked for, then " if self.chosen else ""
+        return (
+            f"{n} of {self.model.n_heads:,} heads are shown: {which}those with the largest effect, the "
+            "clearest of each kind, and the neurons that are on the most."
+        )
+
     def _candidates(self, kind: str, k: int) -> Iterator[tuple[str, str]]:
+        yield from ((label, "asked for") for label in self.chosen if self.model[label].kind == kind)
         effect = self.attribution.frame
         effect = effect[effect["kind"] == kind].nlargest(k, "value", keep="first")
         strongest = [
             (label, f"{signed(value)} to the logit")
             for label, value in zip(effect["head"], effect["value"], strict=True)
         ]
-        if kind == "attention":
+        if kind == "attention" and self.n_attention:
             yield from strongest[:1]
             for score, words in SCORES.items():
                 best = self.ranked(score).iloc[0]
                 if best[score] >= CLEAR:
                     yield best["head"], f"{words} {best[score]:.2f}"
         else:
-            yield from strongest[: k - 3]
-            for row in self.own_weight.nlargest(3, "weight").itertuples():
-                yield row.head, f"mean weight {row.weight:.2f}"
+            yield from strongest[: max(1, k - 3)]
+            for row in self.own_weights.nlargest(3, "mean").itertuples():
+                yield str(row.head), f"mean weight {row.mean:.2f}"
         yield from strongest
+
+    @property
+    def circuit_heads(self) -> dict[str, str]:
+        """The heads whose OV and QK circuits are shown, each with the reason."""
+        if self.chosen or not self.n_attention:
+            return dict.fromkeys(self.chosen, "asked for")
+        reasons: dict[str, str] = {}
+        for score in ("induction", "previous_token"):
+            best = self.ranked(score).iloc[0]
+            reasons.setdefault(
+                best["head"], f"best {SCORES[score].replace(' ', '-')} head, {best[score]:.2f}"
+            )
+        return reasons
 
     @property
     def n_attention(self) -> int:

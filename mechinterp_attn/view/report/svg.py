@@ -60,7 +60,9 @@ def _line(chart: dict[str, Any]) -> Markup:
     """Points joined by a line; what is not finite is drawn as a cross on the axis."""
     height, left, right, top, bottom = 300, 64, 24, 28, 52
     values = [v if isinstance(v, float) else None for v in chart["values"]]
-    known = [v for v in values if v is not None]
+    other = chart.get("other")  # a second line: dashed, with squares
+    second = [v if isinstance(v, float) else None for v in other["values"]] if other else []
+    known = [v for v in [*values, *second] if v is not None]
     reference = chart.get("reference")
     marks = ticks(
         *_range(known + ([reference["value"]] if reference and reference["value"] != "nan" else []))
@@ -88,9 +90,25 @@ def _line(chart: dict[str, Any]) -> Markup:
         parts.append(tag("line", x1=left, x2=WIDTH - right, y1=level, y2=level, class_="reference"))
         text = f"{reference['label']} {_label(reference['value'])}"
         parts.append(tag("text", text, x=WIDTH - right, y=level - 6, text_anchor="end", class_="note"))
-    line = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(values) if v is not None)
-    parts.append(tag("polyline", points=line, class_="line"))
+
+    def joined(line: list[float | None]) -> str:
+        return " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(line) if v is not None)
+
+    parts.append(tag("polyline", points=joined(values), class_="line"))
+    if other:
+        parts.append(tag("polyline", points=joined(second), class_="line other"))
+        for i, (label, v) in enumerate(zip(chart["labels"], second, strict=True)):
+            if v is not None:
+                title = tag("title", f"{other['name']}, {label}: {v:.4f}")
+                box = {"x": x(i) - 4, "y": y(v) - 4, "width": 8, "height": 8}
+                parts.append(tag("rect", title, **box, class_="dot other"))
+        for i, (name, kind) in enumerate(((other["own"], ""), (other["name"], " other"))):
+            at = left + 4 + i * (WIDTH - left - right) / 2
+            parts.append(tag("line", x1=at, x2=at + 26, y1=10, y2=10, class_="line" + kind))
+            parts.append(tag("text", name, x=at + 32, y=14, class_="note"))
     for i, (label, v) in enumerate(zip(chart["labels"], values, strict=True)):
+        if v is None and other:  # the shorter of two lines ends here
+            continue
         if v is None:
             parts.append(
                 tag("text", f"× {chart['values'][i]}", x=x(i), y=height - bottom - 6,
@@ -100,11 +118,11 @@ def _line(chart: dict[str, Any]) -> Markup:
         parts.append(
             tag("circle", tag("title", f"{label}: {v:.4f}"), cx=x(i), cy=y(v), r=4.5, class_="dot")
         )
-        if len(values) <= 12:
+        if len(values) <= 12 and not other:
             parts.append(tag("text", f"{v:.2f}", x=x(i), y=y(v) - 11, text_anchor="middle", class_="value"))
     middle = (left + WIDTH - right) / 2
     parts.append(tag("text", chart["x"], x=middle, y=height - 8, text_anchor="middle", class_="axis"))
-    parts.append(tag("text", chart["y"], x=left - 48, y=14, class_="axis"))
+    parts.append(tag("text", chart["y"], x=left - 48, y=14 if not other else height - 8, class_="axis"))
     return _frame(chart, height, *parts)
 
 

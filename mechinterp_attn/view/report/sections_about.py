@@ -1,0 +1,381 @@
+"""The sections about the report itself: summary, what was analysed, how far to trust it, its words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import pandas as pd
+
+from mechinterp_attn.results import Check, Receipt
+from mechinterp_attn.view.report.blocks import Block, column, fact, facts, head, section, table, token
+from mechinterp_attn.view.report.study import CLEAR, SCORES, Study
+from mechinterp_attn.view.text import shown, signed
+
+
+def summary(study: Study) -> Block:
+    """What the model predicts, why, and how far to trust it: one paragraph each."""
+    attribution, frame = study.attribution, study.orders.frame
+    target = study.token(attribution.target)
+    probability = float(study.frozen.logits[attribution.position].double().softmax(-1)[attribution.target])
+    rank = int((study.frozen.logits[attribution.position] > attribution.total).sum()) + 1
+    n_mlp = study.model.n_heads - study.n_attention
+    place = "its first choice" if rank == 1 else f"its choice number {rank:,}"
+    lead: list[list[Any]] = [
+        [
+            f"After {_plural(attribution.position + 1, 'token')} the model gives ",
+            token(target),
+            f" a probability of {probability:.1%} as the next token, {place} of "
+            f"{study.model.spec.d_vocab_out:,}. {_what_is_read(study.n_attention, n_mlp)}",
+        ],
+        _largest(study),
+        _heads_in_words(study),
+    ]
+    if len(study.frozen.tokens) > 1:
+        lead.append(_loss_in_words(study))
+    card = fidelity_receipt(study)
+    blocks = [
+        facts(
+            fact(
+                "Next token",
+                shown(target),
+                f"probability {probability:.1%}, logit {attribution.total:.2f}",
+                receipt=study.frozen.receipt,
+            ),
+            fact(
+                "Largest direct effect",
+                *_largest_head(study),
+                receipt=attribution.receipt,
+            ),
+            fact(
+                "Loss on the prompt",
+                _plain(frame["loss"].iloc[-1]),
+                "nats a token, paths of all orders",
+                receipt=study.orders.receipt,
+            ),
+            fact(
+                "Best induction head",
+                *_best(study, "induction"),
+                receipt=study.scores.receipt,
+            ),
+            fact(
+                "Heads",
+                f"{study.model.n_heads:,}",
+                f"{study.n_attention:,} attention, {n_mlp:,} MLP-derived",
+            ),
+            fact("Conversion error", _fidelity_headline(study), "of the largest logit", receipt=card),
+        ),
+        table(
+            "predictions",
+            "The most likely next tokens",
+            study.predictions,
+            [
+                column("token", "Token", "token"),
+                column("token_id", "Id", "id"),
+                column("probability", "Probability", "score"),
+                column("logit", "Logit"),
+            ],
+        ),
+    ]
+    receipts = {
+        "frozen model": study.frozen.receipt,
+        "logit": attribution.receipt,
+        "loss by order": study.orders.receipt,
+    }
+    if study.n_attention:
+        receipts["head scores"] = study.scores.receipt
+    return section("summary", "Summary", lead, blocks, receipts)
+
+
+def _plural(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def _what_is_read(n_attention: int, n_mlp: int) -> str:
+    if n_attention and n_mlp:
+        return (
+            f"Its {n_attention:,} attention heads and {n_mlp:,} MLP-derived heads are read on one footing."
+        )
+    if n_attention:
+        return f"It has {_plural(n_attention, 'attention head')} and no MLPs."
+    return (
+        "It has no heads: the token alone decides." if not n_mlp else f"It has {n_mlp:,} MLP-derived heads."
+    )
+
+
+def _largest(study: Study) -> list[Any]:
+    frame = study.attribution.frame
+    own = frame[frame["kind"].isin(("attention", "mlp"))]
+    total = study.attribution.total
+    if own.empty:
+        return [f"The logit of {total:.2f} comes from the token's embedding and the biases alone."]
+    spans: list[Any] = [f"Of its logit of {total:.2f}, heads write straight to it, most of all: "]
+    for label, value in _pairs(own.nlargest(4, "value")):
+        spans += ["" if len(spans) == 1 else ", ", head(label), f" ({signed(value)})"]
+    lowest = own.nsmallest(1, "value")
+    if lowest["value"].iloc[0] < 0:
+        spans += ["; against it, most of all: ", head(lowest["head"].iloc[0])]
+        spans += [f" ({signed(lowest['value'].iloc[0])})"]
+    parts = [
+        f"{name} together {signed(own.loc[own['kind'] == kind, 'value'].sum())}"
+        for kind, name in (("attention", "all attention heads"), ("mlp", "all MLP-derived heads"))
+        if (own["kind"] == kind).any()
+    ]
+    rest = total - own["value"].sum()
+    return [*spans, f". In sum: {', '.join(parts)}, embedding and biases {signed(rest)}."]
+
+
+def _pairs(frame: pd.DataFrame) -> list[tuple[str, float]]:
+    return list(zip(frame["head"], frame["value"], strict=True))
+
+
+def _largest_head(study: Study) -> tuple[str, str]:
+    frame = study.attribution.frame
+    own = frame[frame["kind"].isin(("attention", "mlp"))]
+    if own.empty:
+        return "none", "there are no heads"
+    row = own.nlargest(1, "value").iloc[0]
+    return str(row["head"]), f"writes {signed(row['value'])} of {study.attribution.total:.2f} logits"
+
+
+def _best(study: Study, score: str) -> tuple[str, str]:
+    if not study.n_attention:
+        return "none", "there are no attention heads"
+    best = study.ranked(score).iloc[0]
+    note = f"score {best[score]:.2f} of 1 on repeated random tokens"
+    return (
+        (str(best["head"]), note)
+        if best[score] >= CLEAR
+        else ("none", f"{best['head']} comes closest, {note}")
+    )
+
+
+def _heads_in_words(study: Study) -> list[Any]:
+    if not study.n_attention:
+        return ["Without attention no token can be looked at but the present one."]
+    spans: list[Any] = []
+    for score in ("induction", "previous_token"):
+        name = SCORES[score].replace(" ", "-")
+        best = study.ranked(score).iloc[0]
+        clear = study.scores.frame.query("kind == 'attention'")[score] >= CLEAR
+        if best[score] >= CLEAR:
+            spans += [f"The clearest {name} head is ", head(best["head"]), f" (score {best[score]:.2f}"]
+            spans += [f"; {_plural(int(clear.sum()), 'head')} of {study.n_attention:,} reach {CLEAR}). "]
+        else:
+            spans += [f"There is no clear {name} head: ", head(best["head"])]
+            spans += [f" comes closest with {best[score]:.2f}, below {CLEAR}. "]
+    return spans
+
+
+def _loss_in_words(study: Study) -> list[Any]:
+    loss, blind = study.orders.frame["loss"], math.log(study.model.spec.d_vocab_out)
+    words = f"Guessing blindly would cost {blind:.2f} nats a token; paths through no head give "
+    words += f"{loss.iloc[0]:.2f}"
+    if len(loss) > 2:
+        words += f", with those through one head {loss.iloc[1]:.2f}"
+    words += f", all paths {loss.iloc[-1]:.2f}." if len(loss) > 1 else "."
+    return [words]
+
+
+def fidelity_receipt(study: Study) -> Receipt | None:
+    """The card of the conversion as a receipt; None where it was not measured."""
+    card = study.model.provenance.get("fidelity")
+    if not card:
+        return None
+    check = Check(
+        "logits of the source and of the attention-only model",
+        card["max_logit_error"],
+        card["tolerance"] * (card["logit_scale"] or 1.0),
+    )
+    notes = {"positions": f"{card['n_tokens']:,} of random tokens", "dtype": card["dtype"]}
+    return Receipt((check,), notes)
+
+
+def _fidelity_headline(study: Study) -> str:
+    card = study.model.provenance.get("fidelity")
+    if not card:
+        return "not measured"
+    return f"{card['max_logit_error'] / (card['logit_scale'] or 1.0):.1e}"
+
+
+def _plain(x: float) -> str:
+    return "–" if math.isnan(x) else f"{x:.3f}"
+
+
+def provenance(study: Study) -> Block:
+    """What was analysed, and how; the builder adds the table of all receipts."""
+    model, spec, origin = study.model, study.model.spec, study.model.provenance
+    versions = ", ".join(f"{name} {v}" for name, v in origin.get("versions", {}).items())
+    mlp = f"{spec.d_mlp:,} {spec.act_fn} neurons a layer" if spec.d_mlp else "no MLPs"
+    attention = f"{spec.n_heads} attention heads of {spec.d_head} a layer, {mlp}"
+    items = facts(
+        fact("Model", origin.get("name", "unnamed")),
+        fact("Mode", model.mode, "how MLP neurons became heads"),
+        fact("Layers", spec.n_layers, attention if spec.n_layers else "embedding and unembedding only"),
+        fact(
+            "Residual stream",
+            spec.d_model,
+            f"norm {spec.norm or 'none'}, positions {spec.positions or 'none'}",
+        ),
+        fact("Vocabulary", f"{spec.d_vocab:,}", f"context {spec.n_ctx:,} tokens"),
+        fact("Prompt", _plural(len(study.frozen.tokens), "token")),
+        fact("Numbers", str(model.W_E.dtype).removeprefix("torch."), f"on {model.W_E.device.type}"),
+        fact("Seed", study.seed, "of the random tokens that heads are scored on"),
+        fact("Software", versions or "versions unknown", text=True),
+    )
+    prompt = {
+        "type": "prompt",
+        "tokens": [shown(t) for t in study.names],
+        "ids": study.frozen.tokens.tolist(),
+    }
+    lead = [["Patterns, gates and the scales of the norms are held as this prompt makes them. The model is "
+             "then linear, and what it says is a sum over paths."]]  # fmt: skip
+    return section("provenance", "What was analysed", lead, [items, prompt], {})
+
+
+def receipts_table(parts: Sequence[Block]) -> Block | None:
+    """Every check of every section in one table; None where nothing was checked."""
+    rows = [
+        (part["title"], receipt["of"], check["name"], check["error"], check["tolerance"], check["ok"])
+        for part in parts
+        for receipt in part["receipts"]
+        for check in receipt["checks"]
+    ]
+    if not rows:
+        return None
+    frame = pd.DataFrame(rows, columns=["section", "result", "check", "error", "tolerance", "ok"])
+    frame["ok"] = ["✓ passed" if ok else "✗ FAILED" for ok in frame["ok"]]
+    frame = frame.drop_duplicates(["result", "check", "error"])
+    columns = [
+        column("section", "Section", "text"),
+        column("result", "Result", "text"),
+        column("check", "What was compared", "text"),
+        column("error", "Error", "number", "in the unit of the quantity"),
+        column("tolerance", "Limit"),
+        column("ok", "Verdict", "text"),
+    ]
+    return table("receipts", "Receipts: every result with the check it passed", frame, columns, rows=15)
+
+
+def fidelity(study: Study) -> Block:
+    """The card of the conversion: does the attention-only model compute what its source does?"""
+    card, receipt = study.model.provenance.get("fidelity"), fidelity_receipt(study)
+    title = "Fidelity of the conversion"
+    if not card or receipt is None:
+        words = "The model was converted with check=False: nothing here says that it follows its source."
+        return section(
+            "fidelity", title, [[words, " mia.verify(model, source, tokens) measures it."]], [], {}
+        )
+    verdict = "equal within the tolerance" if card["ok"] else "NOT equal"
+    lead = [
+        [
+            f"On {card['n_tokens']:,} positions of random tokens the logits of the attention-only "
+            f"model and of its source are {verdict} ({card['tolerance']:.0e} of the largest logit, "
+            f"{card['dtype']})."
+        ]
+    ]
+    block = facts(
+        fact(
+            "Largest logit error",
+            f"{card['max_logit_error']:.1e}",
+            f"logit scale {card['logit_scale']:.1f}",
+            receipt=receipt,
+        ),
+        fact("Mean logit error", f"{card['mean_logit_error']:.1e}"),
+        fact("KL divergence", f"{card['kl']:.1e}", "nats, source to model"),
+        fact("Same top token", f"{card['top1_agreement']:.1%}", "of positions"),
+        fact("Loss of the source", _plain(card["loss_source"]), "nats, random tokens"),
+        fact("Loss of the model", _plain(card["loss_model"]), "nats, random tokens"),
+    )
+    return section("fidelity", title, lead, [block], {"conversion": receipt})
+
+
+# Word: meaning, the page of the documentation, the source.
+HUBEN = ("Huben & Morris 2023", "https://arxiv.org/abs/2309.08593")
+ELHAGE = ("Elhage et al. 2021", "https://transformer-circuits.pub/2021/framework/index.html")
+OLSSON = ("Olsson et al. 2022", "https://arxiv.org/abs/2209.11895")
+GLOSSARY: dict[str, tuple[str, str, tuple[str, str] | None]] = {
+    "Attention head": (
+        "Looks from each token at earlier ones (its pattern) and moves what it reads there.",
+        "idea",
+        ELHAGE,
+    ),
+    "MLP-derived head": (
+        "An MLP neuron read as a head of dimension one: it looks at its own token or at a bias token, and "
+        "the weight on its own token is the neuron's gate.",
+        "idea",
+        HUBEN,
+    ),
+    "Bias token": ("A token whose value is zero: attention to it writes nothing.", "theorems", HUBEN),
+    "Mode": (
+        "How neurons became heads: exact (the activation's own gate), silu (the paper's softmax) or "
+        "mixture (several softmaxes a neuron).",
+        "modes",
+        None,
+    ),
+    "OV circuit": ("What a head writes to the logits for each token it may attend to.", "circuits", ELHAGE),
+    "QK circuit": (
+        "How strongly a head, at one token as query, scores another as key.",
+        "circuits",
+        ELHAGE,
+    ),
+    "Composition": (
+        "How much of what one head writes a later head reads with its queries (Q), keys (K) or values (V).",
+        "circuits",
+        ELHAGE,
+    ),
+    "Frozen": (
+        "Attention patterns, gates and the norms' scales are held as they were on this prompt: the model "
+        "is then linear, and its logits are a sum over paths.",
+        "paths",
+        ELHAGE,
+    ),
+    "Path": ("A way from a token or a bias through heads to a logit.", "paths", ELHAGE),
+    "Order": ("How many heads a path from a token to the logits passes through.", "paths", ELHAGE),
+    "Term importance": ("What the paths of one order change in the loss.", "paths", ELHAGE),
+    "Effect": (
+        "What a head writes straight to a logit, no later head in between (direct logit attribution).",
+        "paths",
+        None,
+    ),
+    "Influence": (
+        "Share of the target that runs through a node of the graph over all paths, signs aside.",
+        "paths",
+        None,
+    ),
+    "Induction": (
+        "Attention to the token after an earlier occurrence of the present one.",
+        "detect",
+        OLSSON,
+    ),
+    "Receipt": (
+        "The checks that a shown number passed: compared with the same thing computed another way.",
+        "report",
+        None,
+    ),
+}
+
+
+def glossary(study: Study) -> Block:
+    """The words of the page, each with its page of the documentation and its source."""
+    site = documentation()
+    words = {
+        word: {
+            "meaning": meaning,
+            "links": [{"text": f"docs: {page}", "url": f"{site}/{page}.html" if site else None}]
+            + ([{"text": source[0], "url": source[1]}] if source else []),
+        }
+        for word, (meaning, page, source) in GLOSSARY.items()
+    }
+    return section("glossary", "Glossary", [], [{"type": "words", "words": words}], {})
+
+
+def documentation() -> str | None:
+    """Where the documentation of this installation is published, if its metadata says so."""
+    for entry in metadata.metadata("mechinterp_attn").get_all("Project-URL") or ():
+        name, _, url = entry.partition(",")
+        if name.strip().lower() == "documentation" and url.strip().startswith("https://"):
+            return url.strip().rstrip("/")
+    return None

@@ -1,0 +1,154 @@
+"""The section that sets two models, or one model in two modes, side by side on one prompt."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from mechinterp_attn.view.report.blocks import Block, chart, column, patterns, section, table
+from mechinterp_attn.view.report.study import SCORES, Study
+from mechinterp_attn.view.text import number, shown
+
+
+def comparison(study: Study, other: Study) -> Block:
+    """Predictions, loss by order, head by head, and patterns of both."""
+    both = (study, other)
+    names = _names(study, other)
+    frame = pd.DataFrame(_facts(*both), columns=["what", "first", "second"])
+    columns = [
+        column("what", "On this prompt", "text"),
+        column("first", names[0], "text"),
+        column("second", names[1], "text"),
+    ]
+    blocks = [
+        table("comparison", "Side by side", frame, columns, rows=len(frame)),
+        table("comparison-predictions", "The most likely next tokens", *_predictions(*both, names)),
+    ]
+    if len(study.frozen.tokens) > 1:
+        blocks.append(_losses(*both, names))
+    heads = _by_head(*both)
+    if len(heads):
+        blocks.append(
+            table(
+                "comparison-heads",
+                "Heads with the same label: what each writes straight to the explained logit",
+                heads,
+                [
+                    column("head", "Head", "head"),
+                    column("kind", "Kind", "kind"),
+                    column("first", "First (logits)", "signed"),
+                    column("second", "Second (logits)", "signed"),
+                    column("change", "Change", "signed"),
+                ],
+                sort="change",
+                filters=("head", "kind"),
+                rows=15,
+            )
+        )
+    for kind, title in (("attention", "attention heads"), ("mlp", "MLP-derived heads")):
+        groups = [(kind, f"{which}: {name}", s.pictures(kind, 6)) for which, name, s in
+                  zip(("First", "Second"), names, both, strict=True)]  # fmt: skip
+        if any(pictures for _, _, pictures in groups):
+            block = patterns(
+                f"comparison-{kind}", study.names, groups, caption=f"Patterns of {title} of both"
+            )
+            blocks.append(block)
+    lead = [[f"First: {names[0]}. Second: {names[1]}. The same prompt, token by token. "
+             f"{_in_words(study, other)}"]]  # fmt: skip
+    receipts = {
+        f"{which}, {what}": receipt
+        for which, s in (("first", study), ("second", other))
+        for what, receipt in (
+            ("frozen model", s.frozen.receipt),
+            ("orders", s.orders.receipt),
+            ("logit", s.attribution.receipt),
+        )
+    }
+    return section("comparison", "Comparison", lead, blocks, receipts)
+
+
+def _names(*studies: Study) -> list[str]:
+    names = [shown(f"{s.model.provenance.get('name', 'unnamed')}, mode {s.model.mode}") for s in studies]
+    if names[0] == names[1]:
+        names = [f"{name} ({which})" for name, which in zip(names, ("first", "second"), strict=True)]
+    return names
+
+
+def _in_words(study: Study, other: Study) -> str:
+    logits = [s.frozen.logits.float().log_softmax(-1) for s in (study, other)]
+    kl = float((logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean())
+    same = float((logits[0].argmax(-1) == logits[1].argmax(-1)).float().mean())
+    return (
+        f"Over its {len(study.frozen.tokens):,} positions the second's predictions are {kl:.3g} nats "
+        f"away from the first's (KL divergence); {same:.0%} of the most likely next tokens are the same."
+    )
+
+
+def _facts(*studies: Study) -> list[tuple[str, str, str]]:
+    explained = studies[0].token(studies[0].attribution.target)
+    position = studies[0].attribution.position
+
+    def best(s: Study, score: str) -> str:
+        if not s.n_attention:
+            return "no attention heads"
+        row = s.ranked(score).iloc[0]
+        return f"{row['head']} ({row[score]:.2f})"
+
+    def conversion_error(s: Study) -> str:
+        card = s.model.provenance.get("fidelity")
+        return f"{card['max_logit_error']:.1e} logits" if card else "not measured"
+
+    def probability(s: Study) -> str:
+        return f"{float(s.frozen.logits[position].double().softmax(-1)[s.attribution.target]):.1%}"
+
+    facts: list[tuple[str, Any]] = [
+        ("most likely next token", lambda s: shown(s.predictions["token"].iloc[0])),
+        ("its probability", lambda s: f"{s.predictions['probability'].iloc[0]:.1%}"),
+        (f"logit of {shown(explained)}", lambda s: f"{s.attribution.total:.3f}"),
+        (f"probability of {shown(explained)}", probability),
+        ("conversion error", conversion_error),
+        ("heads", lambda s: f"{s.model.n_heads:,}"),
+    ]
+    facts += [(f"best {words} head", lambda s, k=key: best(s, k)) for key, words in SCORES.items()]
+    if len(studies[0].frozen.tokens) > 1:
+        facts.append(("loss", lambda s: f"{s.orders.frame['loss'].iloc[-1]:.4f} nats"))
+        facts.append(("loss, no head at all", lambda s: f"{s.orders.frame['loss'].iloc[0]:.4f} nats"))
+    first, second = studies
+    return [(what, str(of(first)), str(of(second))) for what, of in facts]
+
+
+def _predictions(study: Study, other: Study, names: list[str]) -> tuple[pd.DataFrame, list[Block]]:
+    frames = [s.predictions[["token", "probability"]] for s in (study, other)]
+    frame = pd.concat([f.add_suffix(f"_{i}") for i, f in enumerate(frames)], axis=1)
+    frame.insert(0, "rank", range(1, len(frame) + 1))
+    columns = [column("rank", "Rank", "id")]
+    for i, name in enumerate(names):
+        columns += [column(f"token_{i}", name, "token"), column(f"probability_{i}", "Probability", "score")]
+    return frame, columns
+
+
+def _losses(study: Study, other: Study, names: list[str]) -> Block:
+    """Loss by order of both; the shorter line ends where its model does."""
+    losses = [s.orders.frame.set_index("order")["loss"] for s in (study, other)]
+    every = pd.unique(pd.concat([loss.index.to_series() for loss in sorted(losses, key=len, reverse=True)]))
+    own, second = (loss.reindex(every) for loss in losses)
+    return chart(
+        "comparison-losses",
+        "Loss with the paths up to each order, both models",
+        "line",
+        [(str(order), value) for order, value in own.items()],
+        x="paths through at most this many heads",
+        y="loss (nats)",
+        reference={"label": "blind guess", "value": number(math.log(study.model.spec.d_vocab_out))},
+        other={"own": names[0], "name": names[1], "values": [number(v) for v in second]},
+    )
+
+
+def _by_head(study: Study, other: Study) -> pd.DataFrame:
+    frames = [s.attribution.frame for s in (study, other)]
+    frames = [f[f["kind"].isin(("attention", "mlp"))][["head", "kind", "value"]] for f in frames]
+    both = frames[0].merge(frames[1][["head", "value"]], on="head", suffixes=("_first", "_second"))
+    both = both.rename(columns={"value_first": "first", "value_second": "second"})
+    return both.assign(change=both["second"] - both["first"])

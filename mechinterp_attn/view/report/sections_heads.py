@@ -1,0 +1,189 @@
+"""The sections about heads: their table, their patterns, neurons by effect, chosen heads' circuits."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import pandas as pd
+
+from mechinterp_attn import circuits
+from mechinterp_attn.view.report.blocks import Block, chart, column, patterns, section, table, token
+from mechinterp_attn.view.report.study import SCORES, Study
+from mechinterp_attn.view.text import signed
+
+NEURONS = 200  # listed by effect
+TOKENS = 6  # of each side of a neuron
+
+
+def heads(study: Study) -> Block | None:
+    """The table of all heads with their scores and their direct effect."""
+    if not study.model.n_heads:
+        return None
+    effect = study.attribution.frame.set_index("head")["value"]
+    frame = study.scores.frame.assign(effect=study.scores.frame["head"].map(effect))
+    lead = [
+        [
+            "Scores are mean attention on repeated random tokens, from 0 to 1. An MLP-derived head "
+            "sees only its own token and the bias token, so its current-token score is its mean "
+            "gate. Effect is what a head writes straight to the logit of ",
+            token(study.token(study.attribution.target)),
+            " on this prompt.",
+        ]
+    ]
+    helps = {
+        "induction": "attention to the token after an earlier occurrence of this one",
+        "previous_token": "attention to the token just before",
+        "duplicate_token": "attention to earlier occurrences of this token",
+        "current_token": "attention to the token itself",
+        "first_token": "attention to the first token",
+    }
+    columns = [
+        column("head", "Head", "head"),
+        column("kind", "Kind", "kind"),
+        column("layer", "Layer", "layer"),
+        *(column(s, words.capitalize(), "score", helps[s]) for s, words in SCORES.items()),
+        column("effect", "Effect (logits)", "signed", "written straight to the predicted token's logit"),
+    ]
+    filters = ("head", "kind", "layer", "score")
+    sort = "induction" if study.n_attention else "effect"
+    block = table("heads", "All heads", frame, columns, sort=sort, filters=filters)
+    return section("heads", "Heads", lead, [block], {"scores": study.scores.receipt})
+
+
+KINDS = (("attention", "Attention heads"), ("mlp", "MLP-derived heads"))
+
+
+def attention_patterns(study: Study) -> Block | None:
+    """Attention heads and MLP-derived heads side by side."""
+    groups = [(kind, title, study.pictures(kind)) for kind, title in KINDS]
+    if not any(pictures for _, _, pictures in groups):
+        return None
+    lead = [
+        [
+            "Each row of a pattern is a token that looks, each column a token that is looked at. "
+            "MLP-derived heads look at their own token (the diagonal) or at the bias token, the "
+            "last column: a neuron that is off puts all its weight there. Point at a token, or walk "
+            f"with the arrow keys. {study.shown_patterns}"
+        ]
+    ]
+    block = patterns("patterns", study.names, groups, circuitsvis=True)
+    return section("patterns", "Attention patterns", lead, [block], {"scores": study.scores.receipt})
+
+
+def vocabulary(study: Study) -> Block | None:
+    """OV and QK circuits of chosen heads, by default the best induction and previous-token heads."""
+    chosen = study.circuit_heads
+    if not chosen:
+        return None
+    lead = [
+        [
+            "Read from the weights alone, over all pairs of tokens. OV: attending to the first "
+            "token raises the logit of the second. QK: the first token, as a query, scores the "
+            "second as a key. The norms' gains are folded in; positions and the layers between are "
+            "left out."
+        ]
+    ]
+    blocks, receipts = [], {}
+    for label, why in chosen.items():
+        if study.model[label].kind == "mlp":
+            continue
+        for circuit, run, columns in (
+            ("OV", circuits.ov_top, ("Attended token", "Output token")),
+            ("QK", circuits.qk_top, ("Query token", "Key token")),
+        ):
+            size = study.model.spec.d_vocab * study.model.spec.d_vocab_out
+            result = cast(circuits.TokenPairs, run(study.model, label, top_k=min(20, size)))
+            blocks.append(
+                table(
+                    f"{circuit.lower()}-{label}",
+                    f"{label} {circuit}: the strongest pairs ({why})",
+                    result.frame,
+                    [
+                        column("rank", "Rank", "id"),
+                        column("source", columns[0], "token"),
+                        column("token", columns[1], "token"),
+                        column("value", "Value"),
+                    ],
+                    rows=10,
+                )
+            )
+            receipts[f"{label} {circuit}"] = result.receipt
+    if own := [label for label in chosen if study.model[label].kind == "mlp"]:
+        frame, found = _with_tokens(study, pd.DataFrame({"head": own}))
+        ends = [column("head", "Head", "head"), *_token_columns(frame)]
+        blocks.append(table("ov-neurons", "What the chosen neurons read and write", frame, ends))
+        receipts["chosen neurons"] = found.receipt
+    return section("vocabulary", "OV and QK circuits", lead, blocks, receipts)
+
+
+def neurons(study: Study) -> Block | None:
+    """The MLP-derived heads with the largest direct effect on the prediction."""
+    frame = study.attribution.frame
+    frame = frame[frame["kind"] == "mlp"]
+    if frame.empty:
+        return None
+    order = frame["value"].abs().sort_values(ascending=False, kind="stable").index
+    here = study.own_weights.set_index("head")
+    top = frame.loc[order[:NEURONS]]
+    top, found = _with_tokens(study, top.join(here, on="head"))
+    lead = [
+        [
+            "What every neuron, read as a head, writes straight to the logit of ",
+            token(study.token(study.attribution.target)),
+            f" after token {study.attribution.position + 1}. All {len(frame):,} MLP-derived heads "
+            f"together: {signed(frame['value'].sum())} of {study.attribution.total:.2f}; the {len(top)} "
+            f"largest {signed(top['value'].sum())}. Fires on: tokens whose embedding excites it most. "
+            "Raises and lowers: the logits it moves when it fires. Both from the weights alone, what "
+            "layers before and after do to them left out.",
+        ]
+    ]
+    bars = list(zip(top["head"][:15], top["value"][:15], strict=True))
+    blocks = [
+        chart("neuron-effects", "The 15 largest direct effects", "bars", bars, x="logits"),
+        table(
+            "neurons",
+            f"The {len(top)} MLP-derived heads with the largest direct effect",
+            top,
+            [
+                column("head", "Head", "head"),
+                column("layer", "Layer", "layer"),
+                column("value", "Effect (logits)", "signed"),
+                column("share", "Share"),
+                column("here", "Weight here", "score", "on itself where the prediction is made"),
+                column("mean", "Mean weight", "score", "on itself over this prompt"),
+                *_token_columns(top),
+            ],
+            sort="value",
+            filters=("head", "layer"),
+            rows=15,
+        ),
+    ]
+    receipts = {"attribution": study.attribution.receipt, "tokens read and written": found.receipt}
+    return section("neurons", "Neurons by effect", lead, blocks, receipts)
+
+
+SIDES = {
+    "query": ("Fires on", "tokens whose embedding excites it most"),
+    "value": ("Carries", "tokens whose embedding gives the largest value behind the gate"),
+    "raises": ("Raises", "tokens whose logit it raises most"),
+    "lowers": ("Lowers", "tokens whose logit it lowers most"),
+}
+
+
+def _with_tokens(study: Study, frame: pd.DataFrame) -> tuple[pd.DataFrame, circuits.ReadsAndWrites]:
+    """The frame with a column of tokens for every side that its heads have."""
+    most = min(TOKENS, study.model.spec.d_vocab, study.model.spec.d_vocab_out)
+    found = circuits.reads_and_writes(study.model, frame["head"].tolist(), top_k=most)
+    lists = found.frame.groupby(["head", "side"])["token"].agg(list)
+    frame = frame.copy()
+    for side in (side for side in SIDES if side in set(found.frame["side"])):
+        frame[f"tokens_{side}"] = [lists.get((label, side), []) for label in frame["head"]]
+    return frame, found
+
+
+def _token_columns(frame: pd.DataFrame) -> list[Block]:
+    return [
+        column(f"tokens_{side}", name, "tokens", help)
+        for side, (name, help) in SIDES.items()
+        if f"tokens_{side}" in frame
+    ]
