@@ -241,10 +241,11 @@ class LiteralModel(AttentionOnlyModel):
 
     def __repr__(self) -> str:
         masks = "as masks" if self.omega is None else f"in the weights, omega {self.omega:g}"
-        n = sum(sublayer.n_heads for _, sublayer in self.literal_sublayers())
+        pieces = self.literal_sublayers()
+        n = sum(sublayer.n_heads for _, sublayer in pieces)
         return (
             f"LiteralModel({self.provenance.get('name', 'unnamed')}: {n} softmax heads in "
-            f"{len(self.sublayers())} sublayers and nothing else, stream of width "
+            f"{len(pieces)} sublayers and nothing else, stream of width "
             f"{self.layout.width}, masks {masks})"
         )
 

@@ -335,6 +335,14 @@ def test_trained_models_literally(name):
     assert float(literal.steps.frame["max_error"].max()) < TOL  # absolute, logits and streams
 
 
+def test_a_trained_llama_shape_literally():
+    """RMS norms, rotary positions, shared keys and SwiGLU: one sublayer of products more per block."""
+    literal = attention_only(bundled("swiglu-4l"))
+    assert literal.steps.receipt.ok, literal.steps
+    assert len(literal.literal_sublayers()) == 3 * literal.spec.n_layers
+    assert float(literal.steps.frame["relative"].max()) < 1e-8  # products, see PRODUCT_TOLERANCE
+
+
 def test_masks_in_the_weights_of_a_trained_model():
     model = bundled("silu-2l")
     sweep = mask_sweep(model, random_tokens(model, batch=1, pos=16), range(0, 57, 8))
