@@ -119,7 +119,8 @@ def _check_memory(frozen: Frozen, n_orders: int, max_bytes: int) -> None:
     """The result (twice under a soft cap) with a few copies of one order's logits; the streams while a
     sublayer writes to them; and what the heads of one bank hold."""
     result = n_orders * (1 if frozen.cap is None else 2) + 4
-    held = max(bank.bank.n_heads * bank.bank.d_head for bank in frozen.banks) * len(frozen.tokens)
+    widths = (bank.bank.n_heads * bank.bank.d_head for bank in frozen.banks)
+    held = max(widths, default=0) * len(frozen.tokens)
     need = frozen.logits.element_size() * (
         result * frozen.logits.numel() + 5 * n_orders * frozen.end.numel() + 6 * held
     )

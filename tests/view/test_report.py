@@ -117,6 +117,23 @@ def test_a_prompt_of_one_token_has_no_loss(model):
     assert "<html" in page.html()
 
 
+@pytest.mark.parametrize("prompt", [[1, 2, 3, 4], [1]])
+def test_a_model_without_layers(prompt):
+    generator = torch.Generator().manual_seed(0)
+    cfg = dict(n_layers=0, n_heads=1, d_model=16, d_head=8, n_ctx=12, d_vocab=11, d_vocab_out=11)
+    cfg |= dict(normalization_type="LN", attn_only=True, act_fn=None)
+    shapes = {"embed.W_E": (11, 16), "pos_embed.W_pos": (12, 16), "unembed.W_U": (16, 11)}
+    shapes |= {"ln_final.w": (16,), "ln_final.b": (16,)}
+    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    page = mia.report(mia.convert(mia.Checkpoint(cfg, state)), prompt, progress=False)
+    ids = [s["id"] for s in page.data["sections"]]
+    assert {"summary", "orders", "paths", "glossary"} <= set(ids)
+    assert not {"heads", "patterns", "composition", "neurons", "graph"} & set(ids)
+    assert "It has no heads: the token alone decides" in page.html()
+    assert "Not shown" not in page.html()
+    assert page.data["checks"]["failed"] == 0
+
+
 def test_composition_is_that_of_the_weights(report, model):
     exact = mia.circuits.composition(model, "K", src="attention", dst="attention")
     table = as_frame(blocks(report, "table")["pairs-K"])

@@ -58,7 +58,7 @@ def summary(study: Study) -> Block:
             fact(
                 "Best induction head",
                 *_best(study, "induction"),
-                receipt=study.scores.receipt,
+                receipt=study.scores.receipt if study.n_attention else None,
             ),
             fact(
                 "Heads",

@@ -66,7 +66,7 @@ def importance(study: Study) -> Block | None:
             "negative change is a gain. Order 0 is measured against guessing blindly."
         ]
     ]
-    heads = result.heads.dropna(subset=["alone"])
+    heads = result.heads.dropna(subset=["alone"]) if len(result.heads) else result.heads
     blocks = [
         chart(
             "importance-of-orders",
@@ -132,8 +132,10 @@ def top_paths(study: Study) -> Block:
     return section("paths", "Top paths", lead, [block], {"paths": result.receipt})
 
 
-def graph(study: Study) -> Block:
-    """The interactive attribution graph, its nodes as a table beside it."""
+def graph(study: Study) -> Block | None:
+    """The interactive attribution graph, its nodes and edges as tables beside it."""
+    if not study.model.n_heads:
+        return None
     result = study.graph
     drawn = graph_data(result)
     lead = [
