@@ -27,7 +27,7 @@ def text_table(frame: pd.DataFrame) -> str:
         values = frame.iloc[:, position]
         number = _is_number(values)
         quote = "'" if not number and _needs_quotes(values) else ""
-        write = formatter(values) if number else (lambda v, q=quote: f"{q}{_text(v)}{q}")
+        write = formatter(values) if number else (lambda v, q=quote: _quoted(v, q))
         cells = [_text(name), *map(write, values.tolist())]
         width = max(map(_width, cells))
         pads = [" " * (width - _width(cell)) for cell in cells]
@@ -130,6 +130,10 @@ def _text(value: Any) -> str:
     if isinstance(value, str):
         return shown(value)
     return "–" if value is None or value is pd.NA or value != value else shown(str(value))
+
+
+def _quoted(value: Any, quote: str) -> str:
+    return f"{quote}{_text(value)}{quote}" if isinstance(value, str) else _text(value)
 
 
 def _escaped(value: Any) -> str:
