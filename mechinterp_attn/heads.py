@@ -335,6 +335,17 @@ class HeadIndex(Sequence[str]):
     def __getitem__(self, index: Any) -> Any:
         return list(iter(self))[index]
 
+    def required(self) -> None:
+        """For analyses of heads, which have nothing to say about a model without any.
+
+        Raises:
+            MechInterpError: there is no head.
+        """
+        if not self.banks:
+            raise MechInterpError(
+                "this model has no layers and so no heads to analyse; circuits.bigrams reads its table"
+            )
+
     @property
     def frame(self) -> pd.DataFrame:
         """One row per head: ``head, layer, kind, index``."""
@@ -349,7 +360,8 @@ class HeadIndex(Sequence[str]):
             )
             for bank in self.banks
         ]
-        return pd.concat(parts, ignore_index=True)
+        none = pd.DataFrame({"head": [], "layer": [], "kind": [], "index": []})  # a model of no layers
+        return pd.concat(parts, ignore_index=True) if parts else none
 
     def find(self, label: str) -> tuple[HeadBank, int]:
         """The bank and index behind a label such as ``L0H3``, ``L1N152`` or, where a neuron is several
@@ -362,7 +374,7 @@ class HeadIndex(Sequence[str]):
         if match is None:
             raise MechInterpError(
                 f"{label!r} is not a head label; write L<layer>H<head> for an attention head or "
-                f"L<layer>N<neuron> for an MLP-derived head, such as {self[0]!r}"
+                f"L<layer>N<neuron> for an MLP-derived head; this model has {self._ranges()}"
             )
         layer, letter, number = int(match[1]), match[2], int(match[3])
         part = None if match[4] is None else int(match[4])
@@ -378,7 +390,7 @@ class HeadIndex(Sequence[str]):
         raise MechInterpError(f"no head {label}; this model has {self._ranges()}")
 
     def _ranges(self) -> str:
-        return ", ".join(f"{b.label(0)}..{b.label(b.n_heads - 1)}" for b in self.banks)
+        return ", ".join(f"{b.label(0)}..{b.label(b.n_heads - 1)}" for b in self.banks) or "none"
 
     def _repr_html_(self) -> str:
         return self.frame.to_html(max_rows=12, index=False)

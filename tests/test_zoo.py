@@ -125,6 +125,32 @@ def test_zero_layers_are_a_bigram_table():
     assert entropy < loss < entropy + 0.1  # the least that any table can reach
 
 
+def test_a_model_without_heads_says_so():
+    model = mia.load("bigram-0l")
+    assert model.heads.frame.empty
+    assert list(model.heads.frame) == ["head", "layer", "kind", "index"]
+    assert repr(model.heads) == "0 heads: none"
+    with pytest.raises(mia.MechInterpError, match="no head L0H0; this model has none"):
+        model["L0H0"]
+    for analysis in (
+        mia.circuits.copying_scores,
+        mia.detect.score_heads,
+        mia.detect.offsets,
+        mia.detect.score_weights,
+        mia.detect.induction,
+    ):
+        with pytest.raises(mia.MechInterpError, match="no layers and so no heads to analyse"):
+            analysis(model)
+    with pytest.raises(mia.MechInterpError, match="no layers and so no heads"):
+        mia.circuits.composition(model, kind="K")
+    with pytest.raises(mia.MechInterpError, match="no layers and so no heads"):
+        mia.detect.ablate(model, mia.held_out()[:1])
+    with pytest.raises(mia.MechInterpError, match="no layers and so no heads"):
+        mia.detect.over_corpus(model, ["It was the best of times"])
+    assert mia.paths.freeze(model, mia.held_out()[0]).receipt.ok
+    assert mia.detect.in_context_learning(model, mia.held_out()[:2]).frame["loss"].notna().all()
+
+
 def test_the_table_is_compared_with_counts_of_a_corpus():
     model, counts = mia.load("bigram-0l"), mia.bigram_counts()
     found = mia.circuits.bigrams(model, counts=counts, top_k=1).correlations.set_index("source_id")

@@ -172,8 +172,9 @@ def groups_of(model: AttentionOnlyModel, select: Select) -> list[HeadGroup]:
         select: None for all heads, "attention" or "mlp" for all of a kind, or labels and heads.
 
     Raises:
-        MechInterpError: no such head, or none selected.
+        MechInterpError: no such head, none selected, or a model without heads.
     """
+    model.heads.required()
     if select is None or isinstance(select, str):
         banks = [bank for bank in model.banks if select in (None, bank.kind)]
         if banks:

@@ -93,6 +93,7 @@ def ablate(
     Raises:
         MechInterpError: unknown heads, nothing to count, a ``where`` of another shape.
     """
+    model.heads.required()
     batch = as_batch(model, tokens)
     counted = _counted(batch, where)
     if replace not in ("zero", "mean"):

@@ -137,6 +137,7 @@ def over_corpus(
         MechInterpError: unreadable texts, settings out of range, a ``save`` file of another pass or
             of a corpus that has changed.
     """
+    model.heads.required()
     settings = Settings(
         heads=(heads,) if isinstance(heads, str) else tuple(heads),
         estimate=estimate,

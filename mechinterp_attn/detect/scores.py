@@ -269,6 +269,7 @@ def look(
     extra: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Run a batch and keep some hooks of every bank, and ``extra`` ones by their full names."""
+    model.heads.required()
     names = {f"{bank.path}.{hook}" for bank in model.banks for hook in hooks} | set(extra)
     padded: dict[str, Any] = {} if batch.mask is None else {"attention_mask": batch.mask}
     _, cache = model.run_with_cache(

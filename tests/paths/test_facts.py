@@ -230,7 +230,7 @@ def test_one_layer_has_nothing_beyond_order_one():
 def test_single_later_heads_gain_where_induction_predicts():
     """The induction head's pattern needs layer 0, its copying does not: an order-1 term of layer 1,
     worth nats on repeated random tokens and nothing on plain text."""
-    model = mia.load("attn-2l")
+    model = mia.load("attn-2l", dtype=torch.float64)
     repeated = mia.paths.term_importance(model, _repeated(model), heads=0)
     plain = mia.paths.term_importance(model, PLAIN, heads=0)
     assert repeated.frame["change"][1] < -2
