@@ -7,8 +7,7 @@ Huben & Morris 2023 leave the question open. Here it is asked at a very small sc
 d_model 64 on the same novels, tokenizer, batches, schedule and seeds. Writes training_curves.csv (a
 row per evaluation) and training_runs.csv (a row per run) after every run, so that it may be stopped;
 runs already in the file are not repeated. With --speed it trains nothing to the end: it times steps
-of all variants in turn, on a machine that should do nothing else, and writes training_speed.csv. The
-page is docs/training_comparison.md.
+of all variants in turn and writes training_speed.csv. The page is docs/training_comparison.md.
 """
 
 from __future__ import annotations
@@ -200,15 +199,16 @@ def train(
 
 
 def speed(recipe: Recipe, stream: Tensor, steps: int, rounds: int = 5) -> list[dict]:
-    """Training steps of every variant in turn, some rounds of them, so that all meet the same machine."""
+    """Training steps of every variant in turn, some rounds of them, so that all meet the same machine;
+    in seconds of processor time, which other work on the machine changes least."""
     runs = {variant.name: Run(variant, 0, recipe, stream) for variant in VARIANTS}
     rows = []
     for i in range(rounds + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             for _ in range(steps):
                 run.step()
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             if i:  # the first round warms up
                 rate = steps * recipe.batch * N_CTX / seconds
                 rows.append({"round": i, "variant": name, "tokens_per_second": rate})

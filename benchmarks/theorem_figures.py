@@ -28,7 +28,7 @@ def training(frame: pd.DataFrame) -> go.Figure:
         x="tokens",
         y="loss",
         by="variant",
-        title="Loss on a held-out novel: mean and range over seeds",
+        title="Loss on five held-out novels: mean and range over seeds",
         x_name="tokens of training",
         y_name="loss (nats per token)",
     )
