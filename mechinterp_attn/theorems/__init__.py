@@ -2,7 +2,8 @@
 
 Read in this order: ``stream`` (the augmented sequence), ``masks``, ``heads`` (a masked softmax head,
 a sublayer), ``activations``, ``neurons``, ``linear``, ``gated``, ``omega`` (masks in the weights),
-``norms``, ``literal`` and ``whole`` (a whole transformer), ``costs``, ``regularisation``.
+``norms``, ``built`` (a trained model's banks as these heads), ``literal`` and ``whole`` (a whole
+transformer; ``watched`` is its forward pass through hooks), ``costs``, ``regularisation``.
 """
 
 from mechinterp_attn.theorems import masks
