@@ -62,7 +62,7 @@ Ids = Annotated[
     ),
 ]
 Target = Annotated[
-    str | None, typer.Option(help="The next token to explain [default: the model's own].", metavar="TOKEN")
+    str | None, typer.Option(help="The next token to explain; by default the model's own.", metavar="TOKEN")
 ]
 Against = Annotated[str | None, typer.Option(help="Explain the logit over this token's.", metavar="TOKEN")]
 Position = Annotated[int, typer.Option(help="Where it is predicted; negative counts from the end.")]
