@@ -9,6 +9,7 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MAX_BYTES = 1_500_000  # what can still be read online
+PLOTLY = "application/vnd.plotly.v1+json"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -31,3 +32,13 @@ def test_is_committed_with_outputs(path: Path) -> None:
     kinds = {output.output_type for cell in cells for output in cell.outputs}
     assert "error" not in kinds
     assert kinds & {"execute_result", "display_data"}
+
+
+def test_the_quickstart_is_ten_cells_with_pictures() -> None:
+    """A picture of every figure, for those who run no scripts: `python notebooks/execute.py --pictures`."""
+    cells = nbformat.read(FOLDER / "00_quickstart.ipynb", as_version=4).cells
+    assert len(cells) == 10
+    outputs = [out for cell in cells if cell.cell_type == "code" for out in cell.outputs]
+    data = [out["data"] for out in outputs if "data" in out]
+    assert any(PLOTLY in d for d in data)
+    assert [d for d in data if PLOTLY in d and "image/png" not in d] == []
