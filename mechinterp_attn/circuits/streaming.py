@@ -121,6 +121,9 @@ class Best:
 def above(block: Float[Tensor, "row column"], threshold: float) -> Entries:
     """All entries of a block above a threshold."""
     peaks = block.amax(1)
+    if float(peaks.max()) <= threshold:  # as nearly always
+        none = torch.empty(0, dtype=torch.long, device=block.device)
+        return Entries(none, none, block.new_empty(0))
     row = (peaks > threshold).nonzero().flatten()
     some = block[row]
     hit, column = (some > threshold).nonzero().T
