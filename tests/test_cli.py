@@ -1,0 +1,264 @@
+"""The command line as a whole: one grammar, documented JSON, exit codes, Ctrl-C, terminals."""
+
+import json
+import os
+import pty
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import typer
+
+from mechinterp_attn import cli
+from mechinterp_attn.cli import common
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = "It was the best of times, it was the worst of times. Call me Ishmael. "
+COMMANDS = {command.name: command for command in typer.main.get_command(cli.app).commands.values()}
+
+
+@pytest.fixture(autouse=True)
+def as_a_shell_has_it(tmp_path, monkeypatch):
+    """A folder with a text, and no checks of shapes, which would be slow."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT * 3, encoding="utf-8")
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["mechinterp-attn", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = capsys.readouterr()
+        return left.value.code or 0, out, err
+
+    return call
+
+
+def documented() -> list[tuple[str, dict[str, str]]]:
+    """Every section of the JSON reference: its command, and type by key."""
+    found = []
+    for part in (ROOT / "docs" / "json.md").read_text(encoding="utf-8").split("\n## ")[1:]:
+        command = re.search(r"^`mechinterp-attn (.*) --json`$", part, re.M)[1]
+        found.append((command, dict(re.findall(r"^\| `(\w+)` \| ([a-z]+\??) \|", part, re.M))))
+    return found
+
+
+TYPES = {"text": str, "integer": int, "number": (int, float), "boolean": bool, "list": list, "object": dict}
+
+
+@pytest.mark.parametrize(("command", "types"), documented(), ids=[name for name, _ in documented()])
+def test_json_is_what_the_reference_says(run, command, types):
+    code, out, err = run(*shlex.split(command), "--json")
+    assert code == 0, err
+    assert out.isascii()
+    answer = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    rows = answer if isinstance(answer, list) else [answer]
+    assert rows
+    for row in rows:
+        assert set(row) == set(types)
+        for key, value in row.items():
+            kind = types[key]
+            if value is None:
+                assert kind.endswith("?"), key
+            else:
+                assert isinstance(value, TYPES[kind.rstrip("?")]), key
+                assert not (isinstance(value, bool) and kind != "boolean"), key
+
+
+def test_every_analysis_is_in_the_reference():
+    text = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
+    for name in ("paths", "circuits"):
+        argument = next(p for p in COMMANDS[name].params if p.name == "analysis")
+        values = [getattr(choice, "value", choice) for choice in argument.type_descriptor.choices]
+        assert values
+        missing = [v for v in values if not re.search(rf"^## {name} \.\.\. .*\b{v}\b", text, re.M)]
+        assert missing == []
+
+
+def test_an_option_is_the_same_everywhere():
+    """One name, one short form, one meaning; what prints a table has all that tables have."""
+    seen: dict[str, tuple] = {}
+    for name, command in COMMANDS.items():
+        for parameter in command.params:
+            if parameter.param_type_name != "option":
+                continue
+            about = (tuple(parameter.opts), parameter.help)
+            assert seen.setdefault(parameter.opts[0], about) == about, (name, parameter.opts[0])
+        options = {opt for parameter in command.params for opt in parameter.opts}
+        assert {"--quiet", "-q"} <= options, name
+        if name not in ("convert", "report"):
+            assert {"--json", "--csv"} <= options, name
+        if name in ("detect", "paths", "circuits"):
+            assert {"--figure", "--top", "-k"} <= options, name
+    assert set(COMMANDS) == {"models", "convert", "verify", "report", "detect", "paths", "circuits"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["models", "--jsn"], "--jsn"),
+        (["detect"], "MODEL"),
+        (["detect", "no-such-model"], "no-such-model"),
+        (["detect", "attn-1l", "--top", "0"], "--top"),
+        (["circuits", "attn-1l", "ov"], "takes one head"),
+        (["circuits", "attn-1l", "ov", "L9H9"], "no head L9H9"),
+        (["paths", "attn-1l", "orders"], "--prompt"),
+        (["models", "--csv", "no/such/folder/x.csv"], "no/such/folder"),
+        (["verify", "attn-1l", "--text", "missing.txt"], "missing.txt"),
+        (["fly"], "fly"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_line_and_code_2(run, words, message):
+    code, out, err = run(*words)
+    assert (code, out) == (common.WRONG_INPUT, "")
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message.lower() in last.lower()
+    assert "Traceback" not in err
+
+
+def test_alone_it_says_what_there_is(run):
+    code, out, _ = run()
+    assert code == 0
+    assert "Usage" in out
+    assert all(name in out for name in COMMANDS)
+
+
+def test_a_difference_is_code_1(run):
+    code, out, _ = run("verify", "gelu-2l", "--text", "text.txt", "--mlp", "silu")
+    assert code == common.DIFFERS
+    assert "NOT EQUAL" in out
+
+
+def test_a_bug_is_code_70(run, monkeypatch):
+    import mechinterp_attn as mia
+
+    monkeypatch.setattr(mia, "models", lambda: 1 / 0, raising=False)
+    code, out, err = run("models")
+    assert (code, out) == (common.BUG, "")
+    assert "ZeroDivisionError" in err
+    assert "please report" in err.splitlines()[-1]
+
+
+def test_quiet_leaves_the_result_alone(run):
+    loud = run("detect", "attn-1l", "--top", 2)
+    quiet = run("detect", "attn-1l", "--top", 2, "--quiet")
+    assert loud[:2] == quiet[:2]
+    assert "loading attn-1l" in loud[2]
+    assert "ok: " in loud[2]
+    assert quiet[2] == ""
+
+
+def test_a_figure_opens_offline(run):
+    code, _, err = run("circuits", "attn-2l", "copying", "--figure", "figure.html")
+    assert code == 0
+    assert "wrote figure.html" in err
+    page = Path("figure.html").read_text(encoding="utf-8")
+    assert "Plotly.newPlot" in page
+    assert not re.search(r"<(script|link)[^>]*(src|href)=", page)
+
+
+def program(*words, **options):
+    command = [sys.executable, "-c", "from mechinterp_attn.cli import main; main()", *words]
+    return subprocess.Popen(command, text=True, **options)
+
+
+def on_a_terminal(*words, **variables) -> str:
+    """What a program writes to a terminal of its own."""
+    ours, theirs = pty.openpty()
+    environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm"} | variables
+    process = program(*words, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # Linux says that the other end is closed by an error
+            break
+        if not part:
+            break
+        seen += part
+    process.wait()
+    os.close(ours)
+    return seen.decode()
+
+
+def test_colours_are_for_terminals():
+    assert "\x1b[1mname" in on_a_terminal("models")
+    assert "\x1b[" not in on_a_terminal("models", NO_COLOR="1")
+    process = program("models", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate()
+    assert "\x1b[" not in out + err
+
+
+def test_the_shell_completes():
+    def complete(*words: str) -> str:
+        variables = {"_MECHINTERP_ATTN_COMPLETE": "complete_bash", "COMP_CWORD": str(len(words))}
+        variables["COMP_WORDS"] = " ".join(["mechinterp-attn", *words])
+        environment = os.environ | variables
+        code = "import sys; sys.argv[0] = 'mechinterp-attn'; from mechinterp_attn.cli import main; main()"
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        ).stdout
+
+    assert "circuits" in complete("cir")
+    assert "gelu-2l" in complete("detect", "g")
+    assert "--figure" in complete("paths", "gelu-2l", "--fi")
+
+
+def test_ctrl_c_gives_what_there_was_and_the_next_run_goes_on(tmp_path):
+    """A real SIGINT in a pass over a corpus, once the first part is kept."""
+    (tmp_path / "long.txt").write_text(TEXT * 4500, encoding="utf-8")
+    words = (
+        "detect",
+        "attn-2l",
+        "--corpus",
+        "long.txt",
+        "--save",
+        "pass.safetensors",
+        "--json",
+        "--top",
+        "2",
+    )
+    kept = tmp_path / "pass.safetensors"
+    first = program(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for _ in range(6000):
+        if kept.exists() or first.poll() is not None:
+            break
+        time.sleep(0.02)
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=120)
+    assert first.returncode == common.INTERRUPTED, err
+    assert len(json.loads(out)) == 2
+    assert "stopping at the next step" in err
+    assert "stopped early: after" in err
+    done = int(re.search(r"stopped early: after ([\d,]+)", err)[1].replace(",", ""))
+    assert done > 0
+    second = program(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = second.communicate(timeout=300)
+    assert second.returncode == 0, err
+    assert "stopped early" not in err
+
+
+def test_ctrl_c_before_there_is_anything_ends_at_once():
+    process = program(
+        "paths", "gelu-2l", "orders", "--prompt", TEXT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stderr.readline()  # "loading gelu-2l"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (common.INTERRUPTED, "")
+    assert err.splitlines()[-1] == "error: interrupted"
+    assert "Traceback" not in err
