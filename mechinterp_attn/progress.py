@@ -18,9 +18,6 @@ from mechinterp_attn.interrupt import state
 PATIENCE, BETWEEN = 1.0, 0.1  # seconds before a bar is shown, and from one picture of it to the next
 IN_A_FILE = 30.0  # both, where nobody sees it move
 
-PATIENCE, BETWEEN = 1.0, 0.1  # seconds before a bar is shown, and from one picture of it to the next
-IN_A_FILE = 30.0  # both, where nobody sees it move
-
 
 class Progress(tqdm):
     """A ``tqdm.auto`` bar: over an iterable, or ``with Progress(total=...) as bar: bar.update()``.
