@@ -65,7 +65,12 @@ def bigram_counts() -> Int[Tensor, "first second"]:
 
 def held_out() -> Int[Tensor, "document pos"]:
     """Real text that no bundled model was trained on: 128 documents of a BOS and 127 tokens, spread over
-    the five held-out novels."""
+    the five held-out novels.
+
+    From LitBank, https://github.com/dbamman/litbank (Bamman, Popat and Shen 2019): texts in the public
+    domain, collection licensed under CC BY 4.0, https://creativecommons.org/licenses/by/4.0/. Changed:
+    cut into passages, stored as token ids.
+    """
     return _corpus()["held_out"].long()
 
 
