@@ -44,7 +44,7 @@ def models(as_json: AsJson = False, csv: CsvFile = None, quiet: Quiet = False) -
 
 def convert(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder to write the converted model to.", metavar="FOLDER")],
+    out: Annotated[Path, typer.Option(help="Where to write the result.", metavar="FOLDER")],
     mlp: MLPMode = "exact",
     components: Components = 8,
     quiet: Quiet = False,

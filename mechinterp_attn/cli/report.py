@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 def report(
     model: Model,
-    out: Annotated[Path, typer.Option(help="The HTML file to write.")],
+    out: Annotated[Path, typer.Option(help="Where to write the result.", metavar="FILE")],
     prompt: Prompt = None,
     tokens: Ids = None,
     target: Target = None,

@@ -47,11 +47,11 @@ def test_the_table_says_where_each_token_looks_most(model):
 
 
 def test_only_what_is_asked_for_is_in_it(model):
-    """The script takes half a megabyte; each head adds its own square of numbers."""
-    one = len(model["L0H0"].show(PROMPT)._repr_html_())
-    two = len(mia.show(model, ["L0H0", "L0H1"], PROMPT)._repr_html_())
-    assert one < 600_000
-    assert two - one < 10_000
+    """The script takes half a megabyte; each head adds its own square of numbers, and rows of the table."""
+    one, two = model["L0H0"].show(PROMPT), mia.show(model, ["L0H0", "L0H1"], PROMPT)
+    assert len(one._repr_html_()) < 600_000
+    assert len(two.page()) - len(one.page()) < 10 * len(one.tokens) ** 2
+    assert len(two.frame) == 2 * len(one.frame)
 
 
 def test_says_what_cannot_be_shown(model):

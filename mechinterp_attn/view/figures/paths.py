@@ -228,7 +228,7 @@ def graph_figure(graph: AttributionGraph, most: int = 40) -> go.Figure:
     return fig.update_yaxes(tickvals=list(levels), ticktext=list(levels.values()))
 
 
-def _apart(places: dict[str, tuple[int, int]]) -> dict[str, tuple[float, float]]:
+def _apart(places: dict[str, tuple[int, int]]) -> dict[str, tuple[float, int]]:
     """Nodes that share a position and a level side by side."""
     groups: dict[tuple[int, int], list[str]] = {}
     for node, place in places.items():

@@ -149,7 +149,7 @@ def report(
     parts = []
     bar = Progress(makers, desc="report", unit="section", show=progress, stops=True)
     for name in bar:
-        bar.set_postfix_str(name)
+        bar.set_postfix_str(name, refresh=False)  # drawn with the bar: not on a log's own line
         try:
             part = makers[name]()
         except MechInterpError as error:  # one part that cannot be had does not take the rest away
