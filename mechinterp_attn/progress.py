@@ -50,6 +50,8 @@ class Progress(tqdm):
             disable=state.quiet or not show,
             delay=PATIENCE if seen else IN_A_FILE,
             mininterval=BETWEEN if seen else IN_A_FILE,
+            maxinterval=10.0 if seen else IN_A_FILE,
+            file=None if seen else _Lines(),
             leave=False,
             dynamic_ncols=True,
             **options,
@@ -96,6 +98,17 @@ class Progress(tqdm):
     def __exit__(self, *error: Any) -> None:
         state.stoppable -= self._stops
         super().__exit__(*error)
+
+
+class _Lines:
+    """Standard error where it is a file: each picture of a bar on a line of its own."""
+
+    def write(self, text: str) -> None:
+        if line := text.replace("\x1b[A", "").strip():
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
 
 
 def _in_notebook() -> bool:

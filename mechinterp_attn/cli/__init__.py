@@ -44,7 +44,8 @@ def main() -> None:
             fail(str(error))
             code = WRONG_INPUT
         except typer.TyperException as error:  # an unknown option, a missing argument
-            fail(error.format_message())
+            context = getattr(error, "ctx", None)
+            fail(error.format_message() + (f" See {context.command_path} --help." if context else ""))
             code = WRONG_INPUT
         except OSError as error:  # a file that cannot be read or written
             fail(str(error))

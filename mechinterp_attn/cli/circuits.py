@@ -65,7 +65,15 @@ def register(app: typer.Typer) -> None:
 def circuits(
     model: Model,
     analysis: Annotated[
-        Analysis, typer.Argument(help="What to read from the weights.", show_default=False)
+        Analysis,
+        typer.Argument(
+            help="ov: what attending to a token does to the logits; qk: which token attends to which; "
+            "bigrams: the direct path; skip-trigrams: the strongest of a head, or of all; factoring-bugs: "
+            "crossings they imply; copying: eigenvalue scores; composition: of heads with later ones; "
+            "virtual: heads in a row; positions: attention by position; directions: SVD of a head.",
+            metavar="ANALYSIS",
+            show_default=False,
+        ),
     ],
     heads: Heads = None,
     top: Top = 10,

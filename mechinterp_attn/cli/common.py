@@ -46,13 +46,16 @@ Model = Annotated[
     str,
     typer.Argument(
         help="A bundled model, a folder with a model, or a Hugging Face id.",
+        metavar="MODEL",
         show_default=False,
         autocompletion=_models,
     ),
 ]
 Heads = Annotated[
     list[str] | None,
-    typer.Argument(help="Heads such as L1H2, L0N7 or 'L0H1 > L1H4'; all where that makes sense."),
+    typer.Argument(
+        help="Heads such as L1H2, L0N7 or 'L0H1 > L1H4'; all where that makes sense.", metavar="HEADS"
+    ),
 ]
 Prompt = Annotated[str | None, typer.Option(help="The text to analyse.", show_default=False)]
 Ids = Annotated[

@@ -58,6 +58,7 @@ def paths(
             "worth; attribution: heads and neurons behind a logit; top: the strongest paths to it; score: "
             "why a head attends there, or a neuron fires; virtual: heads in a row as one; graph: the "
             "attribution graph of a logit.",
+            metavar="ANALYSIS",
             show_default=False,
         ),
     ],

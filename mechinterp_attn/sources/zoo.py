@@ -29,7 +29,7 @@ def models() -> pd.DataFrame:
     source itself, a native TransformerBridge with its MLPs. The full card, with data and licence,
     is ``mia.card(name)``.
     """
-    columns = ("description", "n_parameters", "tokens", "loss", "induction_score", "licence")
+    columns = ("n_parameters", "tokens", "loss", "induction_score", "licence", "description")
     rows = [{"name": name} | {c: card(name).get(c) for c in columns} for name in bundled_names()]
     return pd.DataFrame(rows)
 

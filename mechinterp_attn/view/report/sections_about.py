@@ -166,7 +166,7 @@ def _heads_in_words(study: Study) -> list[Any]:
         else:
             spans += [f"There is no clear {name} head: ", head(best["head"])]
             spans += [f" comes closest with {best[score]:.2f}, below {CLEAR}. "]
-    return spans
+    return [*spans, "These scores are shares of attention on repeated random tokens."]
 
 
 def _loss_in_words(study: Study) -> list[Any]:
