@@ -131,7 +131,9 @@ class VocabularyCircuit:
         """Single entries ``M[rows[i], columns[i]]``, one by one in float64."""
         some_rows, row = rows.unique(return_inverse=True)
         some_columns, column = columns.unique(return_inverse=True)
-        return (self.left(some_rows)[row] * self.right(some_columns).T[column]).sum(-1)
+        left, right = self.left(some_rows), self.right(some_columns).T.contiguous()
+        parts = zip(row.split(CHUNK), column.split(CHUNK), strict=True)
+        return torch.cat([torch.linalg.vecdot(left[i], right[j]) for i, j in parts])
 
     def entry(self, source: str | int, token: str | int) -> float:
         """One entry, in float64.

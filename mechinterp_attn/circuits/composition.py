@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mechinterp_attn.circuits.blocks import SAMPLED, Dense, Job, RankBy, Top, Unit, run_unit
 from mechinterp_attn.circuits.groups import Composition, HeadGroup, Select, groups_of, refuse_non_finite
+from mechinterp_attn.circuits.lifted import lifted_cost, lifted_scores, lifts
 from mechinterp_attn.circuits.null import mean_and_spread, shape_null
 from mechinterp_attn.circuits.plan import Plan, make_plan
 from mechinterp_attn.circuits.state import SavedState
@@ -126,15 +127,15 @@ def composition(
         raise MechInterpError(
             f"{n_pairs:,} pairs are too many to list; give top_k= (up to {MAX_PAIRS:,} pairs are listed)"
         )
-    needed = _bytes(job, units, dense=top_k is None)
+    lifted = top_k is None and lifts(job, units, max_bytes - _scores_bytes(job))
     if plan:
-        return _plan(job, units, n_pairs, needed)
+        return _plan(job, units, n_pairs, dense=top_k is None, lifted=lifted)
     least = _least_bytes(job, dense=top_k is None)
     if max_bytes < least:
         raise MechInterpError(f"max_bytes={max_bytes:,} is too small; {least:,} is the least that works")
     refuse_non_finite(model, (group.bank for group in (*sources, *readers)))
     if top_k is None:
-        return _dense(job, units)
+        return _dense(job, units, lifted)
     return _streamed(job, units, n_pairs, top_k, resume, engine)
 
 
@@ -184,11 +185,14 @@ def _block(device: torch.device, size: int, max_bytes: int) -> tuple[int, int]:
     return rows, columns
 
 
-def _dense(job: Job, units: list[Unit]) -> CompositionScores:
-    sink = Dense(job)
-    for unit in units:
-        run_unit(job, unit, sink)
-    scores = sink.scores.double()
+def _dense(job: Job, units: list[Unit], lifted: bool) -> CompositionScores:
+    if lifted:
+        scores = lifted_scores(job).double()
+    else:
+        sink = Dense(job)
+        for unit in units:
+            run_unit(job, unit, sink)
+        scores = sink.scores.double()
     row, column = scores.isfinite().nonzero().T
     frame = _frame(job, row, column, scores[row, column])
     probe = torch.linspace(0, len(row) - 1, min(8, len(row)), device=row.device).round().long()
@@ -211,7 +215,7 @@ def _streamed(
     done = saved.load(sink) if saved is not None else set()
     left = [i for i in range(len(units)) if i not in done]
     flops = [job.flops(unit) for unit in units]
-    plan = _plan(job, [units[i] for i in left], n_pairs, _bytes(job, units, dense=False))
+    plan = _plan(job, [units[i] for i in left], n_pairs)
     bar = Progress(
         total=sum(flops) / 1e9,
         initial=sum(flops[i] for i in done) / 1e9,
@@ -408,10 +412,14 @@ def _scores_bytes(job: Job) -> int:
     return 16 * sum(map(len, job.sources)) * sum(map(len, job.readers))
 
 
-def _plan(job: Job, units: list[Unit], n_pairs: int, needed: int) -> Plan:
+def _plan(job: Job, units: list[Unit], n_pairs: int, *, dense: bool = False, lifted: bool = False) -> Plan:
+    flops, needed = sum(job.flops(unit) for unit in units), _bytes(job, units, dense=dense)
+    if lifted:
+        flops, needed = lifted_cost(job)
+        needed += _scores_bytes(job)
     return make_plan(
         what=f"{job.kind}-composition of {n_pairs:,} pairs",
-        flops=sum(job.flops(unit) for unit in units),
+        flops=flops,
         bytes=needed,
         chunks=len(units),
         device=job.device,

@@ -41,7 +41,7 @@ def block_shape(device: torch.device) -> tuple[int, int]:
     enough that the multiplication, not the launch of kernels, takes the time.
     """
     if device.type != "cuda":
-        return 512, 1024
+        return 1024, 1024
     free, _ = torch.cuda.mem_get_info(device)
     side = int((free / 16 / 4) ** 0.5) // 256 * 256
     side = max(512, min(side, 16384))

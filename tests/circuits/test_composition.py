@@ -75,6 +75,31 @@ def test_attention_pairs_have_transformer_lenss_own_numbers(kind):
     torch.testing.assert_close(ours.scores.nan_to_num(), theirs.detach().double(), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["Q", "K", "V"])
+def test_wide_heads_taken_as_whole_matrices_have_the_same_scores(kind):
+    """In float32, where a head's inner dimension makes that the shorter way; against float64 products."""
+    model = random_model(n_layers=4, n_heads=12, d_model=384, d_head=64, d_mlp=2)
+    heads = [label for label in model.heads if "H" in label]
+    with torch.no_grad():
+        basis = torch.linalg.qr(
+            torch.randn(384, 128, generator=torch.Generator().manual_seed(1)).double()
+        ).Q
+        model["L0H3"].bank.W_O[3] = basis[:, :64].T  # writes where L2H5 does not read: a score of 0
+        for name in ("W_Q", "W_K", "W_V"):
+            getattr(model["L2H5"].bank, name)[5] = basis[:, 64:]
+    expected = C.composition(model, kind, heads, heads).scores
+    single = C.composition(model.float(), kind, heads, heads)
+    assert single.receipt.notes["dtype"] == "float32"
+    assert torch.equal(single.scores.isnan(), expected.isnan())
+    # float32: a square to some 1e-9, where it is small the product to 1e-7
+    torch.testing.assert_close(single.scores, expected, rtol=0, atol=5e-7, equal_nan=True)
+    assert single.scores[heads.index("L0H3"), heads.index("L2H5")] < 1e-6
+    with_less = C.composition(model, kind, heads, heads, max_bytes=20_000_000)  # too little for the strips
+    torch.testing.assert_close(single.scores, with_less.scores, rtol=0, atol=5e-7, equal_nan=True)
+    plans = [C.composition(model, kind, heads, heads, max_bytes=b, plan=True) for b in (2**30, 20_000_000)]
+    assert plans[0].flops < plans[1].flops
+
+
 @pytest.mark.parametrize("kind", ["Q", "V"])
 @pytest.mark.parametrize("rank_by", ["score", "z"])
 def test_streamed_search_lists_the_best_of_the_dense_table(model, kind, rank_by):

@@ -1,0 +1,83 @@
+"""Composition of heads of large inner dimension, each head taken as one symmetric matrix.
+
+``|W R|^2`` is the inner product of ``W^T W`` with ``R R^T``: d_model^2 / 2 multiplications a pair of heads
+instead of ``d_model r1 r2``, five times fewer in GPT-2 small, and the symmetric matrices are made once a
+head. They are made in strips of rows, so that few numbers are held and those stay in cache.
+
+A square that is rounded leaves half of its digits to a small score, so small ones are made again from
+the product ``W R`` itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp_attn.circuits.blocks import Job, Unit
+
+STRIP_NUMBERS = 2**23  # of either side that are held at once, about
+UNSURE = 1e-4  # a squared score whose float32 rounding (some 1e-9) would show in the score
+AT_ONCE = 64  # pairs of heads multiplied out together
+
+
+def lifts(job: Job, units: list[Unit], max_bytes: int) -> bool:
+    """Whether all pairs of a job take less work this way, and the memory allows it. Only in float32:
+    float64 is for small models and for checks, where the products themselves are taken."""
+    flops, needed = lifted_cost(job)
+    plain = job.dtype == torch.float32 and job.precision == "float32"
+    return plain and flops < sum(job.flops(unit) for unit in units) and needed <= max_bytes
+
+
+def lifted_cost(job: Job) -> tuple[int, int]:
+    """FLOPs and bytes of ``lifted_scores``, the scores themselves left out."""
+    heads = [sum(map(len, side)) for side in (job.sources, job.readers)]
+    vectors = sum(len(g) * g.rank for g in job.sources)
+    vectors += sum(len(g) * g.reading_rank(job.kind) for g in job.readers)
+    d = job.d_model
+    strip = max(STRIP_NUMBERS, max(heads) * d)
+    return d * d * (vectors + heads[0] * heads[1]), 4 * (vectors * d + 2 * strip)
+
+
+def lifted_scores(job: Job) -> Float[Tensor, "source reader"]:
+    """All scores; NaN where the reader does not read the source."""
+    writes = [group.writes(dtype=job.dtype).mT for group in job.sources]
+    reads = [group.reads(job.kind, dtype=job.dtype) for group in job.readers]
+    n, m = sum(map(len, writes)), sum(map(len, reads))
+    squares = torch.zeros(n, m, dtype=job.dtype, device=job.device)
+    rows = max(1, STRIP_NUMBERS // (max(n, m) * job.d_model))
+    sides = [squares.new_empty(heads * rows * job.d_model) for heads in (n, m)]
+    for a in range(0, job.d_model, rows):
+        b = min(a + rows, job.d_model)
+        left, right = (_strip(x, a, b, buffer) for x, buffer in zip((writes, reads), sides, strict=True))
+        right[:, :, b - a :] *= 2  # what stands right of the diagonal block stands below it too
+        squares.addmm_(left.flatten(1), right.flatten(1).T)
+    steps = [
+        torch.tensor([getattr(g, at) for g in side for _ in range(len(g))])
+        for side, at in ((job.sources, "writes_at"), (job.readers, "reads_at"))
+    ]
+    reaches = (steps[0][:, None] < steps[1]).to(job.device)
+    _again(job, squares, reaches & (squares < UNSURE), writes, reads)
+    return squares.clamp_min_(0).sqrt_().masked_fill_(~reaches, torch.nan)
+
+
+def _strip(x: list[Tensor], a: int, b: int, buffer: Tensor) -> Float[Tensor, "head row column"]:
+    """Rows a to b of ``x @ x^T`` of every head, from the diagonal on."""
+    n = sum(map(len, x))
+    shape = (n, b - a, x[0].shape[1] - a)
+    out = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
+    for part, group in zip(out.split([len(g) for g in x]), x, strict=True):
+        torch.bmm(group[:, a:b], group[:, a:].mT, out=part)
+    return out
+
+
+def _again(job: Job, squares: Tensor, small: Tensor, writes: list[Tensor], reads: list[Tensor]) -> None:
+    first = 0
+    for w in writes:
+        then = 0
+        for r in reads:
+            row, column = small[first : first + len(w), then : then + len(r)].nonzero().T
+            for i, j in zip(row.split(AT_ONCE), column.split(AT_ONCE), strict=True):
+                squares[first + i, then + j] = (w[i].mT @ r[j]).square_().sum((1, 2))
+            then += len(r)
+        first += len(w)
