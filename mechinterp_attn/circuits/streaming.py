@@ -192,10 +192,11 @@ def top_of_rows(
     column_ids = torch.empty(len(left), k, dtype=torch.long, device=left.device)
     for a in product.stripes(rows, progress):
         best = _RowBest(k)
-        for b in range(0, len(product.reach), columns):
-            if best.complete(product.sizes[a : a + rows], product.reach[b]):
-                break
-            best.offer(product.block(a, rows, b, columns), b)
+        # A wide first block: its best entries keep most of what follows out.
+        b, width = 0, 4 * columns
+        while b < len(product.reach) and not best.complete(product.sizes[a : a + rows], product.reach[b]):
+            best.offer(product.block(a, rows, b, width), b)
+            b, width = b + width, columns
         best.merge()
         assert best.value is not None
         assert best.column is not None

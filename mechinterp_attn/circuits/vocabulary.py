@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -182,15 +183,15 @@ def _top(
     scale = max(1.0, float(exact_value.abs().max()))
     used = "float64" if exact else precision
     check = Check(f"{used} search against float64 entries", error, UNIT_ROUNDOFF[used] * scale)
-    source_ids, other_ids = given[kept.row].tolist(), kept.column.tolist()
+    source_ids, other_ids = given[kept.row].cpu().numpy(), kept.column.cpu().numpy()
     frame = pd.DataFrame(
         {
-            "source": token_texts(model, source_ids),
+            "source": _texts(model, source_ids),
             "source_id": source_ids,
-            "token": token_texts(model, other_ids, output=circuit.which == "OV"),
+            "token": _texts(model, other_ids, output=circuit.which == "OV"),
             "token_id": other_ids,
             "value": exact_value.cpu().numpy(),
-            "rank": [i % top_k + 1 for i in range(len(other_ids))],
+            "rank": np.arange(len(other_ids)) % top_k + 1,
         }
     )
     notes = {
@@ -205,6 +206,13 @@ def _top(
         head=circuit.head.label,
         circuit=circuit.which,
     )
+
+
+def _texts(model: AttentionOnlyModel, ids: np.ndarray, *, output: bool = False) -> pd.Series:
+    """The text of every id; each is made once, however many rows it stands in."""
+    some, place = np.unique(ids, return_inverse=True)
+    texts = pd.Series(token_texts(model, some.tolist(), output=output))
+    return texts.take(place).reset_index(drop=True)
 
 
 def _diagonal(left: Tensor, right: Tensor, ids: Tensor | None, k: int, largest: bool) -> Entries:
