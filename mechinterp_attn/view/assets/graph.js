@@ -75,7 +75,8 @@ function drawAttributionGraph(host, data) {
   });
   for (const c of columns) {
     const text = c === -1 ? "bias" : data.tokens[c];
-    const short = text.length > 9 ? text.slice(0, 8) + "\u2026" : text;
+    const most = Math.max(5, Math.floor(wide.get(c) / 7)); // characters that fit the column
+    const short = text.length > most ? text.slice(0, most - 1) + "\u2026" : text;
     const t = make("text", { x: x0.get(c) + wide.get(c) / 2, y: height - 22, class: "graph-token" }, svg, short);
     make("title", {}, t, c === -1 ? "biases" : `${text} (position ${c})`);
     if (c >= 0) make("text", { x: x0.get(c) + wide.get(c) / 2, y: height - 8, class: "graph-row middle" }, svg, String(c));
@@ -154,6 +155,8 @@ function drawAttributionGraph(host, data) {
       list("moved by, on the key side", data.edges.filter((e) => e.target === s.id && e.kind === "key"), "source");
     }
     paint();
+    const away = n.x - scroll.scrollLeft;
+    if (away < 0 || away > scroll.clientWidth) scroll.scrollLeft = n.x - scroll.clientWidth / 2; // into sight
   }
   function paint() {
     const floor = biggest * Math.pow(Number(slider.value) / 100, 2);
