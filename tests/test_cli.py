@@ -15,7 +15,7 @@ import jaxtyping
 import pytest
 import typer
 
-from mechinterp_attn import cli
+from mechinterp_attn import cli, progress
 from mechinterp_attn.cli import common
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,6 +201,19 @@ def test_colours_are_for_terminals():
     process = program("models", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate()
     assert "\x1b[" not in out + err
+
+
+def test_a_log_gets_progress_in_lines(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "IN_A_FILE", 0.0)
+    monkeypatch.setattr(progress.state, "quiet", False)
+    for _ in progress.Progress(range(3), desc="work"):
+        for _ in progress.Progress(range(2), desc="its parts"):
+            pass
+    err = capsys.readouterr().err
+    assert "work: " in err
+    assert "\r" not in err
+    assert "\x1b" not in err
+    assert all(line.startswith(("work: ", "its parts: ")) for line in err.splitlines())
 
 
 def test_the_shell_completes():
