@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -19,6 +17,7 @@ from mechinterp_attn.detect.cuts import (
     Replace,
     Target,
     cut_of,
+    cut_of_all,
     mean_z,
     next_token,
     run_cuts,
@@ -109,9 +108,10 @@ def ablate(
         chosen: list[Target] = list(ranked[: max(exact, 0)])
     else:
         chosen = [heads] if isinstance(heads, str | Head) else list(dict.fromkeys(heads))
-    cuts = [cut_of(model, target, batch) for target in chosen]
-    if together and len(cuts) > 1:
-        cuts = [reduce(add, cuts)]
+    if together and len(chosen) > 1:
+        cuts = [cut_of_all(model, chosen, batch)]
+    else:
+        cuts = [cut_of(model, target, batch) for target in chosen]
     losses, logits = _exact(model, batch, cuts, rows, max_bytes, replacement, keep_patterns)
     changes, logit_changes = losses[1:] - losses[0], logits[1:] - logits[0]
     n = counted.sum()

@@ -49,14 +49,6 @@ class Cut:
     def at(self, path: str) -> bool:
         return path in self.whole or any(own == path for own, _ in self.parts)
 
-    def __add__(self, other: Cut) -> Cut:
-        paths = (*self.whole, *other.whole)
-        whole = {path: [*self.whole.get(path, ()), *other.whole.get(path, ())] for path in paths}
-        parts = dict(self.parts)
-        for key, part in other.parts.items():
-            parts[key] = parts[key] + part if key in parts else part
-        return Cut(f"{self.name} + {other.name}", whole=whole, parts=parts)
-
 
 def cut_of(model: AttentionOnlyModel, target: Target, batch: Batch) -> Cut:
     """The cut that a head, a chain of heads (a virtual head) or an edge stands for.
@@ -83,6 +75,33 @@ def cut_of(model: AttentionOnlyModel, target: Target, batch: Batch) -> Cut:
         part = brought(model, chain, batch)
         name, kind = head.label, "virtual"
     return Cut(name, kind, last.layer, index, parts={(last.path, index): part})
+
+
+def cut_of_all(model: AttentionOnlyModel, targets: Sequence[Target], batch: Batch) -> Cut:
+    """One cut of many heads, chains and edges; the heads of a model are looked up once, as thousands
+    of neurons may be cut together.
+
+    Raises:
+        MechInterpError: as for ``cut_of``.
+    """
+    at = {bank.label(index): (bank.path, index) for bank in model.banks for index in range(bank.n_heads)}
+    names: list[str] = []
+    whole: dict[str, list[int]] = {}
+    parts: dict[tuple[str, int], Tensor] = {}
+    for target in targets:
+        label = target.label if isinstance(target, Head) else target
+        if isinstance(label, str) and label in at:
+            path, index = at[label]
+            names.append(label)
+            whole.setdefault(path, []).append(index)
+            continue
+        cut = cut_of(model, target, batch)
+        names.append(cut.name)
+        for path, indices in cut.whole.items():
+            whole.setdefault(path, []).extend(indices)
+        for key, part in cut.parts.items():
+            parts[key] = parts[key] + part if key in parts else part
+    return Cut(" + ".join(names), whole=whole, parts=parts)
 
 
 @torch.no_grad()
