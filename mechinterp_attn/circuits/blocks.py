@@ -23,7 +23,7 @@ from mechinterp_attn.circuits.streaming import Best, Precision, matmul_precision
 
 RankBy = Literal["score", "z"]
 BINS = 64
-SAMPLED = 128  # writing heads of a bank that the histogram between rank-1 heads looks at, about
+SAMPLED = 64  # writing heads of a bank that the histogram between rank-1 heads looks at, about
 
 
 @dataclass(frozen=True)
