@@ -70,8 +70,10 @@ def in_context_learning(
     batch = as_batch(model, tokens)
     losses = token_losses(model, batch, max_bytes=max_bytes)
     last = losses.shape[1]
-    early = early or max(1, min(EARLY, round(EARLY / 512 * (last + 1))))
-    late = late or max(1, min(LATE, round(LATE / 512 * (last + 1))))
+    if early is None:
+        early = max(1, min(EARLY, round(EARLY / 512 * (last + 1))))
+    if late is None:
+        late = min(LATE, last, round(LATE / 512 * (last + 1)))
     if not 1 <= early < late <= last:
         raise MechInterpError(f"early={early} and late={late}; expected 1 <= early < late <= {last}")
     counted = batch.predicts.cpu()

@@ -102,6 +102,16 @@ def test_losses_by_position():
     assert len(result.plot().data) == 1
 
 
+def test_default_positions_fit_a_short_prompt():
+    """13 tokens have 12 predictions: the share of 500 in 512 must not lie behind the last."""
+    model = mia.convert(tiny_bridge())
+    for n in (3, 5, 13):
+        result = mia.detect.in_context_learning(model, random_tokens(model, pos=n))
+        assert 1 <= result.early < result.late <= n - 1
+    with pytest.raises(MechInterpError, match="early=0 and late=4"):
+        mia.detect.in_context_learning(model, random_tokens(model), early=0, late=4)
+
+
 def test_repeats_are_learned_in_context():
     """On random tokens repeated, a model with an induction head loses nothing from the second pass on."""
     model = known_heads()
