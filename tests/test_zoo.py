@@ -147,7 +147,10 @@ def test_a_model_without_heads_says_so():
         mia.detect.ablate(model, mia.held_out()[:1])
     with pytest.raises(mia.MechInterpError, match="no layers and so no heads"):
         mia.detect.over_corpus(model, ["It was the best of times"])
-    assert mia.paths.freeze(model, mia.held_out()[0]).receipt.ok
+    frozen = mia.paths.freeze(model, mia.held_out()[0])
+    assert frozen.receipt.ok
+    with pytest.raises(mia.MechInterpError, match="no layers and so no heads"):
+        mia.paths.attribution_graph(frozen)
     assert mia.detect.in_context_learning(model, mia.held_out()[:2]).frame["loss"].notna().all()
 
 

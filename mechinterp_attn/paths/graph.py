@@ -137,9 +137,10 @@ def attribution_graph(
         max_bytes: the largest working memory to take.
 
     Raises:
-        MechInterpError: the target or position does not exist, an option is out of range, or the work
-            needs more than max_bytes.
+        MechInterpError: the target or position does not exist, an option is out of range, the work
+            needs more than max_bytes, or the model has no layers.
     """
+    frozen.model.heads.required()
     goal = resolve_goal(frozen, target=target, against=against, position=position)
     _check_options(node_threshold, edge_threshold, max_nodes)
     _check_memory(frozen, max_nodes, max_bytes)
