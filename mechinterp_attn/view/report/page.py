@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from mechinterp_attn.view import circuitsvis
 from mechinterp_attn.view.report.svg import svg
 from mechinterp_attn.view.text import inert_json
 
@@ -28,7 +29,9 @@ CIRCUITSVIS_TOKENS = 64
 def page(data: dict[str, Any]) -> str:
     """The HTML of a report."""
     style, script = _asset(_STYLES), _asset(_SCRIPTS)
-    bundle = _circuitsvis() if len(data["prompt"]) <= CIRCUITSVIS_TOKENS and _has_patterns(data) else ""
+    bundle = (
+        circuitsvis.bundle() if len(data["prompt"]) <= CIRCUITSVIS_TOKENS and _has_patterns(data) else ""
+    )
     scripts = " ".join(_hash(text) for text in (script, bundle) if text)
     policy = (
         f"default-src 'none'; script-src {scripts}; style-src {_hash(style)}; img-src data: blob:; "
@@ -62,13 +65,6 @@ def _asset(names: tuple[str, ...]) -> str:
 
 def _has_patterns(data: dict[str, Any]) -> bool:
     return any(block["type"] == "patterns" for part in data["sections"] for block in part["blocks"])
-
-
-@cache
-def _circuitsvis() -> str:
-    """The CircuitsVis bundle, once for all its views; nothing in it can end its script block."""
-    bundle = (files("circuitsvis") / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
-    return bundle.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def _hash(text: str) -> str:
