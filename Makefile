@@ -35,7 +35,7 @@ format: $(VENV)/.installed-test  ## let ruff format and fix
 # Those that need no arguments; the other scripts in benchmarks/ train or fit, and say what they need.
 # `make bench ONLY=forward` runs one of them.
 ONLY ?=
-BENCHMARKS := $(wildcard benchmarks/bench_*.py) $(patsubst %,benchmarks/%.py,forward memory modes three_forms)
+BENCHMARKS := $(wildcard benchmarks/bench_*.py) $(patsubst %,benchmarks/%.py,detectors forward memory modes three_forms)
 bench: $(VENV)/.installed-bench  ## run the benchmarks; their tables go to docs/benchmarks/
 	@for script in $(if $(ONLY),$(patsubst %,benchmarks/%.py,$(ONLY)),$(BENCHMARKS)); do \
 		echo "== $$script"; BENCH_TABLES=docs/benchmarks $(BIN)/python $$script || exit 1; done
