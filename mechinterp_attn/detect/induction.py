@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from mechinterp_attn.detect.ablation import Ablations, ablate
 from mechinterp_attn.detect.batches import Batch
@@ -43,12 +44,14 @@ class Induction(Result):
         edges: one row per previous-token and induction head that compose: ``src, dst, trace_z,
             matching, attention, attention_without``: induction attention of ``dst``, whole and with
             ``src`` cut.
-        gain: what repetition is worth: loss on random tokens minus loss on their repeats (nats).
+        gain: what repetition is worth: loss on random tokens minus loss on their repeats (nats);
+        gain_z: that in standard errors over tokens.
         scores, weights, ablations: the three views, whole.
     """
 
     title: ClassVar[str] = "Induction circuit"
     gain: float
+    gain_z: float
     edges: pd.DataFrame
     scores: HeadScores
     weights: WeightScores
@@ -109,7 +112,8 @@ def induction(
       (Elhage et al. 2021);
     - intervention: the loss on repeated tokens rises when the head is cut, by at least 5 standard
       deviations more than when as much is taken out of the stream in random directions
-      (``loss_z``). Heads that stand in for one another can hide from this view.
+      (``loss_z``), in a model that repetition helps (``gain_z`` of at least 5: what is not there
+      cannot be lost). Heads that stand in for one another can hide from this view.
 
     Args:
         seed, draws: of the random tokens.
@@ -128,13 +132,12 @@ def induction(
     cut = [*mixing, *others]
     ablations = ablate(model, probe.tokens, heads=cut, where=probe.repeated, max_bytes=max_bytes)
     losses = token_losses(model, probe.batch, max_bytes=max_bytes)
-    first = losses[:, : probe.period - 1 + probe.bos].mean()
-    gain = float(first) - ablations.loss
+    gain, gain_z = _gain(losses[:, : probe.period - 1 + probe.bos], losses[probe.repeated])
     null = random_removals(
         model, next(probe.batch.split(NULL_SEQUENCES)), probe.repeated[:NULL_SEQUENCES], cut, seed=seed,
         max_bytes=max_bytes,
     )  # fmt: skip
-    frame = _evidence(scores, weights, ablations, null)
+    frame = _evidence(scores, weights, ablations, null, gain_z)
     edges = _edges(model, probe.batch, frame, weights.pairs, max_bytes)
     frame = (
         frame[frame["loss_change"].notna()]
@@ -148,6 +151,7 @@ def induction(
         frame=frame,
         receipt=Receipt(tuple[Check, ...](checks), notes),
         gain=gain,
+        gain_z=gain_z,
         edges=edges,
         scores=scores,
         weights=weights,
@@ -155,8 +159,16 @@ def induction(
     )
 
 
+def _gain(first: Tensor, repeats: Tensor) -> tuple[float, float]:
+    """Mean loss of the first tokens minus that of their repeats, and that in standard errors."""
+    first, repeats = first.double(), repeats.double()
+    gain = float(first.mean() - repeats.mean())
+    error = float((first.var() / first.numel() + repeats.var() / repeats.numel()).sqrt())
+    return gain, gain / error
+
+
 def _evidence(
-    scores: HeadScores, weights: WeightScores, ablations: Ablations, null: pd.DataFrame
+    scores: HeadScores, weights: WeightScores, ablations: Ablations, null: pd.DataFrame, gain_z: float
 ) -> pd.DataFrame:
     frame = scores.frame[["head", "layer", "index", "kind", "induction", "previous_token"]]
     frame = frame.merge(weights.frame[["head", "copying_z"]], on="head")
@@ -180,7 +192,7 @@ def _evidence(
     )
     mean, std = (frame["head"].map(null[name]) for name in ("mean", "std"))
     frame["loss_z"] = (frame["loss_change"] - mean) / std
-    frame["by_intervention"] = frame["loss_z"] >= STANDS_OUT
+    frame["by_intervention"] = (frame["loss_z"] >= STANDS_OUT) & (gain_z >= STANDS_OUT)
     frame["views"] = frame[list(VIEWS)].sum(axis=1)
     ends = (frame["head"].map(later["trace_z"]), frame["head"].map(earlier["trace_z"]))
     frame["trace_z"] = ends[0].where(dst, ends[1])

@@ -1,11 +1,14 @@
 """The induction circuit by three views, and the loss along the context."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import mechinterp_attn as mia
 from mechinterp_attn.detect.null import DRAWS, random_removals
 from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.sources.zoo import read_bundled
 from tests.conftest import random_tokens, tiny_bridge
 from tests.detect.constructed import PLANTED, known_heads
 
@@ -74,6 +77,22 @@ def test_random_models_stay_in_the_null():
     assert (result.frame["loss_z"] > -10).all()
 
 
+@pytest.mark.parametrize("name", ["relu-1l", "silu-2l"])
+def test_shuffled_weights_have_no_circuit(name):
+    """A trained model's matrices, each shuffled: repetition is worth nothing, so nobody loses it. (Single
+    cuts may stand out of the random directions by chance: losses have long tails.)"""
+    source = read_bundled(name)
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        key: W.flatten()[torch.randperm(W.numel(), generator=generator)].view_as(W)
+        for key, W in source.state_dict.items()
+    }
+    result = mia.detect.induction(mia.convert(replace(source, state_dict=weights)), draws=4, neurons=4)
+    assert not result.found
+    assert abs(result.gain_z) < 4
+    assert not result.frame[["by_behaviour", "by_intervention"]].any(axis=None)
+
+
 def test_a_trained_model_with_mlps():
     """gelu-2l: the views agree on who brings the previous token and who matches it."""
     result = mia.detect.induction(mia.load("gelu-2l"), draws=3, neurons=4)
@@ -86,6 +105,7 @@ def test_a_trained_model_with_mlps():
     assert result.edges["attention"].min() > 0.8
     assert result.edges["attention_without"].max() < 0.2
     assert result.gain > 3
+    assert result.gain_z > 20
     assert (result.frame["kind"] == "mlp").sum() == 4
 
 
