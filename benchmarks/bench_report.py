@@ -18,12 +18,12 @@ import resource
 import shutil
 import statistics
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from memory import Resident
 from transformer_lens import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -60,30 +60,6 @@ def prompt(net: mia.AttentionOnlyModel, n: int) -> torch.Tensor:
     return torch.tensor(ids[:n])
 
 
-def resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
-
-
-class Peak:
-    """The most GiB in use while a block runs, by sampling."""
-
-    def __enter__(self) -> Peak:
-        self.before = self.top = resident()
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self.done.wait(0.01):
-            self.top = max(self.top, resident())
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        self.thread.join()
-
-
 def make(net: mia.AttentionOnlyModel, n: int, out: Path) -> None:
     def timed(name: str, maker: Any) -> Any:
         def run(study: Any) -> Any:
@@ -98,15 +74,15 @@ def make(net: mia.AttentionOnlyModel, n: int, out: Path) -> None:
     for name, maker in list(presets.SECTIONS.items()):
         presets.SECTIONS[name] = timed(name, maker)
     tokens = prompt(net, n)
-    with Peak() as peak:
+    with Resident() as peak:
         start = time.perf_counter()
         report = mia.report(net, tokens, progress=False)
         made = time.perf_counter() - start
         report.save(out)
         spent = time.perf_counter() - start
     print(
-        f"made in {made:.1f} s, written in {spent - made:.1f} s; memory {peak.before:.2f} GiB before, "
-        f"{peak.top:.2f} GiB at most (+{peak.top - peak.before:.2f}); peak of the process "
+        f"made in {made:.1f} s, written in {spent - made:.1f} s; "
+        f"memory {peak.before / 2**30:.2f} GiB before, {peak.most / 2**30:.2f} GiB at most (+{peak.extra / 2**30:.2f}); peak of the process "
         f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
     )
 

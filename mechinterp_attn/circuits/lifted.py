@@ -57,7 +57,7 @@ def lifted_scores(job: Job) -> Float[Tensor, "source reader"]:
         for side, at in ((job.sources, "writes_at"), (job.readers, "reads_at"))
     ]
     reaches = (steps[0][:, None] < steps[1]).to(job.device)
-    _again(job, squares, reaches & (squares < UNSURE), writes, reads)
+    _again(squares, reaches & (squares < UNSURE), writes, reads)
     return squares.clamp_min_(0).sqrt_().masked_fill_(~reaches, torch.nan)
 
 
@@ -71,7 +71,8 @@ def _strip(x: list[Tensor], a: int, b: int, buffer: Tensor) -> Float[Tensor, "he
     return out
 
 
-def _again(job: Job, squares: Tensor, small: Tensor, writes: list[Tensor], reads: list[Tensor]) -> None:
+def _again(squares: Tensor, small: Tensor, writes: list[Tensor], reads: list[Tensor]) -> None:
+    """Some squares from the products themselves, in place."""
     first = 0
     for w in writes:
         then = 0
