@@ -82,7 +82,8 @@ def make(net: mia.AttentionOnlyModel, n: int, out: Path) -> None:
         spent = time.perf_counter() - start
     print(
         f"made in {made:.1f} s, written in {spent - made:.1f} s; "
-        f"memory {peak.before / 2**30:.2f} GiB before, {peak.most / 2**30:.2f} GiB at most (+{peak.extra / 2**30:.2f}); peak of the process "
+        f"memory {peak.before / 2**30:.2f} GiB before, {peak.most / 2**30:.2f} GiB at most "
+        f"(+{peak.extra / 2**30:.2f}); peak of the process "
         f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
     )
 
