@@ -60,6 +60,8 @@ class Job:
         block: how many vectors of either side are multiplied at once.
         vectors_per_unit: at most so many vectors of a reading group are held at a time.
         cache_bytes: how much of the writing side may be held between units.
+        held: that, by inner dimension and first head;  scratch: the block that products are made in.
+            Fresh memory is slow to touch for the first time: both last from unit to unit.
     """
 
     sources: tuple[HeadGroup, ...]
@@ -75,6 +77,7 @@ class Job:
     rank_by: RankBy
     device: torch.device
     held: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+    scratch: list[Tensor] = field(default_factory=list, repr=False)
 
     @cached_property
     def source_starts(self) -> list[int]:
@@ -147,7 +150,6 @@ class Job:
         r2 = reader.reading_rank(self.kind)
         width = max(1, columns // r2) * r2
         earlier = set(self.earlier(reader))
-        buffer: Tensor | None = None
         with matmul_precision(self.precision):
             for r1, groups in self.by_rank.items():
                 heads = sum(len(self.sources[i]) for i in groups if i in earlier)
@@ -155,12 +157,22 @@ class Job:
                     for a in range(0, side.shape[1], width):
                         columns_of = side[:, a : a + width]
                         shape = (len(stripe), columns_of.shape[1])
-                        if buffer is None or buffer.numel() < shape[0] * shape[1]:
-                            buffer = stripe.new_empty(shape[0] * shape[1])
-                        product = buffer[: shape[0] * shape[1]].view(shape)
+                        product = self._block(shape)
                         torch.mm(stripe, columns_of, out=product)
                         squares = _squared(product, r1, r2)
                         yield Block(r1, first, unit.group, unit.first + a // r2, squares)
+
+    def release(self) -> None:
+        """Give back what was held between units."""
+        self.held.clear()
+        self.scratch.clear()
+
+    def _block(self, shape: tuple[int, int]) -> Tensor:
+        """Memory for a block, the same every time."""
+        size = shape[0] * shape[1]
+        if not self.scratch or len(self.scratch[0]) < size:
+            self.scratch[:] = [torch.empty(size, dtype=self.dtype, device=self.device)]
+        return self.scratch[0][:size].view(shape)
 
     def segments(self, block: Block) -> Iterator[tuple[int, int, slice]]:
         """The groups a block's writing heads belong to: (source, its head in the first row, rows)."""

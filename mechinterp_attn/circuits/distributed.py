@@ -48,7 +48,7 @@ def _work(job: Job, unit: Unit) -> Top:
     """One unit on a worker; a function of this module, so that it travels by name."""
     part = Top(job)
     run_unit(job, unit, part)
-    job.held.clear()
+    job.release()
     return part
 
 
@@ -56,7 +56,8 @@ def _of_plain_tensors(job: Job) -> Job:
     """The same job with the weights it needs and nothing else: no bank, no hook of the caller's."""
     return replace(
         job,
-        sources=tuple(group.apart(("O",), ("V",)) for group in job.sources),
-        readers=tuple(group.apart((job.kind,), (OTHER[job.kind],)) for group in job.readers),
+        sources=tuple(group.apart(("O",), ("O", "V")) for group in job.sources),
+        readers=tuple(group.apart((job.kind,), (job.kind, OTHER[job.kind])) for group in job.readers),
         held={},
+        scratch=[],
     )

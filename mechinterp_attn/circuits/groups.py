@@ -107,15 +107,27 @@ class HeadGroup:
         self, part: slice | Tensor = slice(None), dtype: torch.dtype = torch.float64
     ) -> Float[Tensor, "head rank d_model"]:
         """How heads write, each scaled to Frobenius norm 1 (0 where a head writes nothing)."""
+        if self.rank == 1:
+            return self._direction("O", "V", part, dtype)
         root = _root(self._gram("V", part)).mT.to(dtype)
-        return _unit(_scaled(root, self.stacked("O", part).to(dtype)))
+        return _unit(root @ self.stacked("O", part).to(dtype))
 
     def reads(
         self, kind: Composition, part: slice | Tensor = slice(None), dtype: torch.dtype = torch.float64
     ) -> Float[Tensor, "head d_model rank"]:
         """How heads read for Q-, K- or V-composition, each scaled to Frobenius norm 1."""
+        if self.reading_rank(kind) == 1:
+            return self._direction(kind, OTHER[kind], part, dtype)
         root = _root(self._gram(OTHER[kind], part)).to(dtype)
-        return _unit(_scaled(self.stacked(kind, part).to(dtype), root))
+        return _unit(self.stacked(kind, part).to(dtype) @ root)
+
+    def _direction(self, side: Side, other: Side, part: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """The vectors of one side of rank-1 heads, scaled to length 1; 0 where the other side is 0. The
+        Gram matrices have the lengths already: nothing as large as the weights is made but the result."""
+        squares = self._gram(side, part)
+        nothing = (squares == 0) | (self._gram(other, part) == 0)
+        scale = squares.rsqrt().clamp_max(torch.finfo(dtype).max).masked_fill(nothing, 0)
+        return self.stacked(side, part).to(dtype) * scale.to(dtype)
 
     def reading_rank(self, kind: Composition) -> int:
         """Inner dimension of what ``reads`` gives."""
@@ -250,11 +262,6 @@ def _root(gram: Float[Tensor, "head r r"]) -> Float[Tensor, "head r r"]:
         values, vectors = torch.linalg.eigh(gram)
         return vectors * values.clamp_min(0).sqrt()[:, None]
     return root
-
-
-def _scaled(x: Tensor, y: Tensor) -> Tensor:
-    """``x @ y``; for a rank-1 head one of them is a number."""
-    return x * y if x.shape[1:] == (1, 1) or y.shape[1:] == (1, 1) else x @ y
 
 
 def _unit(x: Float[Tensor, "head a b"]) -> Float[Tensor, "head a b"]:
