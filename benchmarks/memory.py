@@ -44,7 +44,7 @@ class Resident:
         return self
 
     def watch(self) -> None:
-        while not self.stop.wait(0.001):
+        while not self.stop.wait(0.005):
             self.most = max(self.most, resident())
 
     def __exit__(self, *_: object) -> None:

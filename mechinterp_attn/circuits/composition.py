@@ -179,7 +179,7 @@ def _job(
 
 def _block(device: torch.device, size: int, max_bytes: int) -> tuple[int, int]:
     """Vectors of either side that are multiplied at once: the larger, the faster, up to a point."""
-    rows, columns = (2048, 2048) if device.type == "cpu" else block_shape(device)
+    rows, columns = block_shape(device)
     while rows > LEAST and 3 * rows * columns * size > max_bytes // 2:
         rows, columns = max(LEAST, rows // 2), max(LEAST, columns // 2)
     return rows, columns

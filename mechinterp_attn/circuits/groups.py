@@ -118,8 +118,9 @@ class HeadGroup:
         """How heads read for Q-, K- or V-composition, each scaled to Frobenius norm 1."""
         if self.reading_rank(kind) == 1:
             return self._direction(kind, OTHER[kind], part, dtype)
-        root = _root(self._gram(OTHER[kind], part)).to(dtype)
-        return _unit(self.stacked(kind, part).to(dtype) @ root)
+        root = _root(self._gram(OTHER[kind], part)).mT.to(dtype)
+        # Made the other way round: d_model stands last in memory, as it does in ``writes``.
+        return _unit(root @ self.stacked(kind, part).to(dtype).mT).mT
 
     def _direction(self, side: Side, other: Side, part: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """The vectors of one side of rank-1 heads, scaled to length 1; 0 where the other side is 0. The

@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.circuits.blocks import Job, Unit
+from mechinterp_attn.circuits.groups import HeadGroup
 
-STRIP_NUMBERS = 2**23  # of either side that are held at once, about
+STRIP_NUMBERS = 2**22  # of either side that are held at once, about
 UNSURE = 1e-4  # a squared score whose float32 rounding (some 1e-9) would show in the score
 AT_ONCE = 64  # pairs of heads multiplied out together
 
@@ -31,9 +32,10 @@ def lifts(job: Job, units: list[Unit], max_bytes: int) -> bool:
 
 def lifted_cost(job: Job) -> tuple[int, int]:
     """FLOPs and bytes of ``lifted_scores``, the scores themselves left out."""
-    heads = [sum(map(len, side)) for side in (job.sources, job.readers)]
-    vectors = sum(len(g) * g.rank for g in job.sources)
-    vectors += sum(len(g) * g.reading_rank(job.kind) for g in job.readers)
+    sources, readers = _taking_part(job)
+    heads = [sum(map(len, side)) for side in (sources, readers)]
+    vectors = sum(len(g) * g.rank for g in sources)
+    vectors += sum(len(g) * g.reading_rank(job.kind) for g in readers)
     d = job.d_model
     strip = max(STRIP_NUMBERS, max(heads) * d)
     return d * d * (vectors + heads[0] * heads[1]), 4 * (vectors * d + 2 * strip)
@@ -41,8 +43,9 @@ def lifted_cost(job: Job) -> tuple[int, int]:
 
 def lifted_scores(job: Job) -> Float[Tensor, "source reader"]:
     """All scores; NaN where the reader does not read the source."""
-    writes = [group.writes(dtype=job.dtype).mT for group in job.sources]
-    reads = [group.reads(job.kind, dtype=job.dtype) for group in job.readers]
+    sources, readers = _taking_part(job)
+    writes = [group.writes(dtype=job.dtype).mT for group in sources]
+    reads = [group.reads(job.kind, dtype=job.dtype) for group in readers]
     n, m = sum(map(len, writes)), sum(map(len, reads))
     squares = torch.zeros(n, m, dtype=job.dtype, device=job.device)
     rows = max(1, STRIP_NUMBERS // (max(n, m) * job.d_model))
@@ -57,8 +60,21 @@ def lifted_scores(job: Job) -> Float[Tensor, "source reader"]:
         for side, at in ((job.sources, "writes_at"), (job.readers, "reads_at"))
     ]
     reaches = (steps[0][:, None] < steps[1]).to(job.device)
-    _again(squares, reaches & (squares < UNSURE), writes, reads)
-    return squares.clamp_min_(0).sqrt_().masked_fill_(~reaches, torch.nan)
+    made = reaches[reaches.any(1)][:, reaches.any(0)]
+    _again(squares, made & (squares < UNSURE), writes, reads)
+    scores = squares.new_full(reaches.shape, torch.nan)
+    scores[reaches] = squares[made].clamp_min_(0).sqrt_()
+    return scores
+
+
+def _taking_part(job: Job) -> tuple[list[HeadGroup], list[HeadGroup]]:
+    """The groups that some reader reads, and those that read some: the last layer's heads are in none
+    of the first kind, the first layer's in none of the second."""
+    earlier = [job.earlier(reader) for reader in job.readers]
+    return (
+        [job.sources[i] for i in sorted(set().union(*earlier))],
+        [reader for reader, some in zip(job.readers, earlier, strict=True) if some],
+    )
 
 
 def _strip(x: list[Tensor], a: int, b: int, buffer: Tensor) -> Float[Tensor, "head row column"]:
@@ -73,6 +89,8 @@ def _strip(x: list[Tensor], a: int, b: int, buffer: Tensor) -> Float[Tensor, "he
 
 def _again(squares: Tensor, small: Tensor, writes: list[Tensor], reads: list[Tensor]) -> None:
     """Some squares from the products themselves, in place."""
+    if not bool(small.any()):
+        return
     first = 0
     for w in writes:
         then = 0

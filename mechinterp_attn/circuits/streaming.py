@@ -1,8 +1,8 @@
 """The largest entries of a product ``left @ right`` that is too large to hold.
 
-The product is made block by block, each small enough to stay in the processor's cache, and a block is
-looked at once: its rows' maxima (or those of groups of 16 entries) are compared with the smallest value
-still worth keeping, and only what beats it is opened. Rows and columns are taken in the order of their
+The product is made block by block in one piece of memory, and a block is looked at once: its rows' maxima
+(or those of groups of 32 entries) are compared with the smallest value still worth keeping, and only what
+beats it is opened. Rows and columns are taken in the order of their
 norms, largest first: the threshold rises at once, and where ``|row| |column|`` cannot reach it
 (Cauchy-Schwarz) nothing is multiplied any more.
 """
@@ -21,7 +21,8 @@ from mechinterp_attn.circuits.plan import Plan, make_plan
 from mechinterp_attn.progress import Progress
 
 Precision = Literal["float32", "tf32", "bfloat16"]
-GROUP = 16  # entries whose maximum is compared at once
+GROUP = 32  # entries whose maximum is compared at once
+FIRST = 4  # how many blocks wide the first one of a row is: its best entries keep most others out
 # What rounding may add to a product, as a share of |row| |column|.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-3, torch.bfloat16: 2e-2}  # float32: TF32 too
 
@@ -35,13 +36,14 @@ class Entries(NamedTuple):
 
 
 def block_shape(device: torch.device) -> tuple[int, int]:
-    """Rows and columns of a block: what a CPU's cache holds, or what a GPU's free memory allows.
+    """Rows and columns of a block: 16 MiB of float32 on a CPU, or what a GPU's free memory allows.
 
+    On a CPU larger blocks gain nothing: what reads a block after the product would wait for memory.
     On a GPU a sixteenth of the free memory, at most 16,384 x 16,384 float32 numbers (1 GiB): wide
     enough that the multiplication, not the launch of kernels, takes the time.
     """
     if device.type != "cuda":
-        return 1024, 1024
+        return 2048, 2048
     free, _ = torch.cuda.mem_get_info(device)
     side = int((free / 16 / 4) ** 0.5) // 256 * 256
     side = max(512, min(side, 16384))
@@ -54,15 +56,21 @@ def plan_product(
     device: torch.device,
     *,
     times: int = 1,
+    each_row: bool = False,
     exact: bool = False,
 ) -> Plan:
-    """What it costs to look through ``[n, k] @ [k, m]`` for ``(n, k, m) = shape``, some times over."""
+    """What it costs to look through ``[n, k] @ [k, m]`` for ``(n, k, m) = shape``, some times over.
+
+    Args:
+        each_row: for the best of every row, not of the whole.
+    """
     n, k, m = shape
     rows, columns = (min(size, most) for size, most in zip((n, m), block_shape(device), strict=True))
+    block = rows * min(m, FIRST * columns if each_row else columns)
     return make_plan(
         what=what,
         flops=2 * n * k * m * times,
-        bytes=(8 if exact else 4) * (2 * (n + m) * k + rows * columns),  # once more in order of the norms
+        bytes=(8 if exact else 4) * (2 * (n + m) * k + block),  # once more in order of the norms
         chunks=-(-n // rows) * -(-m // columns) * times,
         device=device,
         shape=(rows, k, columns),
@@ -137,13 +145,13 @@ def above_each(block: Float[Tensor, "row column"], threshold: Float[Tensor, "row
         row, column = (block >= threshold).nonzero().T
         return Entries(row, column, block[row, column])
     row, group = (groups.amax(1) >= threshold).nonzero().T
-    members = groups[row, :, group]  # [hit, 16]
+    members = groups[row, :, group]  # [hit, 32]
     hit, member = (members >= threshold[row]).nonzero().T
     return Entries(row[hit], member * groups.shape[2] + group[hit], members[hit, member])
 
 
 def _grouped(block: Tensor) -> Tensor | None:
-    """``[row, 16, group]``: a group is every (columns / 16)-th column; None where 16 does not divide."""
+    """``[row, 32, group]``: a group is every (columns / 32)-th column; None where 32 does not divide."""
     rows, columns = block.shape
     return None if columns % GROUP else block.view(rows, GROUP, columns // GROUP)
 
@@ -165,11 +173,12 @@ def top_entries(
     best = Best(k, left.device, wide(left.dtype))
     product = _Product(left, right, sign)
     rows, columns = block_shape(left.device)
-    for a in product.stripes(rows, progress):
-        if float(product.sizes[a]) * float(product.reach[0]) <= best.threshold:
+    longest, reach = product.sizes[::rows].tolist(), product.reach[::columns].tolist()
+    for size, a in zip(longest, product.stripes(rows, progress), strict=True):
+        if size * reach[0] <= best.threshold:
             break  # no later row is longer
         for b in range(0, len(product.reach), columns):
-            if float(product.sizes[a]) * float(product.reach[b]) <= best.threshold:
+            if size * reach[b // columns] <= best.threshold:
                 break
             block = product.block(a, rows, b, columns)
             best.offer(block, product.rows[a : a + rows], product.columns[b : b + columns])
@@ -192,8 +201,7 @@ def top_of_rows(
     column_ids = torch.empty(len(left), k, dtype=torch.long, device=left.device)
     for a in product.stripes(rows, progress):
         best = _RowBest(k)
-        # A wide first block: its best entries keep most of what follows out.
-        b, width = 0, 4 * columns
+        b, width = 0, FIRST * columns
         while b < len(product.reach) and not best.complete(product.sizes[a : a + rows], product.reach[b]):
             best.offer(product.block(a, rows, b, width), b)
             b, width = b + width, columns

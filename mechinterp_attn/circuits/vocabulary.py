@@ -154,7 +154,7 @@ def _top(
     if plan:
         what = f"{circuit.which} circuit of {circuit.head.label} over {rows:,} x {columns:,} tokens"
         shape = rows, circuit.rank, 1 if circuit.own_token else columns
-        return plan_product(what, shape, model.W_E.device)
+        return plan_product(what, shape, model.W_E.device, each_row=over != "all")
     exact = model.W_E.dtype == torch.float64 or (work < SMALL and precision == "float32")
     dtype = torch.float64 if exact else torch.bfloat16 if precision == "bfloat16" else torch.float32
     narrow = torch.float64 if exact else torch.float32
