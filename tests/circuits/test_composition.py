@@ -66,6 +66,27 @@ def test_neurons_have_cosines_and_no_keys(model):
     assert keys["z"].isna().all()  # nothing could be read: no null to compare with
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_dead_and_vanishing_neurons(dtype):
+    """A neuron that reads or writes nothing scores 0; a small one is a direction like any other; one
+    whose weights vanish in float32 spoils no other."""
+    model, plain = (random_model().to(dtype) for _ in range(2))
+    sizes = {"L0N3": 0.0, "L0N5": 1e-12, "L0N7": 1e-41}  # of its output weights; 1e-41 is subnormal
+    with torch.no_grad():
+        for label, size in sizes.items():
+            model[label].bank.W_out[model[label].index] *= size
+    options = dict(src="mlp", dst="mlp", top_k=1600)
+    found, expected = (
+        C.composition(m, "V", **options).frame.set_index(["src", "dst"])["score"].unstack()
+        for m in (model, plain)
+    )
+    assert (found.loc["L0N3"] == 0).all()
+    kept = found.drop(index=["L0N3", "L0N7"])
+    # float32: weights of 1e-12 keep their 7 digits
+    assert kept.to_numpy() == pytest.approx(expected.loc[kept.index].to_numpy(), abs=1e-6)
+    assert found.loc["L0N7"].between(0, 1 + 1e-9).all()
+
+
 @pytest.mark.parametrize("kind", ["Q", "K", "V"])
 def test_attention_pairs_have_transformer_lenss_own_numbers(kind):
     bridge = tiny_bridge(normalization_type=None, attn_only=True, n_layers=3)
