@@ -96,22 +96,26 @@ def dense(model: mia.AttentionOnlyModel, clock, args: argparse.Namespace) -> lis
     def ours():
         return mia.circuits.composition(model, "K", "attention", "attention")
 
-    ours()
+    memory = memory_of(ours)
+    if not args.skip_bridge:
+        source = as_bridge(model)
+
+        def theirs():
+            return source.all_composition_scores("K")
+
+        their_memory = memory_of(theirs)
     ours_all, theirs_all = [], []
-    source = None if args.skip_bridge else as_bridge(model)
     for _ in range(args.turns):
-        seconds, memory, result = measured(ours, clock, warm=False)
+        seconds, result = timed(ours, clock)
         ours_all.append(seconds)
-        if source is not None:
-            seconds, their_memory, scores = measured(
-                lambda: source.all_composition_scores("K"), clock, warm=False
-            )
+        if not args.skip_bridge:
+            seconds, scores = timed(theirs, clock)
             theirs_all.append(seconds)
             found = scores.scores.flatten(0, 1).flatten(1, 2).double()
             error = float((found - result.scores.nan_to_num().cpu()).abs().max())
             del scores, found
     rows = [row_of("ours", ours_all, memory)]
-    if source is not None:
+    if not args.skip_bridge:
         ratio = median(theirs_all) / median(ours_all)
         rows.append(row_of("all_composition_scores", theirs_all, their_memory))
         rows[0] |= {"medians": f"{ratio:.1f} times faster", "largest difference": f"{error:.0e}"}
@@ -128,43 +132,51 @@ def row_of(who: str, seconds: list[float], memory: int) -> dict[str, str]:
 
 
 def stream(model: mia.AttentionOnlyModel, kind: str, clock, turns: int) -> list[dict[str, str]]:
+    def search_all():
+        return mia.circuits.composition(model, kind, top_k=1000)
+
     plan = mia.circuits.composition(model, kind, top_k=1000, plan=True)
     print(plan)
-    rows = []
-    for turn in range(turns):
-        with Yardstick(model.W_E.device, clock) as yardstick:
-            seconds, memory, result = measured(
-                lambda: mia.circuits.composition(model, kind, top_k=1000), clock, warm=False
-            )
-        rate = plan.flops / (seconds - yardstick.seconds)
-        rows.append(
-            {
-                "all heads, top 1,000": f"{kind}, turn {turn + 1}",
-                "seconds": f"{seconds - yardstick.seconds:.1f}",
-                "GFLOP/s": f"{rate / 1e9:.0f}",
-                "4096-cubed product": f"{yardstick.rate / 1e9:.0f}",
-                "share": f"{rate / yardstick.rate:.0%}",
-                "extra memory": f"{memory / 2**20:.0f} MiB",
-                "float64 check": f"{result.receipt.checks[0].error:.0e}",
-            }
-        )
-    return rows
+    memory = memory_of(search_all)
+    yardstick = Yardstick(model.W_E.device, clock)
+    found, took = [], []  # FLOP per second of the yardstick, seconds of the search
+    for _ in range(turns):
+        with yardstick:
+            seconds, result = timed(search_all, clock)
+        found.append(yardstick.rate)
+        took.append(seconds - yardstick.seconds)
+    rows = [
+        {
+            "all heads, top 1,000": what,
+            "seconds": f"{seconds:.1f}",
+            "GFLOP/s": f"{plan.flops / seconds / 1e9:.0f}",
+            "4096-cubed product": f"{rate / 1e9:.0f}",
+            "share": f"{plan.flops / seconds / rate:.0%}",
+        }
+        for what, seconds, rate in [
+            *((f"{kind}, turn {i + 1}", s, r) for i, (s, r) in enumerate(zip(took, found, strict=True))),
+            (f"{kind}, the middle of all turns", median(took), median(found)),
+        ]
+    ]
+    more = {"extra memory": f"{memory / 2**20:.0f} MiB"}
+    more |= {"float64 check": f"{result.receipt.checks[0].error:.0e}"}
+    return [*(row | dict.fromkeys(more, "") for row in rows[:-1]), rows[-1] | more]
 
 
 class Yardstick:
     """Multiplies two square float32 matrices after every unit of a search, while entered.
 
     Attributes:
-        seconds: what that took in all;  rate: FLOP per second.
+        seconds: what that took since it was entered;  rate: FLOP per second.
     """
 
     def __init__(self, device: torch.device, clock, size: int = 4096):
         self.left, self.right, self.out = (torch.randn(size, size, device=device) for _ in range(3))
         self.clock = clock
-        self.seconds, self.flops = 0.0, 0
         self._multiply()  # the first is slow, and not counted
 
-    def __enter__(self) -> Yardstick:
+    def __enter__(self) -> None:
+        self.seconds, self.flops = 0.0, 0
         unit = self.unit = search._unit_alone
 
         def unit_then_product(*args):
@@ -176,7 +188,6 @@ class Yardstick:
             return part
 
         search._unit_alone = unit_then_product
-        return self
 
     def __exit__(self, *raised: object) -> None:
         search._unit_alone = self.unit
@@ -191,20 +202,25 @@ class Yardstick:
             torch.cuda.synchronize()
 
 
-def measured(work, clock, *, warm: bool = True):
-    """Seconds, extra bytes at the peak (resident memory, or the GPU's own count), and the result."""
-    if warm:
-        work()
+def timed(work, clock):
+    """Seconds, and the result."""
+    start = clock()
+    result = work()
+    return clock() - start, result
+
+
+def memory_of(work) -> int:
+    """Extra bytes at the peak: resident memory, or the GPU's own count. Such a run is not timed, since
+    it has to touch all its memory for the first time."""
     gc.collect()
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - held
     with Resident() as peak:
-        start = clock()
-        result = work()
-        seconds = clock() - start
-    return seconds, torch.cuda.max_memory_allocated() - held if on_gpu else peak.extra, result
+        work()
+    return peak.extra
 
 
 def random_model(**changes: int) -> mia.AttentionOnlyModel:

@@ -7,7 +7,7 @@ a process of its own. Two counts, both taken from the start of ``mia.convert`` t
 
 - tensors: the most bytes alive at once among what torch allocates (its profiler reports every
   allocation and release on the CPU);
-- resident: the most resident memory minus that before, read from another thread every millisecond
+- resident: the most resident memory minus that before, read from another thread every five milliseconds
   (Linux). It adds what the C library's allocator keeps of memory already given back.
 
 A tiny model is converted first, so that loading code is not counted. "Beyond the folded weights" leaves
@@ -17,6 +17,7 @@ out the weights of the result that are not shared with the source: the copies th
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import subprocess
@@ -37,6 +38,8 @@ class Resident:
     """Watches resident memory from another thread; ``extra`` is the most it grew, in bytes."""
 
     def __enter__(self) -> Resident:
+        # What the allocator keeps of memory given back earlier would be used again unseen.
+        ctypes.CDLL(None).malloc_trim(0)
         self.before = self.most = resident()
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True)

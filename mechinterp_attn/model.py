@@ -272,7 +272,7 @@ class AttentionOnlyModel(TokenDoor, HookedRootModule):
 
     @property
     def banks(self) -> tuple[HeadBank, ...]:
-        return tuple(bank for sub in self.sublayers() for bank in sub.banks)
+        return tuple(bank for block in self.blocks for bank in cast(Block, block).banks)
 
     def sublayer_of(self, bank: HeadBank) -> Sublayer:
         """The sublayer that a bank belongs to."""

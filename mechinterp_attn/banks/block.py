@@ -174,12 +174,16 @@ class Block(nn.Module):
         mlp = self.hook_mlp_out(self.ln2_post(self.neurons(normed, self.mlp)))
         return self.hook_resid_post(x + attn + mlp)
 
+    @property
+    def banks(self) -> tuple[HeadBank, ...]:
+        """In order."""
+        return (self.attn,) if self.neurons is None else (self.attn, self.neurons)
+
     def sublayers(self) -> Iterator[Sublayer]:
         """The block's banks in order, with the norms around them."""
         at = f"blocks.{self.layer}"
         ln1, post1 = (self.ln1, f"{at}.ln1"), (self.ln1_post, f"{at}.ln1_post")
         pre, mid = f"{at}.hook_resid_pre", f"{at}.hook_resid_mid"
-        none = (Norm(None, 1.0), f"{at}.no_norm")
         parts: list[tuple[tuple[HeadBank, ...], str, Located, tuple[Located, ...]]]
         if self.neurons is None:
             parts = [((self.attn,), pre, ln1, (post1,))]
@@ -191,6 +195,6 @@ class Block(nn.Module):
             parts = [((self.attn,), pre, ln1, (post1,)), ((self.neurons,), mid, ln2, (post2,))]
         for banks, stream, norm, posts in parts:
             if self.out_norms:
-                yield Sublayer(banks, stream, none, posts, norm)
+                yield Sublayer(banks, stream, (Norm(None, 1.0), f"{at}.no_norm"), posts, norm)
             else:
                 yield Sublayer(banks, stream, norm, posts, None)

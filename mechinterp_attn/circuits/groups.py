@@ -122,6 +122,17 @@ class HeadGroup:
         # Made the other way round: d_model stands last in memory, as it does in ``writes``.
         return _unit(root @ self.stacked(kind, part).to(dtype).mT).mT
 
+    def squared(
+        self, kind: Composition | None, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "head d_model r"], Float[Tensor, "head r r"]]:
+        """``X`` and ``M``: ``X M X^T`` is the symmetric matrix ``R R^T`` of how heads read, or ``W^T W`` of
+        how they write (kind None). ``X`` are the weights themselves, ``M`` is scaled."""
+        side: Side = kind or "O"
+        middle = self._gram(OTHER[kind] if kind else "V", slice(None))
+        trace = (self._gram(side, slice(None)) * middle).sum((1, 2), keepdim=True)
+        X = self.stacked(side).to(dtype)
+        return X.mT if side == "O" else X, (middle / trace.where(trace > 0, 1)).to(dtype)
+
     def _direction(self, side: Side, other: Side, part: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """The vectors of one side of rank-1 heads, scaled to length 1; 0 where the other side is 0. The
         Gram matrices have the lengths already: nothing as large as the weights is made but the result."""
@@ -161,7 +172,7 @@ class HeadGroup:
 
     def reads_stream(self, kind: Composition) -> bool:
         """Whether these heads read the residual stream at all on this side."""
-        return bool(self.stacked(kind, slice(0, 1)).any())
+        return bool((self.stacked(kind, slice(0, 1)) != 0).any())
 
     def stacked(self, side: Side, part: slice | Tensor = slice(None)) -> Tensor:
         """``W_Q``, ``W_K``, ``W_V`` or ``W_O`` of the heads, as ``HeadBank.stacked``."""

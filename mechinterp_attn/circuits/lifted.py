@@ -44,24 +44,24 @@ def lifted_cost(job: Job) -> tuple[int, int]:
 def lifted_scores(job: Job) -> Float[Tensor, "source reader"]:
     """All scores; NaN where the reader does not read the source."""
     sources, readers = _taking_part(job)
-    writes = [group.writes(dtype=job.dtype).mT for group in sources]
-    reads = [group.reads(job.kind, dtype=job.dtype) for group in readers]
-    n, m = sum(map(len, writes)), sum(map(len, reads))
+    writes = [group.squared(None, job.dtype) for group in sources]
+    reads = [group.squared(job.kind, job.dtype) for group in readers]
+    n, m = (sum(map(len, side)) for side in (sources, readers))
     squares = torch.zeros(n, m, dtype=job.dtype, device=job.device)
     rows = max(1, STRIP_NUMBERS // (max(n, m) * job.d_model))
     sides = [squares.new_empty(heads * rows * job.d_model) for heads in (n, m)]
     for a in range(0, job.d_model, rows):
         b = min(a + rows, job.d_model)
         left, right = (_strip(x, a, b, buffer) for x, buffer in zip((writes, reads), sides, strict=True))
-        right[:, :, b - a :] *= 2  # what stands right of the diagonal block stands below it too
-        squares.addmm_(left.flatten(1), right.flatten(1).T)
+        right[:, :, : b - a] /= 2  # what stands right of the diagonal block stands below it too
+        squares.addmm_(left.flatten(1), right.flatten(1).T, alpha=2)
     steps = [
         torch.tensor([getattr(g, at) for g in side for _ in range(len(g))])
         for side, at in ((job.sources, "writes_at"), (job.readers, "reads_at"))
     ]
     reaches = (steps[0][:, None] < steps[1]).to(job.device)
     made = reaches[reaches.any(1)][:, reaches.any(0)]
-    _again(squares, made & (squares < UNSURE), writes, reads)
+    _again(squares, made & (squares < UNSURE), job, sources, readers)
     scores = squares.new_full(reaches.shape, torch.nan)
     scores[reaches] = squares[made].clamp_min_(0).sqrt_()
     return scores
@@ -77,26 +77,36 @@ def _taking_part(job: Job) -> tuple[list[HeadGroup], list[HeadGroup]]:
     )
 
 
-def _strip(x: list[Tensor], a: int, b: int, buffer: Tensor) -> Float[Tensor, "head row column"]:
-    """Rows a to b of ``x @ x^T`` of every head, from the diagonal on."""
-    n = sum(map(len, x))
-    shape = (n, b - a, x[0].shape[1] - a)
+def _strip(
+    side: list[tuple[Tensor, Tensor]], a: int, b: int, buffer: Tensor
+) -> Float[Tensor, "head row column"]:
+    """Rows a to b of every head's symmetric matrix, from the diagonal on."""
+    counts = [len(X) for X, _ in side]
+    shape = (sum(counts), b - a, side[0][0].shape[1] - a)
     out = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-    for part, group in zip(out.split([len(g) for g in x]), x, strict=True):
-        torch.bmm(group[:, a:b], group[:, a:].mT, out=part)
+    for part, (X, M) in zip(out.split(counts), side, strict=True):
+        torch.bmm((M @ X[:, a:b].mT).mT, X[:, a:].mT, out=part)
     return out
 
 
-def _again(squares: Tensor, small: Tensor, writes: list[Tensor], reads: list[Tensor]) -> None:
+def _again(
+    squares: Tensor, small: Tensor, job: Job, sources: list[HeadGroup], readers: list[HeadGroup]
+) -> None:
     """Some squares from the products themselves, in place."""
-    if not bool(small.any()):
-        return
+    reads: dict[int, Tensor] = {}
     first = 0
-    for w in writes:
+    for source in sources:
+        rows = slice(first, first := first + len(source))
+        if not bool(small[rows].any()):
+            continue
+        W = source.writes(dtype=job.dtype)
         then = 0
-        for r in reads:
-            row, column = small[first : first + len(w), then : then + len(r)].nonzero().T
+        for k, reader in enumerate(readers):
+            columns = slice(then, then := then + len(reader))
+            row, column = small[rows, columns].nonzero().T
+            if not len(row):
+                continue
+            if k not in reads:
+                reads[k] = reader.reads(job.kind, dtype=job.dtype)
             for i, j in zip(row.split(AT_ONCE), column.split(AT_ONCE), strict=True):
-                squares[first + i, then + j] = (w[i].mT @ r[j]).square_().sum((1, 2))
-            then += len(r)
-        first += len(w)
+                squares[rows.start + i, columns.start + j] = (W[i] @ reads[k][j]).square_().sum((1, 2))
