@@ -244,9 +244,13 @@ class HeadBank(nn.Module, ABC):
         of many heads at once, detached; shared keys and values (GQA) are given to every head."""
 
     def gram(
-        self, side: Side, heads: slice | Int[Tensor, " head"] = slice(None)
+        self,
+        side: Side,
+        heads: slice | Int[Tensor, " head"] = slice(None),
+        dtype: torch.dtype = torch.float64,
     ) -> Float[Tensor, "head d_head d_head"]:
-        """Inner products of the columns of ``W_Q``, ``W_K`` or ``W_V`` (rows of ``W_O``), float64.
+        """Inner products of the columns of ``W_Q``, ``W_K`` or ``W_V`` (rows of ``W_O``), taken in a dtype;
+        those of vectors, which cost little, always in float64.
 
         A neuron's key is the constant coordinate of the bias-token construction (Huben & Morris
         2023), which is not part of d_model: its key Gram is 1 although its ``W_K`` is zero.
@@ -256,7 +260,7 @@ class HeadBank(nn.Module, ABC):
             # Some at a time: a bank of vectors in float64 may be larger than all that is kept of it.
             squares = [part.flatten(1).double().square().sum(1) for part in W.split(256)]
             return torch.cat(squares)[:, None, None]
-        W = W.double()
+        W = W.to(dtype)
         return W @ W.mT if side == "O" else W.mT @ W
 
     @property

@@ -132,8 +132,10 @@ class NeuronBank(HeadBank):
         factors = read.new_tensor(self.rule.slopes if side == "Q" else self.rule.values)
         return read if bool((factors == 1).all()) else read * factors[k][..., None, None]
 
-    def gram(self, side: Side, heads: slice | Tensor = slice(None)) -> Tensor:
-        gram = super().gram(side, heads)
+    def gram(
+        self, side: Side, heads: slice | Tensor = slice(None), dtype: torch.dtype = torch.float64
+    ) -> Tensor:
+        gram = super().gram(side, heads, dtype)
         return torch.ones_like(gram) if side == "K" else gram
 
     def cached_pattern(self, cache: Cache, batch: int) -> Float[Tensor, "pos head"]:

@@ -24,7 +24,7 @@ from mechinterp_attn.circuits.lifted import lifted_cost, lifted_scores, lifts
 from mechinterp_attn.circuits.null import mean_and_spread, shape_null
 from mechinterp_attn.circuits.plan import Plan, make_plan
 from mechinterp_attn.circuits.state import SavedState
-from mechinterp_attn.circuits.streaming import Precision, block_shape
+from mechinterp_attn.circuits.streaming import Precision, block_shape, wide
 from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.model import AttentionOnlyModel
 from mechinterp_attn.progress import Progress
@@ -296,8 +296,8 @@ def _group_of(starts: Sequence[int], heads: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _frame(job: Job, row: Tensor, column: Tensor, score: Tensor) -> pd.DataFrame:
-    src, rank1, p1 = _side(job.sources, job.source_starts, "V", row)
-    dst, rank2, p2 = _side(job.readers, job.reader_starts, job.kind, column)
+    src, rank1, p1 = _side(job.sources, job.source_starts, "V", row, wide(job.dtype))
+    dst, rank2, p2 = _side(job.readers, job.reader_starts, job.kind, column, wide(job.dtype))
     null = score.new_empty(2, len(row), dtype=torch.float64)
     for r1 in rank1.unique().tolist():
         for r2 in rank2.unique().tolist():
@@ -322,7 +322,11 @@ def _frame(job: Job, row: Tensor, column: Tensor, score: Tensor) -> pd.DataFrame
 
 
 def _side(
-    groups: Sequence[HeadGroup], starts: Sequence[int], kind: Composition, heads: Tensor
+    groups: Sequence[HeadGroup],
+    starts: Sequence[int],
+    kind: Composition,
+    heads: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[np.ndarray, Tensor, Tensor]:
     """Label, inner dimension and participation of heads counted through all groups; each head once.
     The participation is NaN where a head reads or writes nothing on this side."""
@@ -336,7 +340,7 @@ def _side(
         labels[here.cpu().numpy()] = [groups[g].label(i) for i in place[here].tolist()]
         rank[here] = groups[g].reading_rank(kind)
         if groups[g].reads_stream(kind):
-            participation[here] = groups[g].participation(kind, place[here])
+            participation[here] = groups[g].participation(kind, place[here], dtype).double()
     return labels[back.cpu().numpy()], rank[back], participation[back]
 
 

@@ -45,8 +45,10 @@ class Weights:
     def stacked(self, side: Side, heads: slice | Tensor = slice(None)) -> Tensor:
         return self.sides[side][heads]
 
-    def gram(self, side: Side, heads: slice | Tensor = slice(None)) -> Tensor:
-        return self.grams[side][heads]
+    def gram(
+        self, side: Side, heads: slice | Tensor = slice(None), dtype: torch.dtype = torch.float64
+    ) -> Tensor:
+        return self.grams[side][heads].to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +74,7 @@ class HeadGroup:
     bank: HeadBank | Weights
     heads: slice | Tensor = field(default_factory=lambda: slice(None))
     chosen: tuple[Head, ...] = ()
-    _grams: dict[Side, Tensor] = field(default_factory=dict, repr=False)
+    _grams: dict[tuple[Side, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return self.n_heads
@@ -128,8 +130,8 @@ class HeadGroup:
         """``X`` and ``M``: ``X M X^T`` is the symmetric matrix ``R R^T`` of how heads read, or ``W^T W`` of
         how they write (kind None). ``X`` are the weights themselves, ``M`` is scaled."""
         side: Side = kind or "O"
-        middle = self._gram(OTHER[kind] if kind else "V", slice(None))
-        trace = (self._gram(side, slice(None)) * middle).sum((1, 2), keepdim=True)
+        middle = self._gram(OTHER[kind] if kind else "V", slice(None), dtype)
+        trace = (self._gram(side, slice(None), dtype) * middle).sum((1, 2), keepdim=True)
         X = self.stacked(side).to(dtype)
         return X.mT if side == "O" else X, (middle / trace.where(trace > 0, 1)).to(dtype)
 
@@ -162,11 +164,12 @@ class HeadGroup:
         return grams.sum((1, 2)).clamp_min(0).sqrt()
 
     def participation(
-        self, kind: Composition, part: slice | Tensor = slice(None)
+        self, kind: Composition, part: slice | Tensor = slice(None), dtype: torch.dtype = torch.float64
     ) -> Float[Tensor, " head"]:
         """Sum of the fourth powers of the singular values, their squares scaled to sum to 1; of the
         OV circuits (V) or QK circuits (Q and K). NaN for a head that reads or writes nothing."""
-        product = self._gram(kind, part) @ self._gram(OTHER[kind], part)  # eigenvalues: squares
+        # Its eigenvalues are the squares of the singular values.
+        product = self._gram(kind, part, dtype) @ self._gram(OTHER[kind], part, dtype)
         trace = product.diagonal(dim1=1, dim2=2).sum(-1)
         return (product * product.mT).sum((1, 2)) / trace.square()
 
@@ -178,12 +181,13 @@ class HeadGroup:
         """``W_Q``, ``W_K``, ``W_V`` or ``W_O`` of the heads, as ``HeadBank.stacked``."""
         return self.bank.stacked(side, self._places(part))
 
-    def _gram(self, side: Side, part: slice | Tensor) -> Tensor:
-        if len(self) * self.rank**2 > KEPT:
-            return self.bank.gram(side, self._places(part))
-        if side not in self._grams:
-            self._grams[side] = self.bank.gram(side, self.heads)
-        return self._grams[side][part]
+    def _gram(self, side: Side, part: slice | Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        few = isinstance(part, Tensor) and 4 * len(part) <= len(self)
+        if (side, dtype) not in self._grams:
+            if few or len(self) * self.rank**2 > KEPT:
+                return self.bank.gram(side, self._places(part), dtype)
+            self._grams[side, dtype] = self.bank.gram(side, self.heads, dtype)
+        return self._grams[side, dtype][part]
 
     def _places(self, part: slice | Tensor) -> slice | Tensor:
         return part if isinstance(self.heads, slice) else self.heads[part]
