@@ -258,8 +258,8 @@ class HeadBank(nn.Module, ABC):
         W = self.stacked(side, heads)
         if self.d_head == 1:
             # Some at a time: a bank of vectors in float64 may be larger than all that is kept of it.
-            squares = [part.flatten(1).double().square().sum(1) for part in W.split(256)]
-            return torch.cat(squares)[:, None, None]
+            parts = (part.flatten(1).double() for part in W.split(256))
+            return torch.cat([torch.linalg.vecdot(part, part) for part in parts])[:, None, None]
         W = W.to(dtype)
         return W @ W.mT if side == "O" else W.mT @ W
 

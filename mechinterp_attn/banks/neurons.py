@@ -135,8 +135,10 @@ class NeuronBank(HeadBank):
     def gram(
         self, side: Side, heads: slice | Tensor = slice(None), dtype: torch.dtype = torch.float64
     ) -> Tensor:
-        gram = super().gram(side, heads, dtype)
-        return torch.ones_like(gram) if side == "K" else gram
+        if side == "K":
+            n = len(heads if isinstance(heads, Tensor) else range(self.n_heads)[heads])
+            return torch.ones(n, 1, 1, dtype=torch.float64, device=self.W_in.device)
+        return super().gram(side, heads, dtype)
 
     def cached_pattern(self, cache: Cache, batch: int) -> Float[Tensor, "pos head"]:
         pattern = cache[f"{self.path}.hook_pattern"]
