@@ -340,7 +340,7 @@ def _side(
         labels[here.cpu().numpy()] = [groups[g].label(i) for i in place[here].tolist()]
         rank[here] = groups[g].reading_rank(kind)
         if groups[g].reads_stream(kind):
-            participation[here] = groups[g].participation(kind, place[here], dtype).double()
+            participation[here] = groups[g].participation(kind, place[here], dtype)
     return labels[back.cpu().numpy()], rank[back], participation[back]
 
 

@@ -130,7 +130,8 @@ class HeadGroup:
         """``X`` and ``M``: ``X M X^T`` is the symmetric matrix ``R R^T`` of how heads read, or ``W^T W`` of
         how they write (kind None). ``X`` are the weights themselves, ``M`` is scaled."""
         side: Side = kind or "O"
-        middle = self._gram(OTHER[kind] if kind else "V", slice(None), dtype)
+        # Products of Gram matrices in float64: those of small weights have no float32.
+        middle = self._gram(OTHER[kind] if kind else "V", slice(None), dtype).double()
         trace = (self._gram(side, slice(None), dtype) * middle).sum((1, 2), keepdim=True)
         X = self.stacked(side).to(dtype)
         return X.mT if side == "O" else X, (middle / trace.where(trace > 0, 1)).to(dtype)
@@ -167,9 +168,13 @@ class HeadGroup:
         self, kind: Composition, part: slice | Tensor = slice(None), dtype: torch.dtype = torch.float64
     ) -> Float[Tensor, " head"]:
         """Sum of the fourth powers of the singular values, their squares scaled to sum to 1; of the
-        OV circuits (V) or QK circuits (Q and K). NaN for a head that reads or writes nothing."""
+        OV circuits (V) or QK circuits (Q and K). NaN for a head that reads or writes nothing.
+
+        Args:
+            dtype: in which the Gram matrices are taken.
+        """
         # Its eigenvalues are the squares of the singular values.
-        product = self._gram(kind, part, dtype) @ self._gram(OTHER[kind], part, dtype)
+        product = self._gram(kind, part, dtype).double() @ self._gram(OTHER[kind], part, dtype).double()
         trace = product.diagonal(dim1=1, dim2=2).sum(-1)
         return (product * product.mT).sum((1, 2)) / trace.square()
 

@@ -2,9 +2,8 @@
 
 The product is made block by block in one piece of memory, and a block is looked at once: its rows' maxima
 (or those of groups of 32 entries) are compared with the smallest value still worth keeping, and only what
-beats it is opened. Rows and columns are taken in the order of their
-norms, largest first: the threshold rises at once, and where ``|row| |column|`` cannot reach it
-(Cauchy-Schwarz) nothing is multiplied any more.
+beats it is opened. Rows and columns are taken in the order of their norms, largest first: the threshold
+rises at once, and where ``|row| |column|`` cannot reach it (Cauchy-Schwarz) nothing is multiplied any more.
 """
 
 from __future__ import annotations
