@@ -21,6 +21,7 @@ from mechinterp_attn.progress import Progress
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 GROUP = 32  # entries whose maximum is compared at once
+SEED = 128  # rows that are sorted for a first threshold
 FIRST = 4  # how many blocks wide the first one of a row is: its best entries keep most others out
 # What rounding may add to a product, as a share of |row| |column|.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-3, torch.bfloat16: 2e-2}  # float32: TF32 too
@@ -69,7 +70,8 @@ def plan_product(
     return make_plan(
         what=what,
         flops=2 * n * k * m * times,
-        bytes=(8 if exact else 4) * (2 * (n + m) * k + block),  # once more in order of the norms
+        # Both factors, once more in order of their norms, and once more while that is made.
+        bytes=(8 if exact else 4) * (3 * (n + m) * k + block),
         chunks=-(-n // rows) * -(-m // columns) * times,
         device=device,
         shape=(rows, k, columns),
@@ -109,6 +111,11 @@ class Best:
         columns: Int[Tensor, " column"],
     ) -> None:
         """Look through a block whose rows and columns have these numbers in the whole matrix."""
+        if self.threshold == -torch.inf and len(block) > SEED:
+            # Sorting takes four times the memory of what is sorted: a few rows give a threshold.
+            self.offer(block[:SEED], rows[:SEED], columns)
+            self.offer(block[SEED:], rows[SEED:], columns)
+            return
         if self.threshold == -torch.inf:
             value, flat = block.flatten().topk(min(self.k, block.numel()))
             row, column = flat // block.shape[1], flat % block.shape[1]
