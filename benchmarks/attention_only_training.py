@@ -23,8 +23,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-
-from mechinterp_attn.sources import corpus
+from training import novels as corpus
 
 D_MODEL, N_HEADS, N_CTX, D_MLP = 64, 4, 128, 256
 TOKENIZER = Path(corpus.__file__).parent / "weights" / "tokenizer.json"

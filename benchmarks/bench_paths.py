@@ -23,7 +23,7 @@ from transformer_lens import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 import mechinterp_attn as mia
-from mechinterp_attn.paths.frozen import Frozen
+from mechinterp_attn.frozen.prompt import Frozen
 
 SHAPE = dict(d_model=768, d_head=64, n_heads=12, n_layers=12, n_ctx=1024, d_vocab=50257, d_mlp=3072)
 SMALL = dict(d_model=256, d_head=32, n_heads=8, n_layers=4, n_ctx=1024, d_vocab=8192, d_mlp=1024)

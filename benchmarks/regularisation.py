@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from training import novels as corpus
 
 import mechinterp_attn as mia
 from mechinterp_attn import theorems
-from mechinterp_attn.sources import corpus
 
 FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 DECAYS = {

@@ -7,9 +7,9 @@ from .conversion.convert import load as load
 from .conversion.fidelity import Fidelity as Fidelity
 from .conversion.fidelity import verify as verify
 from .conversion.modes import mixtures as mixtures
-from .errors import MechInterpError as MechInterpError
-from .heads import Head as Head
-from .model import AttentionOnlyModel as AttentionOnlyModel
+from .core.errors import MechInterpError as MechInterpError
+from .model.attention_only import AttentionOnlyModel as AttentionOnlyModel
+from .model.heads import Head as Head
 from .sources.checkpoint import Checkpoint as Checkpoint
 from .sources.zoo import bigram_counts as bigram_counts
 from .sources.zoo import card as card

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 import mechinterp_attn as mia
-from mechinterp_attn.errors import CheckpointError, UnsupportedModelError
+from mechinterp_attn.conversion.reference import run_checkpoint
+from mechinterp_attn.core.errors import CheckpointError, UnsupportedModelError
 from mechinterp_attn.sources.bridge import read_bridge, to_bridge
-from mechinterp_attn.sources.reference import run_checkpoint
 from tests.conftest import tiny_bridge
 
 CFG = dict(

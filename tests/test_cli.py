@@ -15,8 +15,9 @@ import jaxtyping
 import pytest
 import typer
 
-from mechinterp_attn import cli, progress
+from mechinterp_attn import cli
 from mechinterp_attn.cli import common
+from mechinterp_attn.core import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "It was the best of times, it was the worst of times. Call me Ishmael. "

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mechinterp_attn as mia
-from mechinterp_attn.heads import LowRank
+from mechinterp_attn.model.heads import LowRank
 from tests.conftest import random_tokens, tiny_bridge
 
 

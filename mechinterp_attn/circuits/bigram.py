@@ -16,9 +16,9 @@ from mechinterp_attn.circuits.circuit import Tokens, token_ids, token_texts
 from mechinterp_attn.circuits.groups import refuse_non_finite
 from mechinterp_attn.circuits.plan import Plan
 from mechinterp_attn.circuits.streaming import plan_product, top_of_rows
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 AT_ONCE = 64  # rows of the table whose ranks are held at a time
 MIN_COUNT = 5  # how often a token must stand in a text for its row to be compared

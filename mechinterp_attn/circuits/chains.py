@@ -13,11 +13,11 @@ from mechinterp_attn.circuits.composition import CompositionScores, composition
 from mechinterp_attn.circuits.copying import CopyingScores, copying_scores
 from mechinterp_attn.circuits.groups import Select, groups_of
 from mechinterp_attn.circuits.plan import Plan
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.progress import Progress
-from mechinterp_attn.results import Result
-from mechinterp_attn.virtual import JOIN, virtual_head
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.core.results import Result
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.virtual import JOIN, virtual_head
 
 BATCH = 64  # chains lengthened at a time
 

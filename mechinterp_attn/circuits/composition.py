@@ -25,10 +25,10 @@ from mechinterp_attn.circuits.null import mean_and_spread, shape_null
 from mechinterp_attn.circuits.plan import Plan, make_plan
 from mechinterp_attn.circuits.state import SavedState
 from mechinterp_attn.circuits.streaming import Precision, block_shape, wide
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.progress import Progress
-from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

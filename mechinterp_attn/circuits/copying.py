@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 from mechinterp_attn.circuits.circuit import CHUNK, ov_circuit, positive_share
 from mechinterp_attn.circuits.groups import HeadGroup, Select, groups_of, refuse_non_finite
 from mechinterp_attn.circuits.plan import Plan, make_plan
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

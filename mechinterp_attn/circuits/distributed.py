@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from mechinterp_attn.circuits.blocks import Job, Top, Unit, run_unit
 from mechinterp_attn.circuits.groups import OTHER
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError
 
 
 def run_on_ray(job: Job, units: list[tuple[int, Unit]]) -> Iterator[tuple[int, Top]]:

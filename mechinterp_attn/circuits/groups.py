@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.heads import Head, HeadBank, Side
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.virtual import VirtualHead, resolve_head
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.heads import Head, HeadBank, Side
+from mechinterp_attn.model.virtual import VirtualHead, resolve_head
 
 Composition = Literal["Q", "K", "V"]
 Select = str | Iterable[str | Head] | None

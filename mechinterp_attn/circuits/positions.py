@@ -18,10 +18,10 @@ from torch import Tensor
 from mechinterp_attn.circuits.circuit import CHUNK, qk_circuit, token_texts
 from mechinterp_attn.circuits.groups import finite_head
 from mechinterp_attn.circuits.streaming import top_entries
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.heads import Head
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.heads import Head
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

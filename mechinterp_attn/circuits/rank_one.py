@@ -12,11 +12,11 @@ from torch import Tensor
 
 from mechinterp_attn.circuits.circuit import NORMS, token_texts
 from mechinterp_attn.circuits.streaming import top_of_rows
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.heads import Head
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.results import Check, Receipt, Result
-from mechinterp_attn.virtual import resolve_head
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.heads import Head
+from mechinterp_attn.model.virtual import resolve_head
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from mechinterp_attn.circuits.blocks import Job, Top
 from mechinterp_attn.circuits.groups import OTHER, HeadGroup
 from mechinterp_attn.circuits.streaming import Entries
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.heads import Side
-from mechinterp_attn.sources.saved import write_atomic
+from mechinterp_attn.conversion.saved import write_atomic
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.model.heads import Side
 
 FORMAT = "mechinterp_attn.composition"
 EVERY = 15.0  # seconds between two writes

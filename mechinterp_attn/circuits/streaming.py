@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp_attn.circuits.plan import Plan, make_plan
-from mechinterp_attn.progress import Progress
+from mechinterp_attn.core.progress import Progress
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 GROUP = 32  # entries whose maximum is compared at once

@@ -23,11 +23,11 @@ from mechinterp_attn.circuits.circuit import Tokens, ov_circuit, qk_circuit, tok
 from mechinterp_attn.circuits.groups import finite_head
 from mechinterp_attn.circuits.plan import Plan
 from mechinterp_attn.circuits.streaming import plan_product, top_of_rows
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.heads import Head
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.progress import Progress
-from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.heads import Head
 
 WIDTH = 24  # destinations and outputs of a source among which factoring bugs are sought
 SOURCES = 4096  # source tokens searched at a time

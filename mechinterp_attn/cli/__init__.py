@@ -12,8 +12,8 @@ import typer
 
 from mechinterp_attn.cli import circuits, detect, models, paths, report
 from mechinterp_attn.cli.common import BUG, INTERRUPTED, WRONG_INPUT, fail, remark
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.interrupt import gentle_interrupt
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.interrupt import gentle_interrupt
 
 app = typer.Typer(
     name="mechinterp-attn",

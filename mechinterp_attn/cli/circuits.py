@@ -24,8 +24,8 @@ from mechinterp_attn.cli.common import (
 
 if TYPE_CHECKING:
     from mechinterp_attn.circuits import Plan
-    from mechinterp_attn.model import AttentionOnlyModel
-    from mechinterp_attn.results import Result
+    from mechinterp_attn.core.results import Result
+    from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 
 class Analysis(StrEnum):

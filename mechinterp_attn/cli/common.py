@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mechinterp_attn.interrupt import state
+from mechinterp_attn.core.interrupt import state
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mechinterp_attn.model import AttentionOnlyModel
-    from mechinterp_attn.results import Result
+    from mechinterp_attn.core.results import Result
+    from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 # Exit codes, as the manual has them (docs/cli.md).
 DIFFERS, WRONG_INPUT, BUG, INTERRUPTED = 1, 2, 70, 130
@@ -125,14 +125,14 @@ def deliver(
 def emit(frame: pd.DataFrame, *, as_json: bool = False, csv: Path | None = None) -> None:
     """Print a table: aligned text, JSON records, or a CSV file (its path on stdout)."""
     if csv is not None:
-        from mechinterp_attn.sources.saved import write_atomic
+        from mechinterp_attn.conversion.saved import write_atomic
 
         write_atomic(csv, lambda path: frame.to_csv(path, index=False))
         typer.echo(str(csv))
     elif as_json:
         emit_json(records(frame))
     else:
-        from mechinterp_attn.view.table import text_table
+        from mechinterp_attn.core.table import text_table
 
         head, *rows = text_table(frame).splitlines()
         typer.echo("\n".join([_style(head, sys.stdout, bold=True), *rows]))
@@ -165,7 +165,7 @@ def _plain(value: Any) -> Any:
 
 def write_figure(result: Result, file: Path) -> None:
     """The figure of a result as one HTML file that opens offline."""
-    from mechinterp_attn.sources.saved import write_atomic
+    from mechinterp_attn.conversion.saved import write_atomic
 
     if hasattr(result, "view"):  # the attribution graph's own page
         result.view().save(file)
@@ -189,7 +189,7 @@ def prompt_of(prompt: str | None, tokens: str | None) -> str | list[int]:
     Raises:
         MechInterpError: both or neither, or ids that are no integers.
     """
-    from mechinterp_attn.errors import MechInterpError
+    from mechinterp_attn.core.errors import MechInterpError
 
     if (prompt is None) == (tokens is None):
         raise MechInterpError("give a text with --prompt, or token ids with --tokens (one of the two)")
@@ -212,7 +212,7 @@ def one_head(heads: list[str] | None, what: str) -> str:
     Raises:
         MechInterpError: none, or several.
     """
-    from mechinterp_attn.errors import MechInterpError
+    from mechinterp_attn.core.errors import MechInterpError
 
     if not heads or len(heads) != 1:
         raise MechInterpError(f"{what} takes one head, got {len(heads or [])}; give one such as L0H1")

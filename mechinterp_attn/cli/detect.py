@@ -22,8 +22,8 @@ from mechinterp_attn.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from mechinterp_attn.model import AttentionOnlyModel
-    from mechinterp_attn.results import Result
+    from mechinterp_attn.core.results import Result
+    from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 CIRCUIT = "circuit"
 BY_CUTTING = ("loss_change", "logit_change", "estimate")
@@ -69,7 +69,7 @@ def detect(
 ) -> None:
     """Score heads, attention, MLP-derived and virtual: by attention, weights or cutting, or on a corpus."""
     import mechinterp_attn as mia
-    from mechinterp_attn.errors import MechInterpError
+    from mechinterp_attn.core.errors import MechInterpError
 
     given = {"save": save, "workers": workers, "passages": passages, "limit": limit}
     only = [name for name, value in given.items() if value is not None]

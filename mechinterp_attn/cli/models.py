@@ -22,7 +22,7 @@ from mechinterp_attn.cli.common import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mechinterp_attn.model import AttentionOnlyModel
+    from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 Mode = Literal["exact", "silu", "mixture"]
 MLPMode = Annotated[Mode, typer.Option(help="How MLP neurons become heads.")]
@@ -98,7 +98,7 @@ def read_text(file: Path) -> str:
     Raises:
         MechInterpError: it cannot be read, or it holds nothing.
     """
-    from mechinterp_attn.errors import MechInterpError
+    from mechinterp_attn.core.errors import MechInterpError
 
     try:
         text = file.read_text(encoding="utf-8")
@@ -117,7 +117,7 @@ def windows(model: AttentionOnlyModel, text: str, max_tokens: int) -> Tensor:
     """
     import torch
 
-    from mechinterp_attn.errors import MechInterpError
+    from mechinterp_attn.core.errors import MechInterpError
 
     if model.tokenizer is None:
         try:

@@ -31,8 +31,8 @@ from mechinterp_attn.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from mechinterp_attn.core.results import Result
     from mechinterp_attn.paths import Frozen
-    from mechinterp_attn.results import Result
 
 
 class Analysis(StrEnum):

@@ -56,7 +56,7 @@ def report(
 ) -> None:
     """Write the circuit report of a model on a prompt: one HTML file that opens offline."""
     import mechinterp_attn as mia
-    from mechinterp_attn.errors import MechInterpError
+    from mechinterp_attn.core.errors import MechInterpError
     from mechinterp_attn.view.report.build import writable
 
     writable(out)  # before the work, not after it

@@ -13,13 +13,13 @@ import torch
 from mechinterp_attn.conversion.fidelity import check_conversion, random_tokens, verify
 from mechinterp_attn.conversion.fold import attention_only_weights
 from mechinterp_attn.conversion.modes import Mode, check_mode, mixtures_for
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.conversion.saved import load_saved
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.sources.bridge import read_bridge, read_object
 from mechinterp_attn.sources.checkpoint import Checkpoint
 from mechinterp_attn.sources.doors import is_saved, open_source
-from mechinterp_attn.sources.saved import load_saved
-from mechinterp_attn.spec import Spec
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

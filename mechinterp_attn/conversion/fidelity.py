@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechinterp_attn.errors import ConversionError, MechInterpError
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.conversion.reference import run_checkpoint
+from mechinterp_attn.core.errors import ConversionError, MechInterpError
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.sources.bridge import run_bridge
 from mechinterp_attn.sources.checkpoint import Checkpoint
-from mechinterp_attn.sources.reference import run_checkpoint
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -96,7 +96,7 @@ class Fidelity(Result):
         return step_errors(self)
 
     def _repr_html_(self) -> str:
-        from mechinterp_attn.view.table import html_table
+        from mechinterp_attn.core.table import html_table
 
         sequence, position = self.worst_position
         facts = {

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.spec import NormKind, Spec
+from mechinterp_attn.model.spec import NormKind, Spec
 
 _AT_ONCE = 2**18  # numbers held in float64 at a time while folding: 2 MiB
 

@@ -18,9 +18,9 @@ from typing import Any, Literal, get_args
 import pandas as pd
 from torch import Tensor
 
-from mechinterp_attn.banks.gates import GATES
-from mechinterp_attn.errors import MechInterpError, UnsupportedModelError
-from mechinterp_attn.spec import Mixture, Spec
+from mechinterp_attn.core.errors import MechInterpError, UnsupportedModelError
+from mechinterp_attn.model.gates import GATES
+from mechinterp_attn.model.spec import Mixture, Spec
 
 Mode = Literal["exact", "silu", "mixture"]
 

@@ -11,6 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.batches import Batch, Input, as_batch, rows_within
 from mechinterp_attn.detect.cuts import (
     Cut,
@@ -24,11 +27,8 @@ from mechinterp_attn.detect.cuts import (
     saved_patterns,
 )
 from mechinterp_attn.detect.estimates import estimated_changes, rank_correlation
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.heads import Head
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.progress import Progress
-from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.heads import Head
 
 MAX_BYTES = 2**30
 

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 Input = str | list[str] | Tensor
 

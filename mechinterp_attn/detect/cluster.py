@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.detect.tally import Tally
 from mechinterp_attn.detect.texts import Window
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 if TYPE_CHECKING:
     from mechinterp_attn.detect.corpus import Settings

@@ -16,16 +16,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.core.results import Receipt, Result
 from mechinterp_attn.detect.batches import Batch, pad, rows_within
 from mechinterp_attn.detect.cuts import Cut, Target, cut_of, next_token, run_cuts
 from mechinterp_attn.detect.estimates import estimated_changes, rank_correlation
 from mechinterp_attn.detect.measures import HOOKS, sums_of
 from mechinterp_attn.detect.tally import Best, Place, Tally
 from mechinterp_attn.detect.texts import Texts, Window, windows
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.progress import Progress
-from mechinterp_attn.results import Receipt, Result
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.detect.batches import Batch
 from mechinterp_attn.detect.scores import look
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.heads import Head, HeadBank
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.paths.frozen import freeze
-from mechinterp_attn.virtual import VirtualHead, resolve_head, virtual_head
+from mechinterp_attn.frozen.prompt import freeze
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.heads import Head, HeadBank
+from mechinterp_attn.model.virtual import VirtualHead, resolve_head, virtual_head
 
 Target = str | Head | tuple[str | Head, ...]
 Replace = Literal["zero", "mean"]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mechinterp_attn.detect.batches import Batch
 from mechinterp_attn.detect.cuts import next_token
-from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 
 def estimated_changes(

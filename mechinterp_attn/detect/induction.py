@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.ablation import Ablations, ablate
 from mechinterp_attn.detect.batches import Batch
 from mechinterp_attn.detect.cuts import cut_of, cutting
@@ -18,8 +19,7 @@ from mechinterp_attn.detect.null import random_removals
 from mechinterp_attn.detect.probes import random_repeats
 from mechinterp_attn.detect.scores import MAX_BYTES, HeadScores, look, score_heads
 from mechinterp_attn.detect.weights import WeightScores, score_weights
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.results import Receipt, Result
 from mechinterp_attn.detect.batches import Batch, Input, as_batch, rows_within
 from mechinterp_attn.detect.cuts import next_token
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.results import Receipt, Result
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

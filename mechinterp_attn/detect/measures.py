@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mechinterp_attn.detect.batches import Batch
 from mechinterp_attn.detect.probes import ROLES, pairs_by_role
-from mechinterp_attn.heads import Cache
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.virtual import VirtualHead
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.heads import Cache
+from mechinterp_attn.model.virtual import VirtualHead
 
 HOOKS = ("hook_pattern", "hook_v")  # what ``sums_of`` reads from a cache
 

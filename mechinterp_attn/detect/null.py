@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool
 from torch import Generator, Tensor
 
+from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.detect.batches import Batch, rows_within
 from mechinterp_attn.detect.cuts import next_token
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.progress import Progress
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 DRAWS = 8  # random directions for each head
 LEAST = 1e-6  # nats: what float32 leaves of a mean loss

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.detect.batches import Batch
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 PERIOD, REPEATS = 25, 4  # Olsson et al. 2022: 25 random tokens, 4 times
 ROLES = ("previous_token", "current_token", "first_token", "duplicate_token", "induction")

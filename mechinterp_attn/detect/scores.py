@@ -12,14 +12,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.batches import Batch, Input, as_batch, rows_within
 from mechinterp_attn.detect.measures import HOOKS, Sums, hooks_of, sums_of, sums_of_chain
 from mechinterp_attn.detect.probes import pairs_by_role, random_repeats
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.heads import Cache, Head
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.results import Check, Receipt, Result
-from mechinterp_attn.virtual import VirtualHead, resolve_head
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.heads import Cache, Head
+from mechinterp_attn.model.virtual import VirtualHead, resolve_head
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mechinterp_attn.conversion.saved import write_atomic
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.detect.measures import Sums
 from mechinterp_attn.detect.texts import Window
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.sources.saved import write_atomic
 
 TENSORS = ("loss", "tokens", "cut", "estimate", "written", "positions")
 

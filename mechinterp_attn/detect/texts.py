@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 Texts = str | os.PathLike[str] | Iterable[Any]
 Document = str | Int[Tensor, " pos"]

@@ -19,11 +19,11 @@ from torch import Generator, Tensor
 from mechinterp_attn.circuits.composition import CompositionScores, composition
 from mechinterp_attn.circuits.copying import CopyingScores, copying_scores
 from mechinterp_attn.circuits.groups import HeadGroup, groups_of
+from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.scores import resolve_all
-from mechinterp_attn.heads import Head, HeadBank
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.progress import Progress
-from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.heads import Head, HeadBank
 
 NULL_DRAWS = 100
 PAIR_COLUMNS = ("src", "dst", "composition", "trace", "trace_z", "matching", "matching_z")

@@ -1,6 +1,6 @@
 """One prompt, patterns frozen: where every logit comes from."""
 
-from mechinterp_attn.paths.frozen import Frozen, freeze
+from mechinterp_attn.frozen.prompt import Frozen, freeze
 from mechinterp_attn.paths.graph import AttributionGraph, attribution_graph
 from mechinterp_attn.paths.importance import TermImportance, term_importance
 from mechinterp_attn.paths.logits import LogitAttribution, logit_attribution

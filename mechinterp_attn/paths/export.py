@@ -58,7 +58,7 @@ def graph_json(graph: AttributionGraph, slug: str) -> dict[str, Any]:
 
 def save_json(graph: AttributionGraph, path: Path, slug: str | None) -> Path:
     """Write ``graph_json`` to a file, whole or not at all."""
-    from mechinterp_attn.sources.saved import write_atomic
+    from mechinterp_attn.conversion.saved import write_atomic
 
     text = json.dumps(graph_json(graph, slug or path.stem), ensure_ascii=True, allow_nan=False)
     write_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))

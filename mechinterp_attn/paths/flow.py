@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechinterp_attn.paths.frozen import Frozen
-from mechinterp_attn.paths.goals import Goal
+from mechinterp_attn.frozen.goals import Goal
+from mechinterp_attn.frozen.prompt import Frozen
 
 
 @dataclass(frozen=True, eq=False)

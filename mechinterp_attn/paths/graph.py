@@ -18,7 +18,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.frozen.goals import Goal, Target, resolve_goal
+from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.paths.flow import (
     Fields,
     Flow,
@@ -32,10 +35,7 @@ from mechinterp_attn.paths.flow import (
     share_of,
     stream_fields,
 )
-from mechinterp_attn.paths.frozen import Frozen, sum_tolerance
-from mechinterp_attn.paths.goals import Goal, Target, resolve_goal
 from mechinterp_attn.paths.score_edges import score_edges
-from mechinterp_attn.results import Check, Receipt, Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -19,17 +19,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.frozen import FrozenBank
-from mechinterp_attn.paths.frozen import Frozen, freeze, sum_tolerance
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.frozen.bank import FrozenBank
+from mechinterp_attn.frozen.prompt import Frozen, freeze, sum_tolerance
 from mechinterp_attn.paths.orders import order_names
-from mechinterp_attn.progress import Progress
-from mechinterp_attn.results import Check, Receipt, Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from mechinterp_attn.model import AttentionOnlyModel
+    from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 HEAD_ORDERS = 2  # single heads are told apart up to this order
 

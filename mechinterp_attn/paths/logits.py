@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 import pandas as pd
 import torch
 
-from mechinterp_attn.paths.frozen import Frozen, sum_tolerance
-from mechinterp_attn.paths.goals import Target, resolve_goal
-from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.frozen.goals import Target, resolve_goal
+from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.frozen import FrozenBank
-from mechinterp_attn.paths.frozen import Frozen, sum_tolerance
-from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.frozen.bank import FrozenBank
+from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

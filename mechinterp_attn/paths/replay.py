@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.banks.block import FrozenSublayer
-from mechinterp_attn.paths.frozen import Frozen
-from mechinterp_attn.paths.goals import Goal
+from mechinterp_attn.frozen.goals import Goal
+from mechinterp_attn.frozen.prompt import Frozen
+from mechinterp_attn.model.block import FrozenSublayer
 
 
 class Step(NamedTuple):

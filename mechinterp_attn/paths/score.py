@@ -19,11 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.conversion.fidelity import TOLERANCE
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.frozen import FrozenBank, ScoreSides
-from mechinterp_attn.paths.frozen import Frozen
-from mechinterp_attn.paths.goals import resolve_position
-from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.frozen.bank import FrozenBank, ScoreSides
+from mechinterp_attn.frozen.goals import resolve_position
+from mechinterp_attn.frozen.prompt import Frozen
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

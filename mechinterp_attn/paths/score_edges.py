@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechinterp_attn.frozen.prompt import Frozen
 from mechinterp_attn.paths.flow import Nodes, walk
-from mechinterp_attn.paths.frozen import Frozen
 from mechinterp_attn.paths.score import key_weights, pullback
 
 MIN_SHARE = 0.01  # edges below this share of a side's absolute sum are left out

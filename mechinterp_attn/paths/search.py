@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.frozen import FrozenBank
-from mechinterp_attn.paths.frozen import Frozen, sum_tolerance
-from mechinterp_attn.paths.goals import Goal, Target, resolve_goal
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.frozen.bank import FrozenBank
+from mechinterp_attn.frozen.goals import Goal, Target, resolve_goal
+from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.paths.replay import Path, Step, norm_bias, path_frame, replay
-from mechinterp_attn.progress import Progress
-from mechinterp_attn.results import Check, Receipt, Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.paths.frozen import Frozen, sum_tolerance
-from mechinterp_attn.paths.goals import Target, resolve_goal
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.frozen.goals import Target, resolve_goal
+from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.paths.score import find_bank
-from mechinterp_attn.results import Check, Receipt, Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

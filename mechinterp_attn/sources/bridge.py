@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechinterp_attn.errors import UnsupportedModelError
+from mechinterp_attn.core.errors import UnsupportedModelError
 from mechinterp_attn.sources.checkpoint import Checkpoint
 from mechinterp_attn.sources.huggingface import config_of, tensors_of
 

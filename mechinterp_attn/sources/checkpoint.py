@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechinterp_attn.errors import CheckpointError
+from mechinterp_attn.core.errors import CheckpointError
+from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.sources.config import spec_from_config
-from mechinterp_attn.spec import Spec
 
 _GROUPED = re.compile(r"attn\._([Wb])_([KV])$")
 

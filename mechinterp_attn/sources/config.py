@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import torch
 
-from mechinterp_attn.banks.gates import GATES
-from mechinterp_attn.errors import CheckpointError, UnsupportedModelError
-from mechinterp_attn.spec import NormKind, Positions, Spec
+from mechinterp_attn.core.errors import CheckpointError, UnsupportedModelError
+from mechinterp_attn.model.gates import GATES
+from mechinterp_attn.model.spec import NormKind, Positions, Spec
 
 NORMS: dict[str | None, NormKind] = {
     "LN": "LN", "LNPre": "LN", "RMS": "RMS", "RMSPre": "RMS", None: None,

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.conversion.saved import FORMAT
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.sources.checkpoint import Checkpoint
 from mechinterp_attn.sources.folder import read_checkpoint, read_config
 from mechinterp_attn.sources.huggingface import boot
-from mechinterp_attn.sources.saved import FORMAT
 from mechinterp_attn.sources.zoo import bundled_folder, bundled_names, read_bundled
 
 if TYPE_CHECKING:

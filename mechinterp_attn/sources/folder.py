@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mechinterp_attn.errors import CheckpointError
+from mechinterp_attn.core.errors import CheckpointError
 from mechinterp_attn.sources.checkpoint import Checkpoint
 
 

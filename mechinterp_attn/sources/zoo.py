@@ -13,7 +13,7 @@ from jaxtyping import Int
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.sources.checkpoint import Checkpoint
 
 D_VOCAB = 1024  # of the tokenizer that the bundled models share

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mechinterp_attn.banks.gates import ALIASES, GATES, Function
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.model.gates import ALIASES, GATES, Function
 
 
 @dataclass(frozen=True)

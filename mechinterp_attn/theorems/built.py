@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.banks.attention import AttentionBank
-from mechinterp_attn.banks.gates import Rule
-from mechinterp_attn.banks.neurons import NeuronBank
-from mechinterp_attn.spec import Spec
+from mechinterp_attn.model.attention import AttentionBank
+from mechinterp_attn.model.gates import Rule
+from mechinterp_attn.model.neurons import NeuronBank
+from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.theorems import masks
 from mechinterp_attn.theorems.activations import SoftmaxActivation, softmax_activation
 from mechinterp_attn.theorems.gated import glu_heads, product_gate, product_heads, weighing_heads

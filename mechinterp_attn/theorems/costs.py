@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.results import Check, Receipt, Result
-from mechinterp_attn.spec import NormKind
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.spec import NormKind
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

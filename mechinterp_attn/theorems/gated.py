@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.theorems.activations import SoftmaxActivation, softmax_activation
 from mechinterp_attn.theorems.heads import SoftmaxHeads, Sublayer, check_precision
 from mechinterp_attn.theorems.linear import clearing_head, scratch

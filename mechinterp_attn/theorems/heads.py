@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.heads import LowRank
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.model.heads import LowRank
 from mechinterp_attn.theorems.masks import MaskRule, check_rows, everything, forbidding
 from mechinterp_attn.theorems.stream import Layout
 

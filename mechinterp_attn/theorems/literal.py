@@ -17,12 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from mechinterp_attn.banks.attention import AttentionBank
-from mechinterp_attn.banks.block import Block
-from mechinterp_attn.banks.neurons import NeuronBank
-from mechinterp_attn.errors import MechInterpError, UnsupportedModelError
-from mechinterp_attn.heads import HeadBank
-from mechinterp_attn.model import AttentionOnlyModel
+from mechinterp_attn.core.errors import MechInterpError, UnsupportedModelError
+from mechinterp_attn.model.attention import AttentionBank
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.block import Block
+from mechinterp_attn.model.heads import HeadBank
+from mechinterp_attn.model.neurons import NeuronBank
 from mechinterp_attn.theorems.activations import SoftmaxActivation
 from mechinterp_attn.theorems.built import Neurons, attention_heads
 from mechinterp_attn.theorems.gated import default_eps

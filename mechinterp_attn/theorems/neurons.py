@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.theorems.activations import SoftmaxActivation, softmax_activation
 from mechinterp_attn.theorems.heads import SoftmaxHeads, Sublayer
 from mechinterp_attn.theorems.masks import self_and_bias, self_only

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.banks.norm import Norm
-from mechinterp_attn.spec import Spec
+from mechinterp_attn.model.norm import Norm
+from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.theorems.stream import Layout
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.theorems.literal import LiteralModel
 
 Part = Literal["omega", "constant", "positions"]

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from mechinterp_attn.banks.attention import AttentionBank
-from mechinterp_attn.banks.neurons import MLPNames
+from mechinterp_attn.model.attention import AttentionBank
+from mechinterp_attn.model.neurons import MLPNames
 from mechinterp_attn.theorems.built import Neurons
 from mechinterp_attn.theorems.gated import default_eps
 from mechinterp_attn.theorems.heads import PATTERN_BYTES, SoftmaxHeads, project

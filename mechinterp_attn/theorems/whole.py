@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.model import AttentionOnlyModel
-from mechinterp_attn.results import Check, Receipt, Result
+from mechinterp_attn.conversion.reference import run_checkpoint
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.sources.bridge import run_bridge
 from mechinterp_attn.sources.checkpoint import Checkpoint
-from mechinterp_attn.sources.reference import run_checkpoint
 from mechinterp_attn.theorems.activations import SoftmaxActivation
 from mechinterp_attn.theorems.gated import default_eps
 from mechinterp_attn.theorems.heads import check_precision

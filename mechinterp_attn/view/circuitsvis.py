@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.view.palette import NEGATIVE, POSITIVE
-from mechinterp_attn.view.table import html_table, text_table
-from mechinterp_attn.view.text import inert_json, number, shown
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.palette import NEGATIVE, POSITIVE
+from mechinterp_attn.core.table import html_table, text_table
+from mechinterp_attn.core.text import inert_json, number, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mechinterp_attn.heads import Head
-    from mechinterp_attn.model import AttentionOnlyModel
+    from mechinterp_attn.model.attention_only import AttentionOnlyModel
+    from mechinterp_attn.model.heads import Head
 
 MAX_TOKENS = 64  # CircuitsVis holds the browser up on more
 BIAS = "⟨bias⟩"  # as in the report
@@ -82,7 +82,7 @@ class AttentionView:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the page to a file, whole or not at all."""
-        from mechinterp_attn.sources.saved import write_atomic
+        from mechinterp_attn.conversion.saved import write_atomic
 
         target = Path(path)
         write_atomic(target, lambda file: file.write_text(self.page(), encoding="utf-8"))
@@ -122,8 +122,8 @@ def show(
     Raises:
         MechInterpError: no such head, an unusable prompt, or more than 64 tokens to show.
     """
-    from mechinterp_attn.heads import Head
-    from mechinterp_attn.virtual import VirtualHead, resolve_head
+    from mechinterp_attn.model.heads import Head
+    from mechinterp_attn.model.virtual import VirtualHead, resolve_head
 
     chosen = [heads] if isinstance(heads, str | Head) else list(heads)
     found = [resolve_head(model, head) for head in chosen]

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mechinterp_attn.view.text import inert_json, number, shown
+from mechinterp_attn.core.text import inert_json, number, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +49,7 @@ class GraphView:
 
     def save(self, path: str | Path) -> Path:
         """Write the page to a file, whole or not at all."""
-        from mechinterp_attn.sources.saved import write_atomic
+        from mechinterp_attn.conversion.saved import write_atomic
 
         path = Path(path)
         write_atomic(path, lambda file: file.write_text(self.page(), encoding="utf-8"))

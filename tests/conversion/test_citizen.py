@@ -9,7 +9,7 @@ from transformer_lens import patching
 from transformer_lens.head_detector import detect_head
 
 import mechinterp_attn as mia
-from mechinterp_attn.errors import CheckpointError, ConversionError
+from mechinterp_attn.core.errors import CheckpointError, ConversionError
 from tests.conversion.families import bridge_of, some_tokens, tokenizer
 
 
@@ -185,7 +185,7 @@ def test_no_weights_are_copied_that_no_norm_touches(bridge):
 
 def hooked(source: mia.Checkpoint, **cfg):
     """An object with HookedTransformer's cfg and state_dict() that computes what the checkpoint does."""
-    from mechinterp_attn.sources.reference import run_checkpoint
+    from mechinterp_attn.conversion.reference import run_checkpoint
 
     class Model(torch.nn.Module):
         def __init__(self):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mechinterp_attn as mia
-from mechinterp_attn.errors import UnsupportedModelError
+from mechinterp_attn.core.errors import UnsupportedModelError
 from tests.conversion.families import FAMILIES, FLOAT64, bridge_of, hugging_face, some_tokens
 
 # float64: rounding over a few sublayers; float32, or float64 around float32 norms: of the logit scale.

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mechinterp_attn as mia
-from mechinterp_attn.errors import UnsupportedModelError
+from mechinterp_attn.core.errors import UnsupportedModelError
 from tests.conftest import tiny_bridge
 
 ACTIVATIONS = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import mechinterp_attn as mia
+from mechinterp_attn.conversion.reference import run_checkpoint
 from mechinterp_attn.sources.folder import read_checkpoint
-from mechinterp_attn.sources.reference import run_checkpoint
 
 PROMPT = "Once upon a time, there was a little girl named Lily. She loved to play with her red ball"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mechinterp_attn as mia
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError
 from tests.conftest import random_tokens, tiny_bridge
 from tests.detect.constructed import FIRES_ON, PLANTED, SPEAKS_FOR, known_heads
 

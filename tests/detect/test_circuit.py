@@ -3,7 +3,7 @@
 import pytest
 
 import mechinterp_attn as mia
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError
 from tests.conftest import tiny_bridge
 from tests.detect.constructed import FIRES_ON, PLANTED, SPEAKS_FOR, known_heads
 from tests.detect.test_scores import Words

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mechinterp_attn.cli import app
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError
 
 
 def run(*arguments: str) -> str:

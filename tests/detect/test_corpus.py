@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 
 import mechinterp_attn as mia
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.detect import cluster, corpus
-from mechinterp_attn.errors import MechInterpError
 from tests.conftest import tiny_bridge
 from tests.detect.test_scores import Words
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import mechinterp_attn as mia
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.detect.null import DRAWS, random_removals
-from mechinterp_attn.errors import MechInterpError
 from mechinterp_attn.sources.zoo import read_bundled
 from tests.conftest import random_tokens, tiny_bridge
 from tests.detect.constructed import PLANTED, known_heads

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mechinterp_attn as mia
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError
 from tests.conftest import tiny_bridge
 from tests.detect.constructed import FIRES_ON, PLANTED, ROLES, V, known_heads
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mechinterp_attn as mia
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError
 from tests.conftest import random_tokens, tiny_bridge
 from tests.conversion.families import FAMILIES, bridge_of, some_tokens
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechinterp_attn import MechInterpError
-from mechinterp_attn.banks.norm import Norm
+from mechinterp_attn.model.norm import Norm
 from mechinterp_attn.theorems import (
     Layout,
     PartialNorm,

@@ -7,7 +7,7 @@ import torch
 
 import mechinterp_attn as mia
 from mechinterp_attn import MechInterpError
-from mechinterp_attn.errors import UnsupportedModelError
+from mechinterp_attn.core.errors import UnsupportedModelError
 from mechinterp_attn.theorems import (
     LiteralModel,
     attention_only,

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import mechinterp_attn as mia
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.text import shown
 from mechinterp_attn.view.circuitsvis import BIAS, AttentionView
-from mechinterp_attn.view.text import shown
 from tests.view.conftest import PROMPT
 from tests.view.test_safety import HOSTILE
 

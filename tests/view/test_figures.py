@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import mechinterp_attn as mia
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.view.figures.detect import score_heatmap
 from mechinterp_attn.view.figures.style import safe_text
 

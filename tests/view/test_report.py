@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import mechinterp_attn as mia
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.text import inert_json, number, shown
 from mechinterp_attn.view.report.blocks import ABOVE, BELOW, NOT_A_NUMBER, SCALE, pattern
 from mechinterp_attn.view.report.presets import SECTIONS
 from mechinterp_attn.view.report.sections_about import GLOSSARY
-from mechinterp_attn.view.text import inert_json, number, shown
 from tests.conftest import tiny_bridge
 from tests.view.conftest import PROMPT
 

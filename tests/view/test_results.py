@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import mechinterp_attn as mia
-from mechinterp_attn.results import ROWS_SHOWN, Check, Receipt, Result
-from mechinterp_attn.view.palette import DIVERGING, SEQUENTIAL
-from mechinterp_attn.view.table import html_table, text_table
+from mechinterp_attn.core.palette import DIVERGING, SEQUENTIAL
+from mechinterp_attn.core.results import ROWS_SHOWN, Check, Receipt, Result
+from mechinterp_attn.core.table import html_table, text_table
 from tests.conftest import random_tokens, tiny_bridge
 from tests.view.conftest import PROMPT
 from tests.view.test_safety import HOSTILE

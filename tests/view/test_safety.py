@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 import mechinterp_attn as mia
-from mechinterp_attn.results import Check, Receipt
+from mechinterp_attn.core.results import Check, Receipt
+from mechinterp_attn.core.text import shown
 from mechinterp_attn.view.report.blocks import column, fact, matrix, patterns, section, table, token
-from mechinterp_attn.view.text import shown
 
 HOSTILE = [
     "</script>",

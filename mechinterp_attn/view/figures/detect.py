@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.view.figures.style import SEQUENTIAL, figure
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from mechinterp_attn.view.figures.style import KIND_COLOURS, NEGATIVE, POSITIVE, figure, safe_text
 
 if TYPE_CHECKING:
-    from mechinterp_attn.results import Result
+    from mechinterp_attn.core.results import Result
 
 _NO_NAMES = ("kind", "ok")  # shown by colour, or no name of a row
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from mechinterp_attn.view.palette import DIVERGING as DIVERGING
-from mechinterp_attn.view.palette import KIND_COLOURS as KIND_COLOURS
-from mechinterp_attn.view.palette import NEGATIVE as NEGATIVE
-from mechinterp_attn.view.palette import POSITIVE as POSITIVE
-from mechinterp_attn.view.palette import SEQUENTIAL as SEQUENTIAL
-from mechinterp_attn.view.text import shown
+from mechinterp_attn.core.palette import DIVERGING as DIVERGING
+from mechinterp_attn.core.palette import KIND_COLOURS as KIND_COLOURS
+from mechinterp_attn.core.palette import NEGATIVE as NEGATIVE
+from mechinterp_attn.core.palette import POSITIVE as POSITIVE
+from mechinterp_attn.core.palette import SEQUENTIAL as SEQUENTIAL
+from mechinterp_attn.core.text import shown
 
 
 def figure(*, title: str, x: str, y: str, height: int = 420) -> go.Figure:

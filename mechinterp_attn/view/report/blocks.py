@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mechinterp_attn.results import Check, Receipt
-from mechinterp_attn.view.text import number, shown
+from mechinterp_attn.core.results import Check, Receipt
+from mechinterp_attn.core.text import number, shown
 
 Block = dict[str, Any]
 Spans = list[Any]  # strings, and what ``token`` and ``head`` give

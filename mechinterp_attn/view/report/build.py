@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mechinterp_attn import paths
-from mechinterp_attn.errors import MechInterpError
-from mechinterp_attn.progress import Progress
-from mechinterp_attn.sources.saved import write_atomic
+from mechinterp_attn.conversion.saved import write_atomic
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.core.text import inert_json, shown
 from mechinterp_attn.version import __version__
 from mechinterp_attn.view.report.blocks import Block, section
 from mechinterp_attn.view.report.page import page
@@ -24,12 +25,11 @@ from mechinterp_attn.view.report.presets import PRESETS, SECTIONS
 from mechinterp_attn.view.report.sections_about import receipts_table
 from mechinterp_attn.view.report.sections_compare import comparison
 from mechinterp_attn.view.report.study import Study, tokens_of
-from mechinterp_attn.view.text import inert_json, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mechinterp_attn.model import AttentionOnlyModel
+    from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 
 FORMAT = "mechinterp_attn.report"

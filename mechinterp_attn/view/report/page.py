@@ -15,9 +15,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from mechinterp_attn.core.text import inert_json
 from mechinterp_attn.view import circuitsvis
 from mechinterp_attn.view.report.svg import svg
-from mechinterp_attn.view.text import inert_json
 
 _SCRIPTS = ("core.js", "figure.js", "table.js", "patterns.js", "matrix.js", "graph.js", "main.js")
 _STYLES = ("report.css", "graph.css")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from mechinterp_attn.results import Check, Receipt
+from mechinterp_attn.core.results import Check, Receipt
+from mechinterp_attn.core.text import shown, signed
 from mechinterp_attn.view.report.blocks import Block, column, fact, facts, head, section, table, token
 from mechinterp_attn.view.report.study import CLEAR, SCORES, Study
-from mechinterp_attn.view.text import shown, signed
 
 
 def summary(study: Study) -> Block:

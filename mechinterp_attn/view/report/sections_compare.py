@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
+from mechinterp_attn.core.text import number, shown
 from mechinterp_attn.view.report.blocks import Block, chart, column, patterns, section, table
 from mechinterp_attn.view.report.study import SCORES, Study
-from mechinterp_attn.view.text import number, shown
 
 
 def comparison(study: Study, other: Study) -> Block:

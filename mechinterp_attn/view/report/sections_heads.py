@@ -7,9 +7,9 @@ from typing import cast
 import pandas as pd
 
 from mechinterp_attn import circuits
+from mechinterp_attn.core.text import signed
 from mechinterp_attn.view.report.blocks import Block, chart, column, patterns, section, table, token
 from mechinterp_attn.view.report.study import SCORES, Study
-from mechinterp_attn.view.text import signed
 
 NEURONS = 200  # listed by effect
 TOKENS = 6  # of each side of a neuron

@@ -8,7 +8,7 @@ from typing import Literal, cast
 import numpy as np
 
 from mechinterp_attn import circuits
-from mechinterp_attn.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.view.report.blocks import Block, column, matrix, section, table
 from mechinterp_attn.view.report.study import Study
 

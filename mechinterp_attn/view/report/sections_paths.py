@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
+from mechinterp_attn.core.text import number, signed
 from mechinterp_attn.view.graph import graph_data
 from mechinterp_attn.view.report.blocks import Block, chart, column, missing, section, table, token
 from mechinterp_attn.view.report.study import LONG, Study
-from mechinterp_attn.view.text import number, signed
 
 EDGES = 200  # listed as a table
 

@@ -12,13 +12,13 @@ import pandas as pd
 import torch
 
 from mechinterp_attn import detect, paths
-from mechinterp_attn.view.text import signed
+from mechinterp_attn.core.text import signed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mechinterp_attn.model import AttentionOnlyModel
-    from mechinterp_attn.paths.frozen import Frozen
+    from mechinterp_attn.frozen.prompt import Frozen
+    from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 LOGIT_BYTES = 2**30  # of the logits by order: long prompts keep fewer orders apart
 MOST_ORDERS = 12  # kept apart: deep models spend most of their paths on orders in the middle

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from mechinterp_attn.view.text import signed
+from mechinterp_attn.core.text import signed
 
 WIDTH = 720
 

@@ -1,1 +1,0 @@
-"""The two kinds of bank and what they are made of."""

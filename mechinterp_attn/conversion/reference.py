@@ -1,0 +1,148 @@
+"""A plain dense transformer with MLPs: what a TL-convention checkpoint computes, written directly.
+
+Used to check conversions of checkpoints. It shares no code with the banks on purpose: norms keep
+their gains, the MLP is an MLP, attention is written out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechinterp_attn.model.spec import NormKind, Spec
+from mechinterp_attn.sources.checkpoint import Checkpoint
+
+_ACT = {
+    "relu": torch.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+    "gelu_python": F.gelu,
+    "gelu_fast": lambda x: 0.5 * x * (1 + torch.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
+    "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
+    "relu2": lambda x: torch.relu(x).square(),
+    "relu_squared": lambda x: torch.relu(x).square(),
+    "linear": lambda x: x,
+    "sigmoid": torch.sigmoid,
+    "solu": lambda x: x * x.softmax(-1),
+    "solu_ln": lambda x: x * x.softmax(-1),
+}
+
+
+@torch.no_grad()
+def run_checkpoint(
+    checkpoint: Checkpoint, tokens: Int[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Float[Tensor, "batch pos d_model"]]]:
+    """Logits, and the residual stream after every sublayer by its hook name."""
+    spec = checkpoint.spec()
+    sd = checkpoint.state_dict
+
+    def norm(name: str, x: Tensor, kind: NormKind) -> Tensor:
+        return _norm(checkpoint, name, x, kind, spec.eps)
+
+    x = sd["embed.W_E"][tokens]
+    if spec.positions == "standard":
+        x = x + sd["pos_embed.W_pos"][: tokens.shape[1]]
+    x = norm("embed_norm", x, spec.embed_norm)
+    streams = {}
+    for layer in range(spec.n_layers):
+        at = f"blocks.{layer}"
+        start = x
+        y = _attention(checkpoint, spec, layer, norm(f"{at}.ln1", x, spec.norm))
+        x = x + norm(f"{at}.ln1_post", y, spec.post_norm)
+        x = norm(f"{at}.ln1", x, spec.stream_norm)
+        if not spec.attn_only:
+            if not spec.parallel:
+                streams[f"{at}.hook_resid_mid"] = start = x
+            own_norm = not spec.parallel or f"{at}.ln2.w" in sd or f"{at}.ln2.b" in sd
+            y = _mlp(checkpoint, spec, at, norm(f"{at}.ln{2 if own_norm else 1}", start, spec.norm))
+            x = x + norm(f"{at}.ln2_post", y, spec.post_norm)
+            x = norm(f"{at}.ln2", x, spec.stream_norm)
+        streams[f"{at}.hook_resid_post"] = x
+    if spec.prediction_head:
+        x = _activation(spec)(x @ sd["prediction.W"] + sd.get("prediction.b", 0.0))
+    x = norm("ln_final", x, spec.final_norm)
+    logits = x @ sd["unembed.W_U"] + sd.get("unembed.b_U", 0.0)
+    if spec.logit_cap is not None:
+        logits = torch.tanh(logits / spec.logit_cap) * spec.logit_cap
+    return logits, streams
+
+
+def _activation(spec: Spec):  # type: ignore[no-untyped-def]
+    return _ACT.get(str(spec.act_fn), lambda x: F.gelu(x, approximate="tanh"))
+
+
+def _norm(checkpoint: Checkpoint, name: str, x: Tensor, kind: NormKind, eps: float) -> Tensor:
+    if kind is None:
+        return x
+    if kind == "LN":
+        x = x - x.mean(-1, keepdim=True)
+    x = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+    return x * checkpoint.state_dict.get(f"{name}.w", 1.0) + checkpoint.state_dict.get(f"{name}.b", 0.0)
+
+
+def _mlp(checkpoint: Checkpoint, spec: Spec, at: str, x: Tensor) -> Tensor:
+    sd = checkpoint.state_dict
+    y = x @ sd[f"{at}.mlp.W_in"] + sd.get(f"{at}.mlp.b_in", 0.0)
+    if spec.gated:
+        gate = x @ sd[f"{at}.mlp.W_gate"] + sd.get(f"{at}.mlp.b_gate", 0.0)
+        y = _activation(spec)(gate) * y
+    else:
+        y = _activation(spec)(y)
+    if spec.act_fn == "solu_ln":
+        y = _norm(checkpoint, f"{at}.mlp.ln", y, "LN", spec.eps)
+    return y @ sd[f"{at}.mlp.W_out"] + sd.get(f"{at}.mlp.b_out", 0.0)
+
+
+def _attention(checkpoint: Checkpoint, spec: Spec, layer: int, x: Tensor) -> Tensor:
+    sd, at = checkpoint.state_dict, f"blocks.{layer}"
+
+    def read(name: str) -> Tensor:
+        y = torch.einsum("bpd,hdk->bhpk", x, sd[f"{at}.attn.W_{name}"])
+        bias = sd.get(f"{at}.attn.b_{name}")
+        y = y if bias is None else y + bias[:, None]
+        if name != "V":
+            y = _norm(checkpoint, f"{at}.attn.{name.lower()}_norm", y, spec.qk_norm, spec.eps)
+        return y.repeat_interleave(spec.n_heads // y.shape[1], 1)
+
+    q, k, v = read("Q"), read("K"), read("V")
+    if spec.positions == "rotary":
+        q, k = _rotate(spec, q), _rotate(spec, k)
+    scores = q @ k.mT / spec.attn_scale
+    if spec.scale_by_layer:
+        scores = scores / (layer + 1)
+    if spec.score_cap is not None:
+        scores = torch.tanh(scores / spec.score_cap) * spec.score_cap
+    if spec.causal:
+        future = torch.triu(torch.ones_like(scores[0, 0], dtype=torch.bool), 1)
+        scores = scores.masked_fill(future, -math.inf)
+    window = spec.windows[layer] if spec.windows else None
+    if window is not None:
+        too_old = torch.tril(torch.ones_like(scores[0, 0], dtype=torch.bool), -window)
+        scores = scores.masked_fill(too_old, -math.inf)
+    out = torch.einsum("bhqk,bhkd,hdm->bqm", scores.softmax(-1), v, sd[f"{at}.attn.W_O"])
+    return out + sd.get(f"{at}.attn.b_O", 0.0)
+
+
+def _rotate(spec: Spec, x: Float[Tensor, "batch head pos d_head"]) -> Tensor:
+    """Rotary positions by complex multiplication."""
+    dim = spec.rotary_dim
+    frequency = 1.0 / (spec.rotary_base ** (torch.arange(0, dim, 2).float() / dim))
+    if spec.rotary_frequencies:
+        frequency = torch.tensor(spec.rotary_frequencies)
+    angle = torch.outer(torch.arange(x.shape[2]).float(), frequency)
+    turn = torch.complex(angle.cos().to(x.dtype), angle.sin().to(x.dtype)).to(x.device)
+    part = x[..., :dim]
+    even, odd = (
+        (part[..., 0::2], part[..., 1::2])
+        if spec.rotary_adjacent
+        else (part[..., : dim // 2], part[..., dim // 2 :])
+    )
+    turned = torch.complex(even, odd) * turn * spec.rotary_factor
+    pair = (turned.real, turned.imag)
+    new = torch.stack(pair, -1).flatten(-2) if spec.rotary_adjacent else torch.cat(pair, -1)
+    return torch.cat([new, x[..., dim:]], -1)

@@ -1,0 +1,156 @@
+"""Tables of results, as text and as HTML: how every ``Result`` shows itself.
+
+Text from tokens and labels is only text: what cannot be seen is written out, and nothing is markup.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from mechinterp_attn.core.palette import KIND_COLOURS, NEGATIVE, POSITIVE
+from mechinterp_attn.core.text import shown
+
+DIGITS = 4  # significant ones of the largest number in a column
+
+
+def text_table(frame: pd.DataFrame) -> str:
+    """A table as aligned text: its heading, then a line a row."""
+    frame = _with_index(frame)
+    columns = []
+    for position, name in enumerate(frame.columns):
+        values = frame.iloc[:, position]
+        number = _is_number(values)
+        quote = "'" if not number and _needs_quotes(values) else ""
+        write = formatter(values) if number else (lambda v, q=quote: _quoted(v, q))
+        cells = [_text(name), *map(write, values.tolist())]
+        width = max(map(_width, cells))
+        pads = [" " * (width - _width(cell)) for cell in cells]
+        columns.append([p + c if number else c + p for c, p in zip(cells, pads, strict=True)])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
+
+
+def html_table(frame: pd.DataFrame, shaded: Sequence[str] = ()) -> str:
+    """A table as HTML that needs no stylesheet and reads on light and dark ground.
+
+    Args:
+        shaded: columns whose cells are coloured by value: red below zero, blue above, the strongest
+            colour at the column's largest magnitude.
+    """
+    frame = _with_index(frame)
+    heads, columns = [], []
+    for position, name in enumerate(frame.columns):
+        values = frame.iloc[:, position]
+        number = _is_number(values)
+        heads.append(f'<th style="{_CELL}text-align:{"right" if number else "left"}">{_escaped(name)}</th>')
+        if number:
+            columns.append(_number_cells(values, name in shaded))
+        else:
+            columns.append(_text_cells(values, str(name)))
+    rows = "".join(f"<tr>{''.join(row)}</tr>" for row in zip(*columns, strict=True))
+    return (
+        '<table class="dataframe" '
+        'style="border-collapse:collapse;border:0;font-variant-numeric:tabular-nums">'
+        f"<thead><tr>{''.join(heads)}</tr></thead><tbody>{rows}</tbody></table>"
+    )
+
+
+_CELL = "border:0;border-bottom:1px solid rgba(128,128,128,.25);padding:.15em .7em;white-space:pre;"
+
+
+def _number_cells(values: pd.Series, shade: bool) -> list[str]:
+    write, limit = formatter(values), _largest(values)
+    cells = []
+    for value in values.tolist():
+        style = f"{_CELL}text-align:right"
+        if shade and limit and _finite(value):
+            red, green, blue = _rgb(NEGATIVE if value < 0 else POSITIVE)
+            style += f";background:rgba({red},{green},{blue},{0.45 * abs(value) / limit:.2f})"
+        cells.append(f'<td style="{style}">{write(value).replace("-", "−")}</td>')
+    return cells
+
+
+def _text_cells(values: pd.Series, name: str) -> list[str]:
+    tokens = _needs_quotes(values)
+    cells = []
+    for value in values.tolist():
+        text = _escaped(value)
+        if name == "kind" and value in KIND_COLOURS:
+            text = f'<span style="color:{KIND_COLOURS[value]}">●</span> {text}'
+        elif tokens:
+            text = f'<code style="background:rgba(128,128,128,.15);border-radius:3px">{text}</code>'
+        cells.append(f'<td style="{_CELL}text-align:left">{text}</td>')
+    return cells
+
+
+def formatter(values: pd.Series) -> Callable[[Any], str]:
+    """How the numbers of a column are written: the same decimals for all, or, where they span many
+    sizes, the same significant digits; with a sign where some are negative."""
+    if values.dtype.kind in "iu":
+        return lambda v: _special(v) or f"{v:,}"
+    finite = [abs(v) for v in values.tolist() if _finite(v) and v]
+    sign = "+" if any(_finite(v) and v < 0 for v in values.tolist()) else ""
+    if not finite:
+        return lambda v: _special(v) or f"{v:{sign}.0f}"
+    decimals = max(0, DIGITS - 1 - math.floor(math.log10(max(finite))))
+    if decimals > 6 or min(finite) < 10**-decimals / 2:
+        return lambda v: _special(v) or ("0" if v == 0 else f"{v:{sign}.{DIGITS - 1}g}")
+    return lambda v: _special(v) or f"{v:{sign},.{decimals}f}"
+
+
+def _special(value: Any) -> str:
+    if value is None or value is pd.NA or value != value:
+        return "–"
+    return {math.inf: "∞", -math.inf: "-∞"}.get(value, "")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _largest(values: pd.Series) -> float:
+    return float(max((abs(v) for v in values.tolist() if _finite(v)), default=0))
+
+
+def _is_number(values: pd.Series) -> bool:
+    return values.dtype.kind in "iuf"
+
+
+def _needs_quotes(values: pd.Series) -> bool:
+    """Whether spaces at the ends of a column's texts say something: tokens, not words."""
+    return any(isinstance(v, str) and v != v.strip() for v in values.tolist())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return shown(value)
+    return "–" if value is None or value is pd.NA or value != value else shown(str(value))
+
+
+def _quoted(value: Any, quote: str) -> str:
+    return f"{quote}{_text(value)}{quote}" if isinstance(value, str) else _text(value)
+
+
+def _escaped(value: Any) -> str:
+    return html.escape(_text(value))
+
+
+def _with_index(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table whose rows have names shows them."""
+    plain = isinstance(frame.index, pd.RangeIndex) or frame.index.dtype.kind == "i"
+    return frame if plain else frame.reset_index()
+
+
+def _width(text: str) -> int:
+    """Columns on a terminal: letters of East Asian scripts take two, combining ones none."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) != 0 for c in text)
+
+
+def _rgb(colour: str) -> tuple[int, int, int]:
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)

@@ -1,0 +1,397 @@
+"""The attention-only model: an embedding, banks of heads in order, an unembedding.
+
+It is a TransformerLens model: hook names, ``run_with_cache`` (an ActivationCache), ``run_with_hooks``
+and the runtime protocols ``TransformerLensModel`` and ``TransformerLensModelWithWeights``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformer_lens import ActivationCache, HookedRootModule, TransformerBridgeConfig
+from transformer_lens.hook_points import HookPoint
+
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.model.block import Block, Embed, PosEmbed, PredictionHead, Sublayer, Unembed
+from mechinterp_attn.model.gates import GATES, rule_for
+from mechinterp_attn.model.heads import Head, HeadBank, HeadIndex
+from mechinterp_attn.model.norm import Norm
+from mechinterp_attn.model.rotary import Rotary
+from mechinterp_attn.model.spec import Spec
+from mechinterp_attn.model.step import KeyValueCache, Step
+from mechinterp_attn.model.tokens import TokenDoor
+
+ReturnType = Literal["logits", "loss", "both"] | None
+
+
+class AttentionOnlyModel(TokenDoor, HookedRootModule):
+    """A transformer in which every MLP neuron is an attention head.
+
+    Made by ``mia.load`` or ``mia.convert``. Tokens ``[batch, pos]`` (or text, where there is a
+    tokenizer) go in, logits ``[batch, pos, d_vocab_out]`` come out, equal to the source model's.
+
+    Attributes:
+        banks: the banks of heads, in the order in which they write to the residual stream.
+        heads: labels and a table of all heads.
+        spec: shapes and rules, as plain data.
+        provenance: where the model came from: source, mode, versions, fidelity of the conversion.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        weights: Mapping[str, Tensor],
+        *,
+        tokenizer: Any = None,
+        provenance: Mapping[str, Any] | None = None,
+        shared: bool = False,
+    ):
+        """Takes the tensors over as they are (no copy); names as ``state_dict()`` gives them.
+
+        ``shared``: somebody else holds some of them as well, so that training must copy them first.
+        """
+        super().__init__()
+        self._shared = False  # set at the end: ``eval`` below calls ``train``
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.provenance = dict(provenance or {})
+        self.embed = Embed(weights["embed.W_E"])
+        self.hook_embed = HookPoint()  # [batch, pos, d_model]
+        if spec.positions == "standard":
+            self.pos_embed = PosEmbed(weights["pos_embed.W_pos"])
+            self.hook_pos_embed = HookPoint()  # [batch, pos, d_model]
+        if spec.embed_norm is not None:
+            self.embed_norm = Norm(
+                spec.embed_norm, spec.eps, weights["embed_norm.w"], weights.get("embed_norm.b")
+            )
+        self.blocks = nn.ModuleList(
+            Block(spec, layer, rule_for(spec, layer), _nested(weights, f"blocks.{layer}."))
+            for layer in range(spec.n_layers)
+        )
+        if spec.prediction_head:
+            act = GATES[cast(str, spec.act_fn)].act
+            self.prediction = PredictionHead(weights["prediction.W"], weights["prediction.b"], act)
+        self.ln_final = Norm(spec.final_norm, spec.eps)
+        self.unembed = Unembed(weights["unembed.W_U"], weights["unembed.b_U"])
+        self._rotary = Rotary(spec) if spec.positions == "rotary" else None
+        self._cfg = _transformer_lens_config(spec, self.provenance, tokenizer)
+        self.eval()
+        self.setup()
+        self._shared = shared
+
+    def train(self, mode: bool = True) -> AttentionOnlyModel:
+        """Training mode. Weights that are shared with the source are copied before they can change."""
+        if mode and self._shared:
+            for parameter in self.parameters():
+                parameter.data = parameter.data.clone()
+            self._shared = False
+        return cast(AttentionOnlyModel, super().train(mode))
+
+    def forward(
+        self,
+        input: str | list[str] | Tensor,
+        return_type: ReturnType = "logits",
+        *,
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        attention_mask: Tensor | None = None,
+        past: KeyValueCache | None = None,
+    ) -> Any:
+        """Logits, the mean next-token loss (nats), both, or nothing (to fill a cache).
+
+        Args:
+            input: tokens ``[pos]`` or ``[batch, pos]``, or text.
+            loss_per_token: give the losses ``[batch, pos - 1]`` instead of their mean.
+            prepend_bos: for text only; by default a BOS is put in front where the tokenizer has one.
+            attention_mask: ``[batch, pos]``, 0 on padding, left or right; positions of a causal model
+                count the real tokens, and losses leave the padding out. With ``past``, ``[batch,
+                past + pos]`` or the new tokens' part.
+            past: a key-value cache; ``input`` follows the tokens in it, and is added to it.
+
+        Raises:
+            MechInterpError: tokens that are empty, too long, out of range or not integers.
+        """
+        if return_type not in ("logits", "loss", "both", None):
+            raise MechInterpError(f"return_type={return_type!r}; expected 'logits', 'loss', 'both' or None")
+        tokens = self.as_tokens(input, prepend_bos=prepend_bos)
+        step, positions = self._step(tokens, attention_mask, past)
+        x = self.hook_embed(self.embed(tokens))
+        if self.spec.positions == "standard":
+            x = x + self.hook_pos_embed(self.pos_embed(positions).expand_as(x))
+        if self.spec.embed_norm is not None:
+            x = self.embed_norm(x)
+        for block in self.blocks:
+            x = block(x, step)
+        if self.spec.prediction_head:
+            x = self.prediction(x)
+        x = self.ln_final(x)
+        if return_type is None:
+            return None
+        logits = self.unembed(x)
+        if self.spec.logit_cap is not None:
+            logits = self.spec.logit_cap * torch.tanh(logits / self.spec.logit_cap)
+        if return_type == "logits":
+            return logits
+        loss = self.loss_fn(logits, tokens, per_token=loss_per_token, attention_mask=attention_mask)
+        return loss if return_type == "loss" else (logits, loss)
+
+    def _step(
+        self, tokens: Int[Tensor, "batch pos"], mask: Tensor | None, past: KeyValueCache | None
+    ) -> tuple[Step, Int[Tensor, "#batch pos"]]:
+        """What all banks share in this pass, and the position of every token."""
+        n_past, n_new = 0 if past is None else len(past), tokens.shape[1]
+        if n_past + n_new > self.spec.n_ctx:
+            raise MechInterpError(
+                f"{n_past} cached and {n_new} new tokens are more than this model's context of "
+                f"{self.spec.n_ctx}"
+            )
+        real = self._real_tokens(tokens, mask, past)
+        positions = torch.arange(n_past, n_past + n_new, device=tokens.device)[None]
+        if real is not None and self.spec.causal:  # positions count the real tokens
+            positions = (real.long().cumsum(-1) - 1).clamp_min(0)[:, n_past:]
+        rotation = None if self._rotary is None else self._rotary.tables(positions, self.W_E.dtype)
+        return Step(n_new, tokens.device, real=real, rotation=rotation, cache=past), positions
+
+    def _real_tokens(
+        self, tokens: Tensor, mask: Tensor | None, past: KeyValueCache | None
+    ) -> Bool[Tensor, "batch key"] | None:
+        """Which tokens, cached ones first, are no padding; None where all are real."""
+        n_past, (batch, n_new) = 0 if past is None else len(past), tokens.shape
+        known = None if past is None else past.real
+        if mask is None and known is None:
+            return None
+        new = torch.ones(batch, n_new) if mask is None else torch.as_tensor(mask)
+        new = new.to(tokens.device).bool()
+        if new.shape not in ((batch, n_new), (batch, n_past + n_new)):
+            raise MechInterpError(
+                f"attention_mask has shape {tuple(new.shape)}, expected {(batch, n_past + n_new)}"
+            )
+        if new.shape[1] == n_new and n_past:
+            old = torch.ones(batch, n_past, dtype=torch.bool, device=tokens.device)
+            new = torch.cat([old if known is None else known, new], 1)
+        if past is not None:
+            past.real = new
+        return None if bool(new.all()) else new
+
+    def loss_fn(
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        tokens: Int[Tensor, "batch pos"],
+        per_token: bool = False,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy (nats) of every next token: the mean over real tokens, or all
+        ``[batch, pos - 1]``."""
+        if tokens.shape[1] < 2:
+            raise MechInterpError("a loss needs at least 2 tokens, got 1: there is no next token")
+        loss = F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+        if per_token:
+            return loss
+        if attention_mask is None:
+            return loss.mean()
+        mask = torch.as_tensor(attention_mask).to(loss.device).bool()
+        real = mask[:, 1:] & mask[:, :-1]
+        return (loss * real).sum() / real.sum()
+
+    def run_with_cache(
+        self,
+        *args: Any,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
+        """The output and a TransformerLens ActivationCache (or the plain dict).
+
+        Arguments are those of ``HookedRootModule.run_with_cache`` (names_filter, device, ...).
+        """
+        out, cache = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **kwargs)
+        if not return_cache_object:
+            return out, cache
+        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+
+    def generate(
+        self,
+        input: str | Tensor,
+        max_new_tokens: int = 10,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_at_eos: bool = True,
+        attention_mask: Tensor | None = None,
+        use_past_kv_cache: bool = True,
+        generator: torch.Generator | None = None,
+        verbose: bool = False,
+    ) -> Any:
+        """Continue a text or tokens: text in, text out; tokens in, tokens ``[batch, pos + new]`` out.
+
+        Args:
+            temperature: 0 takes the most likely token every time.
+            top_k, top_p: draw from the k most likely tokens, or from the fewest that hold a share p.
+            stop_at_eos: sequences that said EOS say nothing else; where all have, it ends.
+            attention_mask: ``[batch, pos]``, 0 on padding, which must be on the left.
+            generator: of the draws.
+
+        Raises:
+            MechInterpError: no room in the context, a bidirectional model or a classifier, or options
+                out of range.
+        """
+        from mechinterp_attn.model.generation import generate
+
+        tokens = generate(
+            self,
+            input,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_at_eos=stop_at_eos,
+            attention_mask=attention_mask,
+            use_past_kv_cache=use_past_kv_cache,
+            generator=generator,
+            verbose=verbose,
+        )
+        return self.to_string(tokens[0]) if isinstance(input, str) else tokens
+
+    @property
+    def cfg(self) -> TransformerBridgeConfig:
+        """The config as TransformerLens's tools read it, with the present dtype and device."""
+        self._cfg.dtype = self.W_E.dtype
+        self._cfg.device = str(self.W_E.device)
+        return self._cfg
+
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """The banks grouped by the stream they read, in order, with the norms around them."""
+        return tuple(sub for block in self.blocks for sub in cast(Block, block).sublayers())
+
+    @property
+    def banks(self) -> tuple[HeadBank, ...]:
+        return tuple(bank for block in self.blocks for bank in cast(Block, block).banks)
+
+    def sublayer_of(self, bank: HeadBank) -> Sublayer:
+        """The sublayer that a bank belongs to."""
+        own = cast(Block, self.blocks[bank.layer]).sublayers()
+        return next(sub for sub in own if any(other is bank for other in sub.banks))
+
+    def norm_of(self, bank: HeadBank) -> tuple[Norm, str]:
+        """The norm in front of a bank, and its path in caches."""
+        return self.sublayer_of(bank).norm
+
+    def stream_of(self, bank: HeadBank) -> str:
+        """The hook of the residual stream that a bank reads; banks that share it run side by side."""
+        return self.sublayer_of(bank).stream
+
+    @property
+    def heads(self) -> HeadIndex:
+        return HeadIndex(self.banks)
+
+    @property
+    def n_heads(self) -> int:
+        """Heads of every kind, MLP-derived ones included."""
+        return len(self.heads)
+
+    def __getitem__(self, label: str) -> Head:
+        bank, index = self.heads.find(label)
+        return replace(bank.head(index), model=self)
+
+    @property
+    def mode(self) -> str:
+        """How MLP neurons were made heads, the ``mlp`` argument of the conversion."""
+        return str(self.provenance.get("mlp", "exact"))
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        return self.embed.W_E
+
+    @property
+    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
+        if self.spec.positions != "standard":
+            raise AttributeError(f"W_pos: this model has {self.spec.positions or 'no'} positions")
+        return self.pos_embed.W_pos
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.unembed.W_U
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        return self.unembed.b_U
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """Sum of the sublayers' own biases before a layer, as ActivationCache asks for it."""
+        total = torch.zeros_like(self.W_U[:, 0])
+        for bank in self.banks:
+            before = bank.layer < layer or (bank.layer == layer and mlp_input and bank.part == "attn")
+            if before and (include_mlp_biases or bank.part == "attn"):
+                total = total + bank.b_O
+        return total
+
+    def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
+        """Columns of W_U for tokens: a string, an id, or a tensor of ids ``[...]``."""
+        ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
+        return self.W_U.T[ids]
+
+    def save(self, folder: Any) -> None:
+        """Write the model to a folder (safetensors + JSON); ``mia.load(folder)`` reads it back."""
+        from mechinterp_attn.conversion.saved import save
+
+        save(self, folder)
+
+    def __repr__(self) -> str:
+        s = self.spec
+        n_attention = sum(b.n_heads for b in self.banks if b.kind == "attention")
+        return (
+            f"AttentionOnlyModel({self.provenance.get('name', 'unnamed')}: {self.n_heads} heads = "
+            f"{n_attention} attention + {self.n_heads - n_attention} MLP-derived, {s.n_layers} layers, "
+            f"d_model {s.d_model}, vocabulary {s.d_vocab}, context {s.n_ctx}, mode {self.mode})"
+        )
+
+
+def _nested(weights: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
+    """``{"attn": {"W_Q": ...}, "neurons": {...}}`` of one block."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in weights.items():
+        if key.startswith(prefix):
+            part, name = key.removeprefix(prefix).split(".", 1)
+            parts.setdefault(part, {})[name] = tensor
+    return parts
+
+
+def _transformer_lens_config(
+    spec: Spec, provenance: Mapping[str, Any], tokenizer: Any
+) -> TransformerBridgeConfig:
+    """The folded norms are TransformerLens's LNPre and RMSPre."""
+    cfg = TransformerBridgeConfig(
+        d_model=spec.d_model,
+        d_head=spec.d_head,
+        n_heads=spec.n_heads,
+        n_layers=spec.n_layers,
+        n_ctx=spec.n_ctx,
+        d_vocab=spec.d_vocab,
+        d_vocab_out=spec.d_vocab_out,
+        d_mlp=spec.d_mlp or None,
+        act_fn=spec.act_fn or "relu",
+        attn_only=spec.attn_only,
+        eps=spec.eps,
+        normalization_type=None if spec.norm is None else f"{spec.norm}Pre",
+        final_rms=spec.final_norm == "RMS",
+        positional_embedding_type=spec.positions or "none",
+        attention_dir="causal" if spec.causal else "bidirectional",
+        n_key_value_heads=spec.n_kv_heads if spec.n_kv_heads != spec.n_heads else None,
+        gated_mlp=spec.gated,
+        parallel_attn_mlp=spec.parallel,
+        architecture="AttentionOnlyModel",
+        model_name=str(provenance.get("name", "unnamed")),
+        tokenizer_prepends_bos=False,
+        init_weights=False,
+    )
+    cfg.default_prepend_bos = getattr(tokenizer, "bos_token_id", None) is not None
+    return cfg

@@ -1,0 +1,200 @@
+"""What stands around the banks: embedding, blocks with their norms, unembedding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from mechinterp_attn.frozen.bank import FrozenBank
+from mechinterp_attn.model.attention import AttentionBank
+from mechinterp_attn.model.gates import Function, Rule
+from mechinterp_attn.model.heads import Cache, HeadBank
+from mechinterp_attn.model.neurons import MLPNames, NeuronBank
+from mechinterp_attn.model.norm import FrozenNorm, Norm
+from mechinterp_attn.model.spec import Spec
+from mechinterp_attn.model.step import Step
+
+Weights = Mapping[str, Mapping[str, Tensor]]
+Located = tuple[Norm, str]  # a norm and its path in caches
+
+
+class Embed(nn.Module):
+    """Token embedding ``W_E [d_vocab, d_model]``."""
+
+    def __init__(self, W_E: Tensor):
+        super().__init__()
+        self.W_E = nn.Parameter(W_E)
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        return self.W_E[tokens]
+
+
+class PosEmbed(nn.Module):
+    """Learned positions ``W_pos [n_ctx, d_model]``, added to the embedding."""
+
+    def __init__(self, W_pos: Tensor):
+        super().__init__()
+        self.W_pos = nn.Parameter(W_pos)
+
+    def forward(self, positions: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        return self.W_pos[positions]
+
+
+class Unembed(nn.Module):
+    """``W_U [d_model, d_vocab_out]`` and ``b_U``, the final norm folded in."""
+
+    def __init__(self, W_U: Tensor, b_U: Tensor):
+        super().__init__()
+        self.W_U = nn.Parameter(W_U)
+        self.b_U = nn.Parameter(b_U)
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        # One tensor of logits, not a second one for the sum with the bias.
+        return torch.addmm(self.b_U, x.flatten(0, 1), self.W_U).unflatten(0, x.shape[:2])
+
+
+class PredictionHead(nn.Module):
+    """A dense layer with the model's activation between the last block and the final norm (BERT)."""
+
+    def __init__(self, W: Tensor, b: Tensor, act: Function):
+        super().__init__()
+        self.W = nn.Parameter(W)
+        self.b = nn.Parameter(b)
+        self._act = act
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return self._act(x @ self.W + self.b)
+
+
+@dataclass(frozen=True, eq=False)
+class Sublayer:
+    """Banks that read one stream and write to it: ``x -> out(x + sum_i post_i(bank_i(norm(x))))``.
+
+    Attributes:
+        banks: one, or attention and neurons where they run in parallel.
+        stream: the hook of the stream they read.
+        norm: the norm in front of them, with its path in caches.
+        posts: the norm on what each bank writes, with its path; of kind None in most models.
+        out: the norm over the whole stream behind them (BERT), with its path, or None.
+    """
+
+    banks: tuple[HeadBank, ...]
+    stream: str
+    norm: Located
+    posts: tuple[Located, ...]
+    out: Located | None
+
+    def freeze(self, cache: Cache) -> FrozenSublayer:
+        """The sublayer as an affine map, with the patterns and scales of one cached sequence."""
+
+        def frozen(norm: Norm, path: str) -> FrozenNorm:
+            return norm.freeze(None if norm.kind is None else cache[f"{path}.hook_scale"])
+
+        banks = tuple(
+            bank.freeze(bank.cached_pattern(cache, 0), frozen(*self.norm), frozen(*post))
+            for bank, post in zip(self.banks, self.posts, strict=True)
+        )
+        out = None if self.out is None else frozen(*self.out)
+        bias = None if self.out is None else self.out[0].b
+        return FrozenSublayer(banks, cache[self.stream], out, None if bias is None else bias.detach())
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenSublayer:
+    """A sublayer on one prompt: ``x -> out(x + sum_i (bank_i(x) + constant_i + bias_i)) + out_bias``.
+
+    Attributes:
+        banks: as linear maps of the stream, norms included.
+        stream: what they read, ``[pos, d_model]``.
+        out: the norm over the whole stream behind them, as a linear map, or None.
+        out_bias: what that norm adds, ``[d_model]``, or None.
+    """
+
+    banks: tuple[FrozenBank, ...]
+    stream: Float[Tensor, "pos d_model"]
+    out: FrozenNorm | None
+    out_bias: Float[Tensor, " d_model"] | None
+
+
+class Block(nn.Module):
+    """One block of the source model: a sublayer of attention heads, then one of neuron heads, or both
+    at once."""
+
+    def __init__(self, spec: Spec, layer: int, rule: Rule | None, weights: Weights):
+        super().__init__()
+        self.layer = layer
+        self.parallel = spec.parallel
+        self.out_norms = spec.stream_norm is not None
+        self.hook_resid_pre = HookPoint()
+
+        def norm(name: str) -> Norm:
+            kind = spec.stream_norm if self.out_norms else spec.norm
+            own = weights.get(name, {})
+            return Norm(kind, spec.eps, own.get("w"), own.get("b"))
+
+        def post(name: str) -> Norm:
+            return Norm(spec.post_norm, spec.eps, weights.get(name, {}).get("w"))
+
+        self.ln1 = norm("ln1")
+        self.attn = AttentionBank(spec, layer, weights["attn"])
+        self.ln1_post = post("ln1_post")
+        self.hook_attn_out = HookPoint()
+        self.neurons = None if rule is None else NeuronBank(spec, layer, rule, weights["neurons"])
+        if self.neurons is not None:
+            if not self.parallel:
+                self.hook_resid_mid = HookPoint()
+                self.ln2 = norm("ln2")
+            self.mlp = MLPNames(self.neurons)
+            self.ln2_post = post("ln2_post")
+            self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
+
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], step: Step
+    ) -> Float[Tensor, "batch pos d_model"]:
+        x = self.hook_resid_pre(x)
+        if self.out_norms:
+            x = self.ln1(x + self.hook_attn_out(self.attn(x, step)))
+            if self.neurons is not None:
+                x = self.hook_resid_mid(x)
+                x = self.ln2(x + self.hook_mlp_out(self.neurons(x, self.mlp)))
+            return self.hook_resid_post(x)
+        normed = self.ln1(x)
+        attn = self.hook_attn_out(self.ln1_post(self.attn(normed, step)))
+        if self.neurons is None:
+            return self.hook_resid_post(x + attn)
+        if not self.parallel:
+            x = self.hook_resid_mid(x + attn)
+            normed, attn = self.ln2(x), 0.0
+        mlp = self.hook_mlp_out(self.ln2_post(self.neurons(normed, self.mlp)))
+        return self.hook_resid_post(x + attn + mlp)
+
+    @property
+    def banks(self) -> tuple[HeadBank, ...]:
+        """In order."""
+        return (self.attn,) if self.neurons is None else (self.attn, self.neurons)
+
+    def sublayers(self) -> Iterator[Sublayer]:
+        """The block's banks in order, with the norms around them."""
+        at = f"blocks.{self.layer}"
+        ln1, post1 = (self.ln1, f"{at}.ln1"), (self.ln1_post, f"{at}.ln1_post")
+        pre, mid = f"{at}.hook_resid_pre", f"{at}.hook_resid_mid"
+        parts: list[tuple[tuple[HeadBank, ...], str, Located, tuple[Located, ...]]]
+        if self.neurons is None:
+            parts = [((self.attn,), pre, ln1, (post1,))]
+        elif self.parallel:
+            post2 = (self.ln2_post, f"{at}.ln2_post")
+            parts = [((self.attn, self.neurons), pre, ln1, (post1, post2))]
+        else:
+            ln2, post2 = (self.ln2, f"{at}.ln2"), (self.ln2_post, f"{at}.ln2_post")
+            parts = [((self.attn,), pre, ln1, (post1,)), ((self.neurons,), mid, ln2, (post2,))]
+        for banks, stream, norm, posts in parts:
+            if self.out_norms:
+                yield Sublayer(banks, stream, (Norm(None, 1.0), f"{at}.no_norm"), posts, norm)
+            else:
+                yield Sublayer(banks, stream, norm, posts, None)

@@ -1,0 +1,111 @@
+"""What a model is, as plain data: everything the forward pass needs besides the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, Literal
+
+from mechinterp_attn.core.errors import MechInterpError
+
+NormKind = Literal["LN", "RMS"] | None
+Positions = Literal["standard", "rotary"] | None
+Mixture = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]  # slopes, offsets, values
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shapes and rules of a transformer; ``n`` counts, ``d`` dimensions.
+
+    Attributes:
+        d_mlp: 0 for an attention-only model.
+        d_vocab_out: width of the logits; differs from d_vocab in classifiers.
+        act_fn: TransformerLens's name of the activation; None for an attention-only model.
+        gated: the MLP is act(x W_gate) * (x W_in) instead of act(x W_in).
+        parallel: attention and MLP of a block read the same stream.
+        norm: the norm in front of every sublayer.
+        post_norm: a norm on what every sublayer writes (Gemma 2).
+        stream_norm: a norm over the whole stream after every sublayer (BERT), with gain and bias.
+        embed_norm: a norm on the embedding, with gain and bias.
+        qk_norm: a norm on the queries and keys of every head, with gain.
+        final_norm: the norm before the unembedding.
+        prediction_head: a dense layer with the model's activation in front of the final norm (BERT).
+        positions: learned and added ("standard"), rotary, or none.
+        attn_scale: what attention scores are divided by.
+        scale_by_layer: scores of block l are divided by l + 1 as well.
+        windows: how many tokens back each layer sees, itself included; None for all. Empty: all.
+        score_cap, logit_cap: scores and logits pass through ``cap * tanh(x / cap)``.
+        rotary_adjacent: rotary pairs are (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2+1), ...
+        rotary_frequencies: radians per token of every pair, where they do not follow from the base.
+        rotary_factor: what the rotary tables are multiplied by.
+        mixtures: the softmax heads that stand in for every neuron of each layer; empty: one head
+            with the activation's own gate.
+        float32_inside: the source computes parts of itself in float32 even when it runs in float64.
+    """
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    n_ctx: int
+    d_vocab: int
+    d_vocab_out: int
+    act_fn: str | None
+    norm: NormKind
+    final_norm: NormKind
+    eps: float
+    positions: Positions
+    causal: bool
+    attn_scale: float
+    rotary_dim: int = 0
+    rotary_base: float = 10000.0
+    rotary_adjacent: bool = False
+    float32_inside: bool = False
+    gated: bool = False
+    parallel: bool = False
+    post_norm: NormKind = None
+    stream_norm: NormKind = None
+    embed_norm: NormKind = None
+    qk_norm: NormKind = None
+    prediction_head: bool = False
+    scale_by_layer: bool = False
+    windows: tuple[int | None, ...] = ()
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    rotary_frequencies: tuple[float, ...] = ()
+    rotary_factor: float = 1.0
+    mixtures: tuple[Mixture, ...] = ()
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens back a layer sees, itself included; None for all."""
+        return self.windows[layer] if self.windows else None
+
+    @property
+    def attn_only(self) -> bool:
+        return self.d_mlp == 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Spec:
+        """The inverse of ``to_json``.
+
+        Raises:
+            MechInterpError: names every missing and unknown field.
+        """
+        known = {f.name for f in fields(cls)}
+        needed = {f.name for f in fields(cls) if f.default is MISSING}
+        wrong = [f"missing field {name!r}" for name in sorted(needed - set(data))]
+        wrong += [f"unknown field {name!r}" for name in sorted(set(data) - known)]
+        if wrong:
+            raise MechInterpError("the model's spec cannot be read: " + "; ".join(wrong))
+        plain: dict[str, Any] = {name: _frozen(value) for name, value in data.items()}
+        return cls(**plain)
+
+
+def _frozen(value: Any) -> Any:
+    """JSON's lists as the tuples they were."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

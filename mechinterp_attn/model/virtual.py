@@ -1,0 +1,150 @@
+"""Virtual heads: several heads one after the other, which together act as one.
+
+Where a later head moves what an earlier one wrote, the pair moves ``W_OV1 W_OV2`` along the product
+of their patterns (Elhage et al. 2021, "virtual attention heads"). A ``VirtualHead`` is a ``Head``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.model.heads import Cache, Head, LowRank, Side
+
+if TYPE_CHECKING:
+    from mechinterp_attn.model.attention_only import AttentionOnlyModel
+
+JOIN = " > "  # L0H1 > L1H4: first L0H1 acts, then L1H4 on what it wrote
+
+
+@dataclass(frozen=True, eq=False)
+class VirtualHead(Head):
+    """Heads in a row as one head; every norm between them is left out but its gain.
+
+    ``OV`` is the product of their OV circuits, in the order in which they act. ``QK`` is what the
+    last head's score makes of what the earlier heads moved: its keys are read through their OV
+    circuits (the K-composition term; for a previous-token head followed by an induction head, the
+    circuit that matches tokens). ``pattern`` is the product of the patterns on a cache.
+
+    Attributes:
+        heads: the heads, first to last.
+    """
+
+    heads: tuple[Head, ...] = field(repr=False)
+
+    @property
+    def reads_at(self) -> int:
+        return self.heads[0].reads_at
+
+    @property
+    def writes_at(self) -> int:
+        return self.heads[-1].writes_at
+
+    def query_read(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
+        return self.heads[-1].query_read(x)
+
+    def key_read(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
+        return x @ self.W_K.to(x.dtype)
+
+    def gram(self, side: Side) -> Float[Tensor, "d_head d_head"]:
+        W = {"Q": self.W_Q, "K": self.W_K, "V": self.W_V, "O": self.W_O}[side].double()
+        return W @ W.T if side == "O" else W.T @ W
+
+    def pattern(self, cache: Cache, batch: int = 0) -> Float[Tensor, "query key_plus_bias"]:
+        """The product of the heads' patterns; the last column is what ends on the bias token.
+
+        Args: as for ``Head.pattern``.
+        """
+        chain = None
+        for head in reversed(self.heads):
+            own = F.pad(head.pattern(cache, batch), (0, 0, 0, 1))  # the bias token's own row:
+            own[-1, -1] = 1  # it sees only itself
+            chain = own if chain is None else chain @ own
+        assert chain is not None
+        return chain[:-1]
+
+
+@torch.no_grad()
+def virtual_head(model: AttentionOnlyModel, *heads: str | Head) -> VirtualHead:
+    """Several heads in a row as one head (Elhage et al. 2021, "virtual attention heads").
+
+    Args:
+        heads: two or more labels or heads, in the order in which they act.
+
+    Raises:
+        MechInterpError: fewer than two, no such head, or one that does not read what the one before
+            it writes.
+    """
+    if len(heads) < 2:
+        raise MechInterpError(f"a virtual head needs at least 2 heads, got {len(heads)}: {list(heads)}")
+    parts: list[Head] = []
+    for given in heads:
+        head = resolve_head(model, given)
+        parts += head.heads if isinstance(head, VirtualHead) else [head]
+    for one, two in pairwise(parts):
+        if one.writes_at >= two.reads_at:
+            raise MechInterpError(
+                f"{two.label} does not read what {one.label} writes: it comes before it or beside it; "
+                f"give the heads in the order in which they act"
+            )
+    # The product of all OVs, cut at the narrowest head: [d_model, r] and [r, d_model].
+    cut = min(range(len(parts)), key=lambda i: parts[i].W_V.shape[1])
+    before = _product([*(h.OV for h in parts[:cut])], parts[cut].W_V, left=True)
+    after = _product([*(h.OV for h in parts[cut + 1 :])], parts[cut].W_O, left=False)
+    last = parts[-1]
+    W_K = _product([h.OV for h in parts[:-1]], last.W_K, left=True)
+    return VirtualHead(
+        label=JOIN.join(head.label for head in parts),
+        kind="virtual",
+        layer=last.layer,
+        index=last.index,
+        W_Q=last.W_Q,
+        W_K=W_K,
+        W_V=before,
+        W_O=after,
+        b_Q=last.b_Q,
+        b_K=last.b_K,
+        b_V=torch.zeros_like(before[0]),
+        bank=last.bank,
+        model=model,
+        heads=tuple(parts),
+    )
+
+
+def _product(circuits: Sequence[LowRank], end: Tensor, *, left: bool) -> Tensor:
+    """``OV_1 OV_2 ... end`` (``left``) or ``end OV_1 OV_2 ...``, factor by factor, float64 inside."""
+    wide = end.double()
+    if left:
+        wide = reduce(lambda x, ov: ov.A.double() @ (ov.B.double() @ x), reversed(circuits), wide)
+    else:
+        wide = reduce(lambda x, ov: (x @ ov.A.double()) @ ov.B.double(), circuits, wide)
+    return wide.to(end.dtype)
+
+
+def resolve_head(model: AttentionOnlyModel, head: str | Head) -> Head:
+    """A head from what a user may give: a ``Head``, a label, or a virtual head's label such as
+    ``L0H1 > L1H4``.
+
+    Raises:
+        MechInterpError: no such head; the message names near ones.
+    """
+    if isinstance(head, Head):
+        return head
+    if isinstance(head, str) and JOIN.strip() in head:
+        return virtual_head(model, *(part.strip() for part in head.split(JOIN.strip())))
+    try:
+        return model[head]
+    except MechInterpError as error:
+        near = difflib.get_close_matches(str(head).upper(), list(model.heads), n=3, cutoff=0.6)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise MechInterpError(f"{error}{hint}") from None
