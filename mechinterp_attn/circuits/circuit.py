@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -22,9 +22,6 @@ from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Head
 from mechinterp_attn.model.virtual import VirtualHead, resolve_head
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 Which = Literal["OV", "QK"]
 Tokens = Sequence[str | int] | str | int
@@ -45,12 +42,6 @@ class TokenBlock(Result):
     head: str
     circuit: Which
     values: Float[Tensor, "source token"]
-
-    def plot(self) -> Figure:
-        """A heatmap, red negative and blue positive."""
-        from mechinterp_attn.view.figures.circuits import block_heatmap
-
-        return block_heatmap(self)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -26,6 +26,7 @@ from mechinterp_attn.circuits.plan import Plan, make_plan
 from mechinterp_attn.circuits.state import SavedState
 from mechinterp_attn.circuits.streaming import Precision, block_shape, wide
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -66,9 +67,7 @@ class CompositionScores(Result):
 
     def plot(self, *, ranking: bool = False, k: int = 20) -> Figure:
         """A heatmap of the scores against the random baseline, or the ``k`` strongest pairs."""
-        from mechinterp_attn.view.figures.circuits import composition_heatmap, composition_ranking
-
-        return composition_ranking(self, k) if ranking or self.scores is None else composition_heatmap(self)
+        return draw(self, ranking=ranking, k=k)
 
 
 @torch.no_grad()

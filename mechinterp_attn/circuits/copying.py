@@ -20,6 +20,7 @@ from mechinterp_attn.circuits.circuit import CHUNK, ov_circuit, positive_share
 from mechinterp_attn.circuits.groups import HeadGroup, Select, groups_of, refuse_non_finite
 from mechinterp_attn.circuits.plan import Plan, make_plan
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
@@ -52,9 +53,7 @@ class CopyingScores(Result):
 
     def plot(self, head: str | None = None) -> Figure:
         """The eigenvalues of a head on the complex plane; by default, the scores of all heads."""
-        from mechinterp_attn.view.figures.circuits import copying_bars, eigenvalue_plane
-
-        return copying_bars(self) if head is None else eigenvalue_plane(self, head)
+        return draw(self, head)
 
 
 @torch.no_grad()

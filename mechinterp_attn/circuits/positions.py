@@ -8,7 +8,7 @@ an average query with an average key is a curve over distances.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -22,9 +22,6 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Head
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -45,12 +42,6 @@ class PositionCircuit(Result):
     head: str
     scores: Tensor = field(repr=False)
     pattern: Float[Tensor, "query key"] = field(repr=False)
-
-    def plot(self) -> Figure:
-        """The pattern as a heatmap."""
-        from mechinterp_attn.view.figures.circuits import position_heatmap
-
-        return position_heatmap(self)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

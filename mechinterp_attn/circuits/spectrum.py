@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import pandas as pd
 import torch
@@ -16,9 +16,6 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Head
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -36,12 +33,6 @@ class SingularDirections(Result):
     title: ClassVar[str] = "Singular directions of an OV circuit"
     head: str
     singular_values: Float[Tensor, " rank"]
-
-    def plot(self) -> Figure:
-        """All singular values."""
-        from mechinterp_attn.view.figures.circuits import spectrum_line
-
-        return spectrum_line(self)
 
 
 @torch.no_grad()

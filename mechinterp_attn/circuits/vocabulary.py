@@ -31,6 +31,7 @@ from mechinterp_attn.circuits.streaming import (
     top_of_rows,
 )
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Head
@@ -61,9 +62,7 @@ class TokenPairs(Result):
 
     def plot(self, k: int = 20) -> Figure:
         """The first ``k`` entries as signed bars."""
-        from mechinterp_attn.view.figures.circuits import pair_bars
-
-        return pair_bars(self, k)
+        return draw(self, k)
 
 
 def ov_top(

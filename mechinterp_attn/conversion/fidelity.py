@@ -19,7 +19,6 @@ from mechinterp_attn.sources.bridge import run_bridge
 from mechinterp_attn.sources.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
     from transformer_lens.model_bridge import TransformerBridge
 
 # Largest logit error, as a share of the largest logit, that rounding explains in each dtype: two
@@ -88,12 +87,6 @@ class Fidelity(Result):
         left_out = ("frame", "receipt", "worst_position")
         numbers = {name: value for name, value in vars(self).items() if name not in left_out}
         return numbers | {"ok": self.ok}
-
-    def plot(self) -> Figure:
-        """The relative error of the residual stream after every sublayer."""
-        from mechinterp_attn.view.figures.theorems import step_errors
-
-        return step_errors(self)
 
     def _repr_html_(self) -> str:
         from mechinterp_attn.core.table import html_table

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
+from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.text import shown
 
 if TYPE_CHECKING:
@@ -103,9 +104,7 @@ class Result:
 
     def plot(self) -> Figure:
         """A plotly figure: by default the first rows of ``frame``, ranked, as signed bars."""
-        from mechinterp_attn.view.figures.ranked import ranked_bars
-
-        return ranked_bars(self)
+        return draw(self)
 
     def _first_rows(self) -> pd.DataFrame:
         return self.top(ROWS_SHOWN) if self.sort_by else self.frame.head(ROWS_SHOWN)

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Receipt, Result
 from mechinterp_attn.detect.batches import Batch, pad, rows_within
@@ -57,9 +58,7 @@ class CorpusScores(Result):
 
     def plot(self, score: str = "induction") -> Figure:
         """A heatmap of one score over attention heads by layer."""
-        from mechinterp_attn.view.figures.detect import score_heatmap
-
-        return score_heatmap(self, score)
+        return draw(self, score)
 
     def passages(self, head: str) -> pd.DataFrame:
         """Where a head of any kind writes most.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
@@ -20,9 +20,6 @@ from mechinterp_attn.detect.probes import random_repeats
 from mechinterp_attn.detect.scores import MAX_BYTES, HeadScores, look, score_heads
 from mechinterp_attn.detect.weights import WeightScores, score_weights
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 ATTENDS = 0.4  # least attention on a role's pairs
 STANDS_OUT = 5.0  # least standard deviations above the null, of a trace or of a loss
@@ -86,12 +83,6 @@ class Induction(Result):
             views = [view.removeprefix("by_") for view in VIEWS if row[view]]
             lines.append(f"{', '.join(group['src'])} -> {dst} ({', '.join(views)})")
         return "; ".join(lines) + f"; repetition is worth {self.gain:.2f} nats"
-
-    def plot(self) -> Figure:
-        """Induction attention, and its loss when each head is cut, side by side."""
-        from mechinterp_attn.view.figures.detectors import induction_views
-
-        return induction_views(self)
 
 
 def induction(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import pandas as pd
 import torch
@@ -15,9 +15,6 @@ from mechinterp_attn.core.results import Receipt, Result
 from mechinterp_attn.detect.batches import Batch, Input, as_batch, rows_within
 from mechinterp_attn.detect.cuts import next_token
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 EARLY, LATE = 50, 500  # Olsson et al. 2022, in contexts of 512
 
@@ -40,12 +37,6 @@ class InContextLearning(Result):
     late: int
     losses: Float[Tensor, "batch pos_minus_1"]
     counted: Bool[Tensor, "batch pos_minus_1"]
-
-    def plot(self) -> Figure:
-        """Loss against position, the two positions of the score marked."""
-        from mechinterp_attn.view.figures.detectors import loss_by_position
-
-        return loss_by_position(self)
 
 
 @torch.no_grad()

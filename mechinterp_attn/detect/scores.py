@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.batches import Batch, Input, as_batch, rows_within
 from mechinterp_attn.detect.measures import HOOKS, Sums, hooks_of, sums_of, sums_of_chain
@@ -46,9 +47,7 @@ class HeadScores(Result):
 
     def plot(self, score: str = "induction") -> Figure:
         """A heatmap of one score over attention heads by layer."""
-        from mechinterp_attn.view.figures.detect import score_heatmap
-
-        return score_heatmap(self, score)
+        return draw(self, score)
 
 
 @torch.no_grad()
@@ -127,12 +126,6 @@ class Offsets(Result):
     """
 
     title: ClassVar[str] = "Attention by relative offset"
-
-    def plot(self) -> Figure:
-        """Attention heads by how far back they look."""
-        from mechinterp_attn.view.figures.detect import offset_heatmap
-
-        return offset_heatmap(self)
 
 
 @torch.no_grad()

@@ -21,11 +21,11 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.pictures import Page, draw
 from mechinterp_attn.frozen.bank import FrozenBank
 
 if TYPE_CHECKING:
     from mechinterp_attn.model.norm import FrozenNorm
-    from mechinterp_attn.view.circuitsvis import AttentionView
 
 Kind = Literal["attention", "mlp", "virtual"]
 Side = Literal["Q", "K", "V", "O"]
@@ -153,7 +153,7 @@ class Head:
         """
         return self.bank.dense_pattern(self.bank.cached_pattern(cache, batch), self.index)
 
-    def show(self, prompt: str | list[int] | Tensor, *, positions: slice = slice(None)) -> AttentionView:
+    def show(self, prompt: str | list[int] | Tensor, *, positions: slice = slice(None)) -> Page:
         """The head's attention on a prompt, as a CircuitsVis view that works offline and when saved.
 
         Args:
@@ -164,14 +164,12 @@ class Head:
             MechInterpError: the head was taken from a bank and not from a model, an unusable prompt,
                 or too many tokens to show.
         """
-        from mechinterp_attn.view.circuitsvis import show
-
         if self.model is None:
             raise MechInterpError(
                 f"this {self.label} was taken from a bank, which cannot run a prompt; take it from the "
                 f"model: model[{self.label!r}].show(prompt)"
             )
-        return show(self.model, self, prompt, positions=positions)
+        return draw(self, prompt, form="page", positions=positions)
 
 
 class HeadBank(nn.Module, ABC):

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.pictures import Page, draw
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.goals import Goal, Target, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
@@ -36,11 +37,6 @@ from mechinterp_attn.paths.flow import (
     stream_fields,
 )
 from mechinterp_attn.paths.score_edges import score_edges
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
-    from mechinterp_attn.view.graph import GraphView
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -92,17 +88,9 @@ class AttributionGraph(Result):
 
         return save_json(self, Path(path), slug)
 
-    def view(self) -> GraphView:
+    def view(self) -> Page:
         """The interactive picture: tokens across, layers up; click a node for its inputs and outputs."""
-        from mechinterp_attn.view.graph import graph_view
-
-        return graph_view(self)
-
-    def plot(self) -> Figure:
-        """The graph as a plotly figure; ``view`` has more."""
-        from mechinterp_attn.view.figures.paths import graph_figure
-
-        return graph_figure(self)
+        return draw(self, form="page")
 
     def _repr_html_(self) -> str:
         return self.view()._repr_html_()

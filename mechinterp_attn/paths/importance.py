@@ -27,8 +27,6 @@ from mechinterp_attn.frozen.prompt import Frozen, freeze, sum_tolerance
 from mechinterp_attn.paths.orders import order_names
 
 if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 HEAD_ORDERS = 2  # single heads are told apart up to this order
@@ -58,12 +56,6 @@ class TermImportance(Result):
     layers: pd.DataFrame = field(repr=False)
     heads: pd.DataFrame = field(repr=False)
     n_tokens: int
-
-    def plot(self) -> Figure:
-        """The change of every order, split into attention-only paths and paths with MLP heads."""
-        from mechinterp_attn.view.figures.paths import importance_bars
-
-        return importance_bars(self)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import pandas as pd
 import torch
 
+from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.goals import Target, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
@@ -38,9 +39,7 @@ class LogitAttribution(Result):
 
     def plot(self, k: int = 20) -> Figure:
         """The ``k`` largest terms as signed bars."""
-        from mechinterp_attn.view.figures.paths import attribution_bars
-
-        return attribution_bars(self, k)
+        return draw(self, k)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -21,9 +21,6 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 Count = Literal["all", "attention", "mlp"]
 
@@ -43,12 +40,6 @@ class Orders(Result):
     title: ClassVar[str] = "Logits by path order"
     logits: Float[Tensor, "order pos d_vocab"]
     count: Count
-
-    def plot(self) -> Figure:
-        """Loss with the paths up to each order."""
-        from mechinterp_attn.view.figures.paths import loss_by_order
-
-        return loss_by_order(self)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mechinterp_attn.conversion.fidelity import TOLERANCE
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank, ScoreSides
 from mechinterp_attn.frozen.goals import resolve_position
@@ -55,9 +56,7 @@ class ScoreExpansion(Result):
 
     def plot(self, k: int = 12) -> Figure:
         """The largest terms as a table of query-side times key-side parts."""
-        from mechinterp_attn.view.figures.paths import score_terms
-
-        return score_terms(self, k)
+        return draw(self, k)
 
 
 @torch.no_grad()

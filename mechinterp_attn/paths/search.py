@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank
@@ -67,9 +68,7 @@ class TopPaths(Result):
 
     def plot(self, k: int = 20) -> Figure:
         """The ``k`` largest paths as signed bars, and all others as one bar."""
-        from mechinterp_attn.view.figures.paths import path_bars
-
-        return path_bars(self, k)
+        return draw(self, k)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ diagonal.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import pandas as pd
 import torch
@@ -20,9 +20,6 @@ from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.goals import Target, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.paths.score import find_bank
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -48,12 +45,6 @@ class VirtualTerm(Result):
     logits: Float[Tensor, "pos d_vocab"] = field(repr=False)
     loss_change: float
     about: str
-
-    def plot(self) -> Figure:
-        """The composed pattern."""
-        from mechinterp_attn.view.figures.paths import virtual_pattern
-
-        return virtual_pattern(self)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import pandas as pd
 
@@ -23,9 +23,6 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.spec import NormKind
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,12 +143,6 @@ class Costs(Result):
 
     title: ClassVar[str] = "Costs of the original, two-key and dense forms"
     n_tokens: int
-
-    def plot(self) -> Figure:
-        """FLOPs per token of the three forms, by part."""
-        from mechinterp_attn.view.figures.theorems import cost_bars
-
-        return cost_bars(self)
 
 
 def costs(

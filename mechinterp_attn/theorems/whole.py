@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -28,9 +28,6 @@ from mechinterp_attn.theorems.gated import default_eps
 from mechinterp_attn.theorems.heads import check_precision
 from mechinterp_attn.theorems.literal import LiteralModel
 from mechinterp_attn.theorems.omega import check_omega, least_omega, sublayer_log_leak
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 Source = Any  # a TransformerBridge, a Checkpoint or an AttentionOnlyModel
 
@@ -61,12 +58,6 @@ class Steps(Result):
     def max_logit_error(self) -> float:
         """The largest absolute difference of the logits."""
         return float(self.frame["max_error"].iloc[-1])
-
-    def plot(self) -> Figure:
-        """The error after every sublayer."""
-        from mechinterp_attn.view.figures.theorems import step_errors
-
-        return step_errors(self)
 
 
 def attention_only(
@@ -198,12 +189,6 @@ class MaskSweep(Result):
             )
         x, y = used["omega"], used["error"].map(math.log)
         return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
-
-    def plot(self) -> Figure:
-        """Error and bound against Omega."""
-        from mechinterp_attn.view.figures.theorems import mask_sweep_lines
-
-        return mask_sweep_lines(self)
 
 
 @torch.no_grad()

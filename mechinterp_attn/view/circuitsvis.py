@@ -24,14 +24,16 @@ import torch
 
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.palette import NEGATIVE, POSITIVE
+from mechinterp_attn.core.pictures import draws
 from mechinterp_attn.core.table import html_table, text_table
 from mechinterp_attn.core.text import inert_json, number, shown
+from mechinterp_attn.model.heads import Head
+from mechinterp_attn.model.virtual import VirtualHead, resolve_head
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
-    from mechinterp_attn.model.heads import Head
 
 MAX_TOKENS = 64  # CircuitsVis holds the browser up on more
 BIAS = "⟨bias⟩"  # as in the report
@@ -122,9 +124,6 @@ def show(
     Raises:
         MechInterpError: no such head, an unusable prompt, or more than 64 tokens to show.
     """
-    from mechinterp_attn.model.heads import Head
-    from mechinterp_attn.model.virtual import VirtualHead, resolve_head
-
     chosen = [heads] if isinstance(heads, str | Head) else list(heads)
     found = [resolve_head(model, head) for head in chosen]
     if not found:
@@ -150,6 +149,12 @@ def show(
     labels = tuple(head.label for head in found)
     frames = [_strongest(label, own, names, places) for label, own in zip(labels, patterns, strict=True)]
     return AttentionView(labels, names, patterns, pd.concat(frames, ignore_index=True))
+
+
+@draws(Head, form="page")
+def _head_page(head: Head, prompt: str | list[int] | Tensor, *, positions: slice) -> AttentionView:
+    assert head.model is not None  # Head.show says what to do about a head of no model
+    return show(head.model, head, prompt, positions=positions)
 
 
 def _square(pattern: Tensor, at: slice, biased: bool) -> Tensor:

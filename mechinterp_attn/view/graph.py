@@ -9,12 +9,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from mechinterp_attn.core.pictures import draws
 from mechinterp_attn.core.text import inert_json, number, shown
+from mechinterp_attn.paths.graph import AttributionGraph
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from mechinterp_attn.paths.graph import AttributionGraph
 
 TOKENS = 96  # that are drawn, the most influential ones
 EDGES = 3000  # that are drawn, the strongest ones
@@ -68,6 +68,7 @@ class GraphView:
         return f"{self.data['title']}: {nodes} nodes, {edges} edges ({self.data['note']})"
 
 
+@draws(AttributionGraph, form="page")
 def graph_view(graph: AttributionGraph, *, most: int = 60) -> GraphView:
     """The picture of a graph; ``.data`` is what a page that embeds it needs.
 

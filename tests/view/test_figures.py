@@ -25,3 +25,27 @@ def test_score_heatmap_names_the_scores(model):
 
 def test_text_in_a_figure_is_not_markup():
     assert safe_text("<b>\u202e&") == "&lt;b&gt;⟨U+202E⟩&amp;"
+
+
+def test_every_drawing_is_found_by_type_and_no_analysis_names_the_roof():
+    """A picture is looked up in one registry; what has no drawing of its own is a ranking."""
+    from pathlib import Path
+
+    import mechinterp_attn
+    from mechinterp_attn.core.pictures import draw, draws
+
+    root = Path(mechinterp_attn.__file__).parent
+    below = [f for f in root.rglob("*.py") if f.relative_to(root).parts[0] not in ("view", "cli")]
+    naming = [f.name for f in below if "mechinterp_attn.view" in f.read_text()]
+    assert naming == ["pictures.py"]  # the name of the module to load, once
+    with pytest.raises(MechInterpError, match="no page of a int"):
+        draw(3, form="page")
+
+    class Base: ...
+
+    class Own(Base): ...
+
+    draws(Base)(lambda subject: "base")
+    assert draw(Own()) == "base"
+    draws(Own)(lambda subject: "own")
+    assert (draw(Own()), draw(Base())) == ("own", "base")

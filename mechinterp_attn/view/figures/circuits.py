@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import plotly.graph_objects as go
 
+from mechinterp_attn.circuits.circuit import TokenBlock
+from mechinterp_attn.circuits.composition import CompositionScores
+from mechinterp_attn.circuits.copying import CopyingScores
+from mechinterp_attn.circuits.positions import PositionCircuit
+from mechinterp_attn.circuits.spectrum import SingularDirections
+from mechinterp_attn.circuits.vocabulary import TokenPairs
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.pictures import draws
 from mechinterp_attn.view.figures.style import (
     KIND_COLOURS,
     NEGATIVE,
@@ -18,15 +23,15 @@ from mechinterp_attn.view.figures.style import (
     signed_scale,
 )
 
-if TYPE_CHECKING:
-    from mechinterp_attn.circuits.circuit import TokenBlock
-    from mechinterp_attn.circuits.composition import CompositionScores
-    from mechinterp_attn.circuits.copying import CopyingScores
-    from mechinterp_attn.circuits.positions import PositionCircuit
-    from mechinterp_attn.circuits.spectrum import SingularDirections
-    from mechinterp_attn.circuits.vocabulary import TokenPairs
-
 MAX_CELLS = 1_000_000
+
+
+@draws(CompositionScores)
+def composition_figure(result: CompositionScores, *, ranking: bool, k: int) -> go.Figure:
+    """The heatmap, or, where asked for or where a streamed search kept no scores, the ranking."""
+    return (
+        composition_ranking(result, k) if ranking or result.scores is None else composition_heatmap(result)
+    )
 
 
 def composition_heatmap(result: CompositionScores) -> go.Figure:
@@ -91,6 +96,12 @@ def composition_ranking(result: CompositionScores, k: int) -> go.Figure:
     return fig.update_yaxes(autorange="reversed")
 
 
+@draws(CopyingScores)
+def copying_figure(result: CopyingScores, head: str | None) -> go.Figure:
+    """The eigenvalues of one head, or the scores of all."""
+    return copying_bars(result) if head is None else eigenvalue_plane(result, head)
+
+
 def eigenvalue_plane(result: CopyingScores, head: str) -> go.Figure:
     """The eigenvalues of one head's OV circuit over the vocabulary."""
     if head not in result.eigenvalues:
@@ -139,6 +150,7 @@ def copying_bars(result: CopyingScores) -> go.Figure:
     return fig
 
 
+@draws(TokenBlock)
 def block_heatmap(result: TokenBlock) -> go.Figure:
     """Chosen rows and columns of a circuit."""
     values = result.values.cpu().numpy()
@@ -163,6 +175,7 @@ def block_heatmap(result: TokenBlock) -> go.Figure:
     return fig.update_yaxes(autorange="reversed")
 
 
+@draws(TokenPairs)
 def pair_bars(result: TokenPairs, k: int) -> go.Figure:
     """The first entries of a ranking as signed bars."""
     top = result.frame.head(k)
@@ -179,6 +192,7 @@ def pair_bars(result: TokenPairs, k: int) -> go.Figure:
     return fig
 
 
+@draws(PositionCircuit)
 def position_heatmap(result: PositionCircuit) -> go.Figure:
     """The attention that positions alone give."""
     fig = figure(
@@ -195,6 +209,7 @@ def position_heatmap(result: PositionCircuit) -> go.Figure:
     return fig.update_yaxes(autorange="reversed", scaleanchor="x")
 
 
+@draws(SingularDirections)
 def spectrum_line(result: SingularDirections) -> go.Figure:
     """The singular values of a head's OV circuit, largest first."""
     values = result.singular_values.double().cpu().numpy()

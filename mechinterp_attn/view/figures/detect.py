@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import plotly.graph_objects as go
 
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.pictures import draws
+from mechinterp_attn.detect.corpus import CorpusScores
+from mechinterp_attn.detect.scores import HeadScores, Offsets
 from mechinterp_attn.view.figures.style import SEQUENTIAL, figure
 
-if TYPE_CHECKING:
-    from mechinterp_attn.detect.corpus import CorpusScores
-    from mechinterp_attn.detect.scores import HeadScores, Offsets
 
-
+@draws(HeadScores, CorpusScores)
 def score_heatmap(scores: HeadScores | CorpusScores, score: str = "induction") -> go.Figure:
     """One score of all attention heads: layers down, heads across, from 0 to 1.
 
@@ -51,6 +49,7 @@ def score_heatmap(scores: HeadScores | CorpusScores, score: str = "induction") -
     return fig.update_yaxes(autorange="reversed", dtick=1, showgrid=False)
 
 
+@draws(Offsets)
 def offset_heatmap(offsets: Offsets) -> go.Figure:
     """Mean attention of every attention head by how far back it looks."""
     frame = offsets.frame[offsets.frame["kind"] == "attention"]

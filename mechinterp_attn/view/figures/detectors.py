@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import pandas as pd
 import plotly.graph_objects as go
 
+from mechinterp_attn.core.pictures import draws
+from mechinterp_attn.detect.induction import Induction
+from mechinterp_attn.detect.losses import InContextLearning
 from mechinterp_attn.view.figures.style import KIND_COLOURS, figure
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from mechinterp_attn.detect.induction import Induction
-    from mechinterp_attn.detect.losses import InContextLearning
 
 LINES = ("attention", "mlp", "embed", "bias")
 
 
+@draws(InContextLearning)
 def loss_by_position(result: InContextLearning) -> go.Figure:
     """Loss against position with its standard error, the two positions of the score marked."""
     frame = result.frame
@@ -36,6 +33,7 @@ def loss_by_position(result: InContextLearning) -> go.Figure:
     return fig.update_layout(showlegend=False)
 
 
+@draws(Induction)
 def induction_views(result: Induction) -> go.Figure:
     """Every head that was cut: its induction attention against what the model loses without it."""
     frame = result.scores.frame.merge(result.ablations.frame[["head", "loss_change"]], on="head")

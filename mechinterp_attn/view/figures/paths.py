@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pandas as pd
 import plotly.graph_objects as go
 
+from mechinterp_attn.core.pictures import draws
+from mechinterp_attn.paths.graph import AttributionGraph
+from mechinterp_attn.paths.importance import TermImportance
+from mechinterp_attn.paths.logits import LogitAttribution
+from mechinterp_attn.paths.orders import Orders
+from mechinterp_attn.paths.score import ScoreExpansion
+from mechinterp_attn.paths.search import TopPaths
+from mechinterp_attn.paths.virtual import VirtualTerm
 from mechinterp_attn.view.figures.style import (
     KIND_COLOURS,
     NEGATIVE,
@@ -18,19 +26,10 @@ from mechinterp_attn.view.figures.style import (
     signed_scale,
 )
 
-if TYPE_CHECKING:
-    from mechinterp_attn.paths.graph import AttributionGraph
-    from mechinterp_attn.paths.importance import TermImportance
-    from mechinterp_attn.paths.logits import LogitAttribution
-    from mechinterp_attn.paths.orders import Orders
-    from mechinterp_attn.paths.score import ScoreExpansion
-    from mechinterp_attn.paths.search import TopPaths
-    from mechinterp_attn.paths.virtual import VirtualTerm
-
-
 ORDER_COLOURS = {"0 heads": "#4d7c3a", "1 head": "#8fb3de", "2 heads": "#3b6fb6", "3 heads": "#1d3f75"}
 
 
+@draws(Orders)
 def loss_by_order(orders: Orders) -> go.Figure:
     """Loss with the paths up to each order as a falling line, each step labelled with its gain."""
     frame = orders.frame
@@ -51,6 +50,7 @@ def loss_by_order(orders: Orders) -> go.Figure:
     return fig.update_xaxes(type="category").update_layout(showlegend=False)
 
 
+@draws(LogitAttribution)
 def attribution_bars(attribution: LogitAttribution, k: int = 20) -> go.Figure:
     """The ``k`` largest terms of a logit as signed bars, and all others as one bar.
 
@@ -67,6 +67,7 @@ def attribution_bars(attribution: LogitAttribution, k: int = 20) -> go.Figure:
     )
 
 
+@draws(TopPaths)
 def path_bars(paths: TopPaths, k: int = 20) -> go.Figure:
     """The ``k`` largest paths to a logit as signed bars, and all others as one bar."""
     top = paths.frame.head(k)
@@ -111,6 +112,7 @@ def _bars(
     return fig.update_yaxes(categoryorder="array", categoryarray=names[::-1])
 
 
+@draws(TermImportance)
 def importance_bars(importance: TermImportance) -> go.Figure:
     """What each order changes the loss by: attention-only paths, and those with MLP-derived heads."""
     frame = importance.frame
@@ -129,6 +131,7 @@ def importance_bars(importance: TermImportance) -> go.Figure:
     return fig.update_layout(barmode="relative").update_xaxes(type="category")
 
 
+@draws(ScoreExpansion)
 def score_terms(expansion: ScoreExpansion, k: int = 12) -> go.Figure:
     """Query-side times key-side terms of a score as a map: the ``k`` largest parts of either side."""
     frame = expansion.frame.assign(size=expansion.frame["value"].abs())
@@ -154,6 +157,7 @@ def score_terms(expansion: ScoreExpansion, k: int = 12) -> go.Figure:
     return fig.update_yaxes(autorange="reversed")
 
 
+@draws(VirtualTerm)
 def virtual_pattern(term: VirtualTerm) -> go.Figure:
     """The composed attention pattern of a virtual head."""
     tokens = [f"{safe_text(token)} ({i})" for i, token in enumerate(term.frame["token"])]
@@ -172,6 +176,7 @@ def virtual_pattern(term: VirtualTerm) -> go.Figure:
     return fig.update_yaxes(autorange="reversed")
 
 
+@draws(AttributionGraph)
 def graph_figure(graph: AttributionGraph, most: int = 40) -> go.Figure:
     """The graph's nodes, positions across and layers up, with its largest edges.
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pandas as pd
 import plotly.graph_objects as go
 
+from mechinterp_attn.core.pictures import draws
+from mechinterp_attn.core.results import Result
 from mechinterp_attn.view.figures.style import KIND_COLOURS, NEGATIVE, POSITIVE, figure, safe_text
-
-if TYPE_CHECKING:
-    from mechinterp_attn.core.results import Result
 
 _NO_NAMES = ("kind", "ok")  # shown by colour, or no name of a row
 
 
+@draws(Result)
 def ranked_bars(result: Result, k: int = 20) -> go.Figure:
     """The first ``k`` rows of a result by the column it is ranked by; heads in the colours of their
     kind, other rows red below zero and blue above."""

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pandas as pd
 import plotly.graph_objects as go
 
+from mechinterp_attn.conversion.fidelity import Fidelity
+from mechinterp_attn.core.pictures import draws
+from mechinterp_attn.theorems.costs import Costs
+from mechinterp_attn.theorems.whole import MaskSweep, Steps
 from mechinterp_attn.view.figures.style import KIND_COLOURS, figure
-
-if TYPE_CHECKING:
-    from mechinterp_attn.conversion.fidelity import Fidelity
-    from mechinterp_attn.theorems.costs import Costs
-    from mechinterp_attn.theorems.whole import MaskSweep, Steps
 
 # Colour-blind safe (Okabe and Ito), in the order in which curves are drawn.
 CURVES = ("#3b6fb6", "#c2571a", "#4d7c3a", "#8a5a9e", "#7a7a7a", "#b8860b")
 
 
+@draws(Steps, Fidelity)
 def step_errors(steps: Steps | Fidelity) -> go.Figure:
     """The relative error of the residual stream after every sublayer, on a logarithmic axis."""
     frame = steps.frame
@@ -34,6 +32,7 @@ def step_errors(steps: Steps | Fidelity) -> go.Figure:
     return fig.update_yaxes(type="log", exponentformat="power")
 
 
+@draws(MaskSweep)
 def mask_sweep_lines(sweep: MaskSweep) -> go.Figure:
     """Error (line) and bound (dotted) of every sublayer and the logits against Omega."""
     fig = figure(title=sweep.title, x="Omega", y="largest error")
@@ -48,6 +47,7 @@ def mask_sweep_lines(sweep: MaskSweep) -> go.Figure:
     return fig.update_yaxes(type="log", exponentformat="power")
 
 
+@draws(Costs)
 def cost_bars(costs: Costs) -> go.Figure:
     """FLOPs per token of every form, by part."""
     fig = figure(
