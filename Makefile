@@ -11,7 +11,7 @@ PROMPT ?= Mr. Dorling was a tall man. I had never seen Mr. Dor
 REPORT ?= demo-report.html
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs linkcheck notebooks clean
+.PHONY: help demo test lint format bench real docs linkcheck notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -39,6 +39,9 @@ BENCHMARKS := $(wildcard benchmarks/bench_*.py) $(patsubst %,benchmarks/%.py,det
 bench: $(VENV)/.installed-bench  ## run the benchmarks; their tables go to docs/benchmarks/
 	@for script in $(if $(ONLY),$(patsubst %,benchmarks/%.py,$(ONLY)),$(BENCHMARKS)); do \
 		echo "== $$script"; BENCH_TABLES=docs/benchmarks $(BIN)/python $$script || exit 1; done
+
+real: $(VENV)/.installed-real  ## fetch a real model, SmolLM2-135M in 4 bits, into real/ (0.5 GB)
+	$(BIN)/python benchmarks/smollm2.py
 
 docs: $(VENV)/.installed-docs  ## build docs/_build/html; a warning or a dead link is an error
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
@@ -68,6 +71,10 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-bench: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[bench]"
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-real: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[bench,gguf]"
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-bench
 
 $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[docs]"

@@ -10,6 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 # Real models and text that are not part of the project; tests that use them skip without them.
 DATA = Path(os.environ.get("MECHINTERP_ATTN_DATA", ROOT.parent / "shared" / "data"))
+SMOLLM2 = Path(os.environ.get("MECHINTERP_ATTN_SMOLLM2", ROOT / "real" / "smollm2-135m-instruct-q4"))
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +18,22 @@ def data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no test data at {DATA}; set MECHINTERP_ATTN_DATA to run this test")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """A real model as a Hugging Face folder: SmolLM2-135M-Instruct, its weights rounded to 4 bits."""
+    if not (SMOLLM2 / "tokenizer.json").is_file():
+        pytest.skip(f"no SmolLM2 at {SMOLLM2}; `make real` fetches it, MECHINTERP_ATTN_SMOLLM2 names it")
+    return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_folder):
+    """The same, converted; all tests share it and leave it as it is."""
+    import mechinterp_attn as mia
+
+    return mia.load(smollm2_folder)
 
 
 @pytest.fixture
