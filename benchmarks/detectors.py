@@ -24,8 +24,8 @@ from publish import publish
 from torch import Tensor
 
 import mechinterp_attn as mia
-from mechinterp_attn.detect.batches import as_batch
-from mechinterp_attn.detect.cuts import next_token
+from mechinterp_attn.causal.batches import as_batch
+from mechinterp_attn.causal.cuts import next_token
 from mechinterp_attn.detect.induction import STANDS_OUT
 from mechinterp_attn.sources.zoo import bundled_names, read_bundled
 

@@ -11,11 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.core.progress import Progress
-from mechinterp_attn.core.results import Check, Receipt, Result
-from mechinterp_attn.detect.batches import Batch, Input, as_batch, rows_within
-from mechinterp_attn.detect.cuts import (
+from mechinterp_attn.causal.batches import Batch, Input, as_batch, rows_within
+from mechinterp_attn.causal.cuts import (
     Cut,
     Replace,
     Target,
@@ -26,6 +23,9 @@ from mechinterp_attn.detect.cuts import (
     run_cuts,
     saved_patterns,
 )
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.estimates import estimated_changes, rank_correlation
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Head

@@ -13,14 +13,14 @@ import torch
 import yaml
 from torch import Tensor
 
+from mechinterp_attn.causal.batches import Batch, as_batch, look, pad
+from mechinterp_attn.causal.cuts import EDGE, cut_of
 from mechinterp_attn.core.errors import MechInterpError, listing
 from mechinterp_attn.core.results import Receipt, Result
 from mechinterp_attn.detect.ablation import ablate
-from mechinterp_attn.detect.batches import Batch, as_batch, pad
-from mechinterp_attn.detect.cuts import EDGE, cut_of
 from mechinterp_attn.detect.induction import ATTENDS
 from mechinterp_attn.detect.probes import ROLES, random_repeats
-from mechinterp_attn.detect.scores import look, score_heads
+from mechinterp_attn.detect.scores import score_heads
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 Spec = Mapping[str, Any] | str | Path

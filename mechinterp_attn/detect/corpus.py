@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp_attn.causal.batches import Batch, pad, rows_within
+from mechinterp_attn.causal.cuts import Cut, Target, cut_of, next_token, run_cuts
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Receipt, Result
-from mechinterp_attn.detect.batches import Batch, pad, rows_within
-from mechinterp_attn.detect.cuts import Cut, Target, cut_of, next_token, run_cuts
 from mechinterp_attn.detect.estimates import estimated_changes, rank_correlation
 from mechinterp_attn.detect.measures import HOOKS, sums_of
 from mechinterp_attn.detect.tally import Best, Place, Tally

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechinterp_attn.detect.batches import Batch
-from mechinterp_attn.detect.cuts import next_token
+from mechinterp_attn.causal.batches import Batch
+from mechinterp_attn.causal.cuts import next_token
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 

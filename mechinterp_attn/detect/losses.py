@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechinterp_attn.causal.batches import Batch, Input, as_batch, rows_within
+from mechinterp_attn.causal.cuts import next_token
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Receipt, Result
-from mechinterp_attn.detect.batches import Batch, Input, as_batch, rows_within
-from mechinterp_attn.detect.cuts import next_token
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 EARLY, LATE = 50, 500  # Olsson et al. 2022, in contexts of 512

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.detect.batches import Batch
+from mechinterp_attn.causal.batches import Batch
 from mechinterp_attn.detect.probes import ROLES, pairs_by_role
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Cache

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool
 from torch import Generator, Tensor
 
+from mechinterp_attn.causal.batches import Batch, rows_within
+from mechinterp_attn.causal.cuts import next_token
 from mechinterp_attn.core.progress import Progress
-from mechinterp_attn.detect.batches import Batch, rows_within
-from mechinterp_attn.detect.cuts import next_token
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 DRAWS = 8  # random directions for each head

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mechinterp_attn.causal.batches import Batch
 from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.detect.batches import Batch
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 PERIOD, REPEATS = 25, 4  # Olsson et al. 2022: 25 random tokens, 4 times

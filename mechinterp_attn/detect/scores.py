@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -12,10 +12,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from mechinterp_attn.causal.batches import Batch, Input, as_batch, look, rows_within
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.results import Check, Receipt, Result
-from mechinterp_attn.detect.batches import Batch, Input, as_batch, rows_within
 from mechinterp_attn.detect.measures import HOOKS, Sums, hooks_of, sums_of, sums_of_chain
 from mechinterp_attn.detect.probes import pairs_by_role, random_repeats
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -90,7 +90,7 @@ def score_heads(
     parts: list[list[Sums]] = []
     checks: tuple[Check, ...] = ()
     for part in batch.split(rows):
-        cache = look(model, part, extra=extra)
+        cache = look(model, part, HOOKS, extra)
         sums = sums_of(model, part, cache)
         parts.append([sums, *(sums_of_chain(model, part, cache, head) for head in chains)])
         checks = checks or (_dense_check(model, part, cache, sums),)
@@ -253,26 +253,6 @@ def probe_or(
         return probe.batch, {"tokens": str(probe), "seed": seed, "draws": draws, "dtype": dtype}
     batch = as_batch(model, tokens)
     return batch, {"tokens": f"{int(batch.real.sum())} given", "sequences": len(batch), "dtype": dtype}
-
-
-def look(
-    model: AttentionOnlyModel,
-    batch: Batch,
-    hooks: tuple[str, ...] = HOOKS,
-    extra: Collection[str] = (),
-) -> dict[str, Tensor]:
-    """Run a batch and keep some hooks of every bank, and ``extra`` ones by their full names."""
-    model.heads.required()
-    names = {f"{bank.path}.{hook}" for bank in model.banks for hook in hooks} | set(extra)
-    padded: dict[str, Any] = {} if batch.mask is None else {"attention_mask": batch.mask}
-    _, cache = model.run_with_cache(
-        batch.tokens,
-        return_type=None,
-        names_filter=lambda name: name in names,
-        return_cache_object=False,
-        **padded,
-    )
-    return cache
 
 
 def _dense_check(model: AttentionOnlyModel, batch: Batch, cache: Cache, sums: Sums) -> Check:

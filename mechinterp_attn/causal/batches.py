@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -93,3 +94,23 @@ def rows_within(model: AttentionOnlyModel, positions: int, max_bytes: int) -> in
             f"(now {max_bytes / 2**20:.0f} MiB) or shorten the sequences"
         )
     return max_bytes // need
+
+
+def look(
+    model: AttentionOnlyModel,
+    batch: Batch,
+    hooks: tuple[str, ...],
+    extra: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """Run a batch and keep some hooks of every bank, and ``extra`` ones by their full names."""
+    model.heads.required()
+    names = {f"{bank.path}.{hook}" for bank in model.banks for hook in hooks} | set(extra)
+    padded: dict[str, Any] = {} if batch.mask is None else {"attention_mask": batch.mask}
+    _, cache = model.run_with_cache(
+        batch.tokens,
+        return_type=None,
+        names_filter=lambda name: name in names,
+        return_cache_object=False,
+        **padded,
+    )
+    return cache

@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp_attn.causal.batches import Batch, look
 from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.detect.batches import Batch
-from mechinterp_attn.detect.scores import look
 from mechinterp_attn.frozen.prompt import freeze
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Head, HeadBank

@@ -1,0 +1,1 @@
+"""Behaviours and causes: what does it, proven by intervention."""
