@@ -19,6 +19,9 @@ from mechinterp_attn.model.rotary import Rotary
 from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.model.step import Step
 
+# A normalised stream of its own for each head's query, key and value: ``[batch, pos, head, d_model]`` each.
+ForkedInput = tuple[Tensor, Tensor, Tensor]
+
 
 class AttentionBank(HeadBank):
     """Softmax attention heads; grouped keys and values (GQA) are stored once.
@@ -72,14 +75,25 @@ class AttentionBank(HeadBank):
         self.hook_attn_scores = HookPoint()  # [batch, head, query, key]
         self.hook_pattern = HookPoint()  # [batch, head, query, key]
         self.hook_z = HookPoint()  # [batch, pos, head, d_head]
+        self.use_result = False
+        self.hook_result = HookPoint()  # [batch, pos, head, d_model], where use_result asks for it
 
     def forward(
-        self, x: Float[Tensor, "batch pos d_model"], step: Step
+        self, x: Float[Tensor, "batch pos d_model"], step: Step, forked: ForkedInput | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The sum of the heads' outputs plus b_O for a normalised residual stream ``x``."""
-        q = self.hook_q(_project(x, self.W_Q, self.b_Q))
-        k = self.hook_k(_project(x, self.W_K, self.b_K))
-        v = self.hook_v(_project(x, self.W_V, self.b_V))
+        """The sum of the heads' outputs plus b_O for a normalised residual stream ``x``.
+
+        Args:
+            step: what the banks share in this pass.
+            forked: a normalised stream of its own for every head's query, key and value, instead of ``x``.
+        """
+        weights = (self.W_Q, self.b_Q), (self.W_K, self.b_K), (self.W_V, self.b_V)
+        if forked is None:
+            q, k, v = (_project(x, W, b) for W, b in weights)
+        else:
+            read = zip(forked, weights, strict=True)
+            q, k, v = (torch.einsum("bphd,hdk->bphk", own, W) + b for own, (W, b) in read)
+        q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None and step.rotation is not None:
@@ -95,6 +109,8 @@ class AttentionBank(HeadBank):
         else:  # nobody looks at the pattern: the fused kernel never stores it
             z = self._fused(q, k, v, step)
         z = self.hook_z(z)
+        if self.use_result:
+            return self.hook_result(torch.einsum("bphd,hde->bphe", z, self.W_O)).sum(2) + self.b_O
         return z.flatten(-2) @ self.W_O.flatten(0, 1) + self.b_O
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:

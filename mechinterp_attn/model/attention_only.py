@@ -6,7 +6,7 @@ and the runtime protocols ``TransformerLensModel`` and ``TransformerLensModelWit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule, TransformerBridgeConfig
 from transformer_lens.hook_points import HookPoint
+from transformers.modeling_outputs import CausalLMOutput
 
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.model.block import Block, Embed, PosEmbed, PredictionHead, Sublayer, Unembed
@@ -24,13 +25,15 @@ from mechinterp_attn.model.heads import Head, HeadBank, HeadIndex
 from mechinterp_attn.model.norm import Norm
 from mechinterp_attn.model.rotary import Rotary
 from mechinterp_attn.model.spec import Spec
+from mechinterp_attn.model.stacked import StackedWeights
 from mechinterp_attn.model.step import KeyValueCache, Step
+from mechinterp_attn.model.switches import Switches
 from mechinterp_attn.model.tokens import TokenDoor
 
 ReturnType = Literal["logits", "loss", "both"] | None
 
 
-class AttentionOnlyModel(TokenDoor, HookedRootModule):
+class AttentionOnlyModel(TokenDoor, StackedWeights, Switches, HookedRootModule):
     """A transformer in which every MLP neuron is an attention head.
 
     Made by ``mia.load`` or ``mia.convert``. Tokens ``[batch, pos]`` (or text, where there is a
@@ -95,51 +98,114 @@ class AttentionOnlyModel(TokenDoor, HookedRootModule):
 
     def forward(
         self,
-        input: str | list[str] | Tensor,
+        input: str | list[str] | Tensor | None = None,
         return_type: ReturnType = "logits",
         *,
         loss_per_token: bool = False,
         prepend_bos: bool | None = None,
         attention_mask: Tensor | None = None,
-        past: KeyValueCache | None = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        past_kv_cache: KeyValueCache | None = None,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Any:
         """Logits, the mean next-token loss (nats), both, or nothing (to fill a cache).
 
         Args:
-            input: tokens ``[pos]`` or ``[batch, pos]``, or text.
+            input: tokens ``[pos]`` or ``[batch, pos]``, or text; with ``start_at_layer`` a residual stream.
+            return_type: "logits", "loss", "both" or None.
             loss_per_token: give the losses ``[batch, pos - 1]`` instead of their mean.
             prepend_bos: for text only; by default a BOS is put in front where the tokenizer has one.
             attention_mask: ``[batch, pos]``, 0 on padding, left or right; positions of a causal model
-                count the real tokens, and losses leave the padding out. With ``past``, ``[batch,
+                count the real tokens, and losses leave the padding out. With ``past_kv_cache``, ``[batch,
                 past + pos]`` or the new tokens' part.
-            past: a key-value cache; ``input`` follows the tokens in it, and is added to it.
+            start_at_layer: take ``input`` as the stream ``[batch, pos, d_model]`` that this block reads,
+                and run from there. A loss needs tokens, so ``return_type`` is then "logits" or None.
+            stop_at_layer: return the stream ``[batch, pos, d_model]`` in front of this block (negative:
+                counted from the last). Blocks behind it do not run.
+            past_kv_cache: a key-value cache; ``input`` follows the tokens in it, and is added to it.
+            input_ids: the tokens, so that ``model(**tokenizer(text, return_tensors="pt"))`` works.
+            token_type_ids: taken where all are 0, the type that conversion folds into the embedding.
+            labels: targets as Hugging Face gives them, ``[batch, pos]``, -100 where nothing is asked. The
+                output is then Hugging Face's, with ``.loss`` and ``.logits``, as its Trainer expects.
 
         Raises:
-            MechInterpError: tokens that are empty, too long, out of range or not integers.
+            MechInterpError: tokens that are empty, too long, out of range or not integers, no such layer,
+                or arguments that exclude each other.
         """
         if return_type not in ("logits", "loss", "both", None):
             raise MechInterpError(f"return_type={return_type!r}; expected 'logits', 'loss', 'both' or None")
-        tokens = self.as_tokens(input, prepend_bos=prepend_bos)
-        step, positions = self._step(tokens, attention_mask, past)
-        x = self.hook_embed(self.embed(tokens))
-        if self.spec.positions == "standard":
-            x = x + self.hook_pos_embed(self.pos_embed(positions).expand_as(x))
-        if self.spec.embed_norm is not None:
-            x = self.embed_norm(x)
-        for block in self.blocks:
-            x = block(x, step)
+        if (input is None) == (input_ids is None):
+            raise MechInterpError("give tokens or text once: as the first argument, or as input_ids=")
+        if token_type_ids is not None and bool(torch.as_tensor(token_type_ids).any()):
+            raise MechInterpError("token_type_ids other than 0 are not converted; leave them out")
+        layers = self._layers(start_at_layer, stop_at_layer)
+        tokens = None
+        if start_at_layer is None:
+            tokens = self.as_tokens(
+                cast(Any, input if input_ids is None else input_ids), prepend_bos=prepend_bos
+            )
+            step, positions = self._step(tokens, attention_mask, past_kv_cache)
+            x = self._embedded(tokens, positions)
+        else:
+            if return_type in ("loss", "both") or labels is not None:
+                raise MechInterpError("a loss needs tokens, and start_at_layer takes a stream")
+            x = self._as_stream(input)
+            step, _ = self._step(x[..., 0].long(), attention_mask, past_kv_cache)
+        for layer in layers:
+            x = self.blocks[layer](x, step)
+        if stop_at_layer is not None:
+            return x
         if self.spec.prediction_head:
             x = self.prediction(x)
         x = self.ln_final(x)
-        if return_type is None:
+        if return_type is None and labels is None:
             return None
         logits = self.unembed(x)
         if self.spec.logit_cap is not None:
             logits = self.spec.logit_cap * torch.tanh(logits / self.spec.logit_cap)
+        if labels is not None:
+            return CausalLMOutput(loss=self._labelled_loss(logits, torch.as_tensor(labels)), logits=logits)
         if return_type == "logits":
             return logits
+        assert tokens is not None
         loss = self.loss_fn(logits, tokens, per_token=loss_per_token, attention_mask=attention_mask)
         return loss if return_type == "loss" else (logits, loss)
+
+    def _embedded(
+        self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "#batch pos"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream in front of the first block."""
+        x = self.hook_embed(self.embed(tokens))
+        if self.spec.positions == "standard":
+            x = x + self.hook_pos_embed(self.pos_embed(positions).expand_as(x))
+        return x if self.spec.embed_norm is None else self.embed_norm(x)
+
+    def _layers(self, start: int | None, stop: int | None) -> range:
+        """Which blocks run."""
+        n = self.spec.n_layers
+        for name, layer in (("start_at_layer", start), ("stop_at_layer", stop)):
+            if layer is not None and not -n <= layer <= n:
+                raise MechInterpError(f"{name}={layer}; this model has {n} layers, so expected {-n} to {n}")
+        first, last = (0 if start is None else start), (n if stop is None else stop)
+        return range(first % n if first < 0 else first, last % n if last < 0 else last)
+
+    def _as_stream(self, x: Any) -> Float[Tensor, "batch pos d_model"]:
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != self.spec.d_model:
+            given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise MechInterpError(
+                f"start_at_layer takes a residual stream [batch, pos, {self.spec.d_model}], got {given}"
+            )
+        return x
+
+    def _labelled_loss(self, logits: Float[Tensor, "batch pos d_vocab"], labels: Tensor) -> Tensor:
+        """Hugging Face's: position i predicts label i + 1 in a causal model, its own label in another."""
+        labels = labels.to(logits.device)
+        if self.spec.causal:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
 
     def _step(
         self, tokens: Int[Tensor, "batch pos"], mask: Tensor | None, past: KeyValueCache | None
@@ -202,6 +268,28 @@ class AttentionOnlyModel(TokenDoor, HookedRootModule):
         mask = torch.as_tensor(attention_mask).to(loss.device).bool()
         real = mask[:, 1:] & mask[:, :-1]
         return (loss * real).sum() / real.sum()
+
+    def run_with_hooks(
+        self, *args: Any, fwd_hooks: Sequence[Any] = (), bwd_hooks: Sequence[Any] = (), **kwargs: Any
+    ) -> Any:
+        """One forward pass with hooks on it, as in TransformerLens.
+
+        Args:
+            args, kwargs: of ``forward``, and ``reset_hooks_end``, ``clear_contexts``.
+            fwd_hooks, bwd_hooks: pairs of a hook's name, or a function that chooses names, and what to
+                call.
+
+        Returns:
+            what ``forward`` returns.
+
+        Raises:
+            MechInterpError: a hook that would never fire; the message names the switch that is off.
+        """
+        for name, _ in (*fwd_hooks, *bwd_hooks):
+            if isinstance(name, str) and name in self.hook_dict:
+                self.check_hooks_to_add(self.hook_dict[name], name)
+        hooks = dict(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks))
+        return super().run_with_hooks(*args, **hooks, **kwargs)
 
     def run_with_cache(
         self,

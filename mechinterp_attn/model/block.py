@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.frozen.bank import FrozenBank
-from mechinterp_attn.model.attention import AttentionBank
+from mechinterp_attn.model.attention import AttentionBank, ForkedInput
 from mechinterp_attn.model.gates import Function, Rule
 from mechinterp_attn.model.heads import Cache, HeadBank
 from mechinterp_attn.model.neurons import MLPNames, NeuronBank
@@ -121,6 +122,19 @@ class FrozenSublayer:
     out_bias: Float[Tensor, " d_model"] | None
 
 
+@dataclass
+class Forks:
+    """Which copies of the stream a block makes, so that a hook can edit what one reader sees.
+
+    Off unless asked for, since they cost a stream per head (``model.set_use_split_qkv_input`` and its kin,
+    as in TransformerLens). A norm in front is taken of every copy; its own hooks see the shared stream.
+    """
+
+    attn_in: bool = False
+    qkv: bool = False
+    mlp_in: bool = False
+
+
 class Block(nn.Module):
     """One block of the source model: a sublayer of attention heads, then one of neuron heads, or both
     at once."""
@@ -130,7 +144,12 @@ class Block(nn.Module):
         self.layer = layer
         self.parallel = spec.parallel
         self.out_norms = spec.stream_norm is not None
+        self.forks = Forks()
         self.hook_resid_pre = HookPoint()
+        self.hook_attn_in = HookPoint()  # [batch, pos, head, d_model], like the next three: see Forks
+        self.hook_q_input = HookPoint()
+        self.hook_k_input = HookPoint()  # one per key-value head, as hook_v_input
+        self.hook_v_input = HookPoint()
 
         def norm(name: str) -> Norm:
             kind = spec.stream_norm if self.out_norms else spec.norm
@@ -149,6 +168,7 @@ class Block(nn.Module):
             if not self.parallel:
                 self.hook_resid_mid = HookPoint()
                 self.ln2 = norm("ln2")
+            self.hook_mlp_in = HookPoint()  # [batch, pos, d_model]: see Forks
             self.mlp = MLPNames(self.neurons)
             self.ln2_post = post("ln2_post")
             self.hook_mlp_out = HookPoint()
@@ -159,20 +179,44 @@ class Block(nn.Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         x = self.hook_resid_pre(x)
         if self.out_norms:
-            x = self.ln1(x + self.hook_attn_out(self.attn(x, step)))
+            x = self.ln1(x + self.hook_attn_out(self.attn(x, step, self._forked(x, None))))
             if self.neurons is not None:
                 x = self.hook_resid_mid(x)
-                x = self.ln2(x + self.hook_mlp_out(self.neurons(x, self.mlp)))
+                x = self.ln2(x + self.hook_mlp_out(self.neurons(self._mlp_in(x), self.mlp)))
             return self.hook_resid_post(x)
         normed = self.ln1(x)
-        attn = self.hook_attn_out(self.ln1_post(self.attn(normed, step)))
+        attn = self.hook_attn_out(self.ln1_post(self.attn(normed, step, self._forked(x, self.ln1))))
         if self.neurons is None:
             return self.hook_resid_post(x + attn)
         if not self.parallel:
             x = self.hook_resid_mid(x + attn)
-            normed, attn = self.ln2(x), 0.0
+            normed, attn = self.ln2(self._mlp_in(x)), 0.0
+        elif self.forks.mlp_in:
+            normed = self.ln1.plain(self._mlp_in(x))
         mlp = self.hook_mlp_out(self.ln2_post(self.neurons(normed, self.mlp)))
         return self.hook_resid_post(x + attn + mlp)
+
+    def _forked(self, x: Float[Tensor, "batch pos d_model"], norm: Norm | None) -> ForkedInput | None:
+        """A copy of the stream for every head's query, key and value, normed; None where nobody asked."""
+        if not (self.forks.qkv or self.forks.attn_in):
+            return None
+        n_heads, n_kv = self.attn.n_heads, self.attn.n_heads // self.attn.group
+        if self.forks.attn_in:
+            q = self.hook_attn_in(x[:, :, None].expand(-1, -1, n_heads, -1).clone())
+            if n_kv != n_heads:
+                raise MechInterpError(
+                    "hook_attn_in has one stream per head, and here heads share keys and values; "
+                    "use model.set_use_split_qkv_input(True) and its three hooks"
+                )
+            copies = q, q, q
+        else:
+            points = (self.hook_q_input, n_heads), (self.hook_k_input, n_kv), (self.hook_v_input, n_kv)
+            copies = tuple(hook(x[:, :, None].expand(-1, -1, n, -1).clone()) for hook, n in points)
+        q, k, v = copies if norm is None else tuple(norm.plain(copy) for copy in copies)
+        return q, k, v
+
+    def _mlp_in(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return self.hook_mlp_in(x.clone()) if self.forks.mlp_in else x
 
     @property
     def banks(self) -> tuple[HeadBank, ...]:

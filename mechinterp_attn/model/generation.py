@@ -59,7 +59,7 @@ def generate(
     cache = KeyValueCache() if use_past_kv_cache else None
     unread = tokens
     for _ in Progress(range(max_new_tokens), desc="tokens", show=verbose):
-        logits = model(unread, attention_mask=mask, past=cache)[:, -1]
+        logits = model(unread, attention_mask=mask, past_kv_cache=cache)[:, -1]
         new = _choose(logits, temperature, top_k, top_p, generator)
         if eos is not None:
             new = torch.where(done, eos, new)

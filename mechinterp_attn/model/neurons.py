@@ -196,6 +196,10 @@ class MLPNames(nn.Module):
         self.hook_post = HookPoint()  # [batch, pos, neuron]
         self._bank = (bank,)  # in a tuple: the block registers the bank, once
 
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """What the neurons and ``b_out`` write for a normalised residual stream ``x``."""
+        return self._bank[0](x, self)
+
     W_in = property(lambda self: self._bank[0].W_in)
     b_in = property(lambda self: self._bank[0].b_in)
     W_out = property(lambda self: self._bank[0].W_out)

@@ -33,13 +33,20 @@ class Norm(nn.Module):
         self.hook_normalized = HookPoint()  # [batch, pos, d_model], before gain and bias
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        return self._normed(x, self.hook_scale, self.hook_normalized)
+
+    def plain(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """``forward`` without its hooks."""
+        return self._normed(x, nn.Identity(), nn.Identity())
+
+    def _normed(self, x: Tensor, hook_scale: nn.Module, hook_normalized: nn.Module) -> Tensor:
         if self.kind is None:
             return x
         wide = x if x.dtype == torch.float64 else x.float()
         if self.kind == "LN":
             wide = wide - wide.mean(-1, keepdim=True)
-        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
-        out = self.hook_normalized((wide / scale).to(x.dtype))
+        scale = hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        out = hook_normalized((wide / scale).to(x.dtype))
         if self.w is not None:
             out = out * self.w
         return out if self.b is None else out + self.b

@@ -12,7 +12,7 @@ from mechinterp_attn.model.rotary import Rotation
 class KeyValueCache:
     """Keys (already turned) and values of the tokens seen so far, by layer.
 
-    ``model(tokens, past=cache)`` appends to it, so that the next call needs the new tokens only.
+    ``model(tokens, past_kv_cache=cache)`` appends to it, so that the next call needs the new tokens only.
     """
 
     def __init__(self) -> None:

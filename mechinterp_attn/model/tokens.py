@@ -104,6 +104,8 @@ class TokenDoor:
                 f"{tokens.shape[1]} tokens are more than this model's context of "
                 f"{self.spec.n_ctx}; shorten the prompt by {tokens.shape[1] - self.spec.n_ctx}"
             )
+        if torch.compiler.is_compiling():  # reading a value would break the graph
+            return tokens
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.spec.d_vocab:
             raise MechInterpError(

@@ -164,7 +164,7 @@ class LiteralModel(AttentionOnlyModel):
 
     def forward(
         self,
-        input: Any,
+        input: Any = None,
         return_type: Any = "logits",
         *,
         loss_per_token: bool = False,

@@ -1,0 +1,93 @@
+"""What is looked at only on demand, under TransformerLens's names: head results and split inputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.model.block import Block
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformer_lens import TransformerBridgeConfig
+    from transformer_lens.hook_points import HookPoint
+
+
+class Switches:
+    """Mixin for a model with ``blocks`` and TransformerLens's config in ``_cfg``."""
+
+    blocks: nn.ModuleList
+    _cfg: TransformerBridgeConfig
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Whether ``attn.hook_result`` holds what every head writes, ``[batch, pos, head, d_model]``.
+
+        Args:
+            use_attn_result: on or off; it is off at first, since it costs a stream per head.
+        """
+        for block in self.blocks:
+            cast(Block, block).attn.use_result = use_attn_result
+        self._cfg.use_attn_result = use_attn_result
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Whether a copy of the stream is made for every head's query, key and value.
+
+        ``hook_q_input``, ``hook_k_input`` and ``hook_v_input`` hold them, ``[batch, pos, head,
+        d_model]``, so that one of them can be patched alone.
+
+        Args:
+            use_split_qkv_input: on or off.
+        """
+        self._fork(qkv=use_split_qkv_input)
+        self._cfg.use_split_qkv_input = use_split_qkv_input
+
+    def set_use_attn_in(self, use_attn_in: bool) -> None:
+        """Whether ``hook_attn_in`` holds a stream for every head, ``[batch, pos, head, d_model]``.
+
+        Args:
+            use_attn_in: on or off.
+        """
+        self._fork(attn_in=use_attn_in)
+        self._cfg.use_attn_in = use_attn_in
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Whether ``hook_mlp_in`` holds the stream that the MLP's neurons read, before the norm.
+
+        Args:
+            use_hook_mlp_in: on or off.
+        """
+        self._fork(mlp_in=use_hook_mlp_in)
+        self._cfg.use_hook_mlp_in = use_hook_mlp_in
+
+    def _fork(self, **flags: bool) -> None:
+        for block in self.blocks:
+            forks = replace(cast(Block, block).forks, **flags)
+            if forks.attn_in and forks.qkv:
+                raise MechInterpError(
+                    "set_use_attn_in and set_use_split_qkv_input exclude each other; turn one off"
+                )
+            cast(Block, block).forks = forks
+
+    def check_hooks_to_add(
+        self, hook_point: HookPoint, hook_point_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Refuse a hook that would never fire, because what it looks at is not made. ``add_hook`` and
+        ``run_with_hooks`` ask; a cache of everything simply does not hold it.
+
+        Args:
+            hook_point: where the hook goes.
+            hook_point_name: its name.
+            args, kwargs: the rest of what TransformerLens passes.
+
+        Raises:
+            MechInterpError: the hook needs a ``set_use_...`` that is off.
+        """
+        last = hook_point_name.split(".")[-1]
+        switches = {"hook_result": "attn_result", "hook_attn_in": "attn_in", "hook_mlp_in": "hook_mlp_in"}
+        split = ("hook_q_input", "hook_k_input", "hook_v_input")
+        name = "split_qkv_input" if last in split else switches.get(last)
+        if name is not None and not getattr(self._cfg, f"use_{name}", False):
+            raise MechInterpError(
+                f"{hook_point_name} is made only on demand; call model.set_use_{name}(True) first"
+            )
