@@ -283,11 +283,11 @@ class AttentionOnlyModel(TokenDoor, StackedWeights, Switches, HookedRootModule):
             what ``forward`` returns.
 
         Raises:
-            MechInterpError: a hook that would never fire; the message names the switch that is off.
+            MechInterpError: none of the hooks would fire; the message names the switch that is off.
         """
-        for name, _ in (*fwd_hooks, *bwd_hooks):
-            if isinstance(name, str) and name in self.hook_dict:
-                self.check_hooks_to_add(self.hook_dict[name], name)
+        names = [name for name, _ in (*fwd_hooks, *bwd_hooks)]
+        if names and all(isinstance(name, str) and self.switch_of(name) for name in names):
+            self.check_hooks_to_add(self.hook_dict[names[0]], names[0])
         hooks = dict(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks))
         return super().run_with_hooks(*args, **hooks, **kwargs)
 

@@ -69,11 +69,18 @@ class Switches:
                 )
             cast(Block, block).forks = forks
 
+    def switch_of(self, hook_name: str) -> str | None:
+        """The method that makes a hook fire, where it is off; None for all hooks that fire."""
+        last = hook_name.split(".")[-1]
+        flags = {"hook_result": "attn_result", "hook_attn_in": "attn_in", "hook_mlp_in": "hook_mlp_in"}
+        flags |= dict.fromkeys(("hook_q_input", "hook_k_input", "hook_v_input"), "split_qkv_input")
+        flag = flags.get(last)
+        return None if flag is None or getattr(self._cfg, f"use_{flag}", False) else f"set_use_{flag}"
+
     def check_hooks_to_add(
         self, hook_point: HookPoint, hook_point_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Refuse a hook that would never fire, because what it looks at is not made. ``add_hook`` and
-        ``run_with_hooks`` ask; a cache of everything simply does not hold it.
+        """Refuse a hook that would never fire, because what it looks at is not made.
 
         Args:
             hook_point: where the hook goes.
@@ -83,11 +90,8 @@ class Switches:
         Raises:
             MechInterpError: the hook needs a ``set_use_...`` that is off.
         """
-        last = hook_point_name.split(".")[-1]
-        switches = {"hook_result": "attn_result", "hook_attn_in": "attn_in", "hook_mlp_in": "hook_mlp_in"}
-        split = ("hook_q_input", "hook_k_input", "hook_v_input")
-        name = "split_qkv_input" if last in split else switches.get(last)
-        if name is not None and not getattr(self._cfg, f"use_{name}", False):
+        switch = self.switch_of(hook_point_name)
+        if switch is not None:
             raise MechInterpError(
-                f"{hook_point_name} is made only on demand; call model.set_use_{name}(True) first"
+                f"{hook_point_name} is made only on demand; call model.{switch}(True) first"
             )
