@@ -58,10 +58,7 @@ def peak_gib() -> float:
 
 @torch.no_grad()
 def frozen_pass(frozen: Frozen) -> torch.Tensor:
-    x = frozen.start
-    for sublayer in frozen.sublayers:
-        x = x + sum(bank.apply(x) + bank.constant + bank.bias for bank in sublayer.banks)
-    return frozen.read_out(x)
+    return frozen.read_out(frozen.forward(frozen.start))
 
 
 @torch.no_grad()
@@ -72,7 +69,7 @@ def dense_edges_of_one_sublayer_pair(frozen: Frozen, position: int) -> torch.Ten
     every = torch.arange(n)
     z = (early.read(frozen.sublayers[1].stream) + early.z_bias)[position]
     written = early.write_at(z, every, torch.full_like(every, position))
-    field = frozen.gradients(torch.ones_like(frozen.end))[4][position]
+    field = frozen.backward(torch.ones_like(frozen.end)).streams[4][position]
     return written @ late.pull(field.expand(n, -1), every).T
 
 

@@ -145,21 +145,11 @@ def brought(
     out = torch.zeros(*batch.tokens.shape, last.d_head, dtype=model.W_E.dtype, device=model.W_E.device)
     for row, (tokens, real) in enumerate(zip(batch.tokens, batch.real, strict=True)):
         frozen = freeze(model, tokens[real])
-        n = len(frozen.tokens)
-        at = {
-            bank.bank.path: (i, j)
-            for i, sublayer in enumerate(frozen.sublayers)
-            for j, bank in enumerate(sublayer.banks)
-        }
-        position = torch.arange(n, device=tokens.device)
-        place, j = at[chain[0][0].path]
-        z = frozen.held[place][j][:, chain[0][1]]
-        for (bank, head), (reader, reading) in pairwise(chain):
-            i, j = at[bank.path]
-            written = frozen.sublayers[i].banks[j].write_at(z, torch.full_like(position, head), position)
-            i_next, j = at[reader.path]
-            z = frozen.sublayers[i_next].banks[j].read(frozen.carry(written, i, i_next))[:, reading]
-        out[row, :n] = z
+        places = [frozen.locate(bank.label(index)) for bank, index in chain]
+        z = frozen.held_at(places[0])
+        for place, reader in pairwise(places):
+            z = frozen.read_at(reader, frozen.write_at(place, z), place.depth)
+        out[row, : len(z)] = z
     return out
 
 

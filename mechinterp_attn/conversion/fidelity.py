@@ -14,18 +14,13 @@ from torch import Tensor
 from mechinterp_attn.conversion.reference import run_checkpoint
 from mechinterp_attn.core.errors import ConversionError, MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.core.tolerance import TOLERANCE
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.sources.bridge import run_bridge
 from mechinterp_attn.sources.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-
-# Largest logit error, as a share of the largest logit, that rounding explains in each dtype: two
-# different orders of summation over a few thousand terms and a few dozen sublayers.
-TOLERANCE = {
-    torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2,
-}  # fmt: skip
 
 _AT_ONCE = 2**18  # logits compared in float64 at a time: 2 MiB
 _LARGE_VOCABULARY = 2**15

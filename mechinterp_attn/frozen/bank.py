@@ -1,6 +1,6 @@
 """A bank on one prompt, its pattern and norms frozen: what ``paths/`` and ``detect/`` compute with.
 
-``HeadBank.freeze`` makes one; ``banks/frozen.py`` has the kinds.
+``freeze_bank`` makes one; ``frozen/attention.py`` and ``frozen/neurons.py`` hold the kinds.
 """
 
 from __future__ import annotations
@@ -8,15 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import singledispatch
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from mechinterp_attn.model.heads import HeadBank
-    from mechinterp_attn.model.norm import FrozenNorm
+from mechinterp_attn.model.heads import HeadBank
+from mechinterp_attn.model.norm import FrozenNorm
 
 
 class FrozenBank(ABC):
@@ -66,6 +65,11 @@ class FrozenBank(ABC):
         self, z: Float[Tensor, "n d_head"], index: Int[Tensor, " n"], position: Int[Tensor, " n"]
     ) -> Float[Tensor, "n d_model"]:
         """What single heads write at single positions when they hold ``z``."""
+
+    def write_one(self, z: Float[Tensor, "pos d_head"], index: int) -> Float[Tensor, "pos d_model"]:
+        """What one head writes when it holds ``z``, one row per position."""
+        position = torch.arange(len(z), device=z.device)
+        return self.write_at(z, torch.full_like(position, index), position)
 
     @abstractmethod
     def pull(self, v: Float[Tensor, "n d_model"], index: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
@@ -157,3 +161,16 @@ class ScoreSides:
     key_bias: Float[Tensor, "pos rank"]
     allowed: Bool[Tensor, "query key"]
     to_pattern: Callable[[Tensor], Tensor] | None
+
+
+@singledispatch
+def freeze_bank(bank: HeadBank, pattern: Tensor, norm: FrozenNorm, post: FrozenNorm) -> FrozenBank:
+    """A bank as a linear map of residual streams.
+
+    A new kind of bank says how with ``freeze_bank.register``.
+
+    Args:
+        pattern: the bank's compact pattern on one prompt.
+        norm: the norm in front, with its scales of the run;  post: the one on what the bank writes.
+    """
+    raise TypeError(f"no frozen form of a {type(bank).__name__}; give one with freeze_bank.register")

@@ -40,6 +40,16 @@ class Goal:
     total: float
     about: str
 
+    def field(self, frozen: Frozen) -> Float[Tensor, "pos d_model"]:
+        """The direction as a field on the last residual stream: zero at all other positions."""
+        field = torch.zeros_like(frozen.end)
+        field[self.position] = self.direction
+        return field
+
+    def value(self, x: Float[Tensor, "pos d_model"]) -> float:
+        """What a last residual stream ``x`` makes of the goal, the unembedding's bias included."""
+        return float(x[self.position] @ self.direction) + self.offset
+
 
 def resolve_goal(frozen: Frozen, *, target: Target | None, against: Target | None, position: int) -> Goal:
     """Validate a target, by default the model's own top prediction, and find its direction.

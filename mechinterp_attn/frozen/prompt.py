@@ -7,21 +7,47 @@ Huben & Morris 2023, the MLPs are linear too).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechinterp_attn.conversion.fidelity import TOLERANCE
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt
+from mechinterp_attn.core.tolerance import TOLERANCE
 from mechinterp_attn.frozen.bank import FrozenBank
+from mechinterp_attn.frozen.sublayer import FrozenSublayer, Source, freeze_sublayer
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-from mechinterp_attn.model.block import FrozenSublayer
 from mechinterp_attn.model.norm import FrozenNorm
+
+
+class Place(NamedTuple):
+    """Where a head stands: its sublayer, its bank there, its number in the bank."""
+
+    depth: int
+    bank: int
+    head: int
+
+
+@dataclass(frozen=True, eq=False)
+class Fields:
+    """What the streams of a prompt add to a direction at the end, through all frozen paths behind them.
+
+    Attributes:
+        streams: for the stream that every sublayer reads, then the last, ``[pos, d_model]`` each.
+        sums: for the sum in every sublayer, in front of a norm over the stream, then the last stream.
+    """
+
+    streams: list[Float[Tensor, "pos d_model"]]
+    sums: list[Float[Tensor, "pos d_model"]]
+
+    def through(self, source: Source) -> Float[Tensor, " pos"]:
+        """What a source at each position adds to the direction, over all paths that start there."""
+        field = self.streams[source.reader] if source.reader == source.depth else self.sums[source.depth]
+        return (source.values * field).sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +96,57 @@ class Frozen:
         """The stream that each sublayer read, then the last one."""
         return (*(sublayer.stream for sublayer in self.sublayers), self.end)
 
-    @cached_property
-    def held(self) -> tuple[tuple[Float[Tensor, "pos head d_head"], ...], ...]:
+    @property
+    def held(self) -> tuple[list[Float[Tensor, "pos head d_head"]], ...]:
         """What every head of every bank held in the run (``z``), biases included."""
-        return tuple(
-            tuple(bank.read(sublayer.stream) + bank.z_bias for bank in sublayer.banks)
-            for sublayer in self.sublayers
+        return tuple(sublayer.held for sublayer in self.sublayers)
+
+    @cached_property
+    def sources(self) -> tuple[Source, ...]:
+        """What no head wrote: the start of the stream, part by part, then the sublayers' own biases."""
+        starts = [Source(name, "start", None, 0, 0, part) for name, part in self.parts.items()]
+        biases = [source for depth, sub in enumerate(self.sublayers) for source in sub.sources(depth)]
+        return (*starts, *biases)
+
+    def sources_at(self, depth: int, reader: int) -> list[Source]:
+        """The sources that join the stream in the sum ``depth`` and are first read by ``reader``."""
+        return self._sources_by_place.get((depth, reader), [])
+
+    @cached_property
+    def _sources_by_place(self) -> dict[tuple[int, int], list[Source]]:
+        found: dict[tuple[int, int], list[Source]] = {}
+        for source in self.sources:
+            found.setdefault((source.depth, source.reader), []).append(source)
+        return found
+
+    def locate(self, head: str) -> Place:
+        """Where a head stands.
+
+        Raises:
+            MechInterpError: no such head.
+        """
+        own, index = self.model.heads.find(head)
+        return next(
+            Place(depth, i, index)
+            for depth, sublayer in enumerate(self.sublayers)
+            for i, bank in enumerate(sublayer.banks)
+            if bank.bank is own
         )
+
+    def bank_at(self, place: Place) -> FrozenBank:
+        return self.sublayers[place.depth].banks[place.bank]
+
+    def held_at(self, place: Place) -> Float[Tensor, "pos d_head"]:
+        """What a head held in the run, biases included."""
+        return self.sublayers[place.depth].held[place.bank][:, place.head]
+
+    def read_at(self, place: Place, x: Float[Tensor, "pos d_model"], start: int) -> Tensor:
+        """What a head holds of a part of the sum in sublayer ``start``, ``[pos, d_head]``."""
+        return self.bank_at(place).read(self.carry(x, start, place.depth))[:, place.head]
+
+    def write_at(self, place: Place, z: Float[Tensor, "pos d_head"]) -> Float[Tensor, "pos d_model"]:
+        """What a head writes to the sum in its sublayer when it holds ``z``."""
+        return self.bank_at(place).write_one(z, place.head)
 
     def read_out(self, x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_vocab"]:
         """What a part of the residual stream adds to the logits (without b_U)."""
@@ -104,47 +174,42 @@ class Frozen:
         targets = self.tokens[1:].expand(*logp.shape[:-1])
         return -logp.gather(-1, targets[..., None])[..., 0].mean(-1)
 
-    def gradients(self, y: Float[Tensor, "pos d_model"]) -> list[Float[Tensor, "pos d_model"]]:
-        """Carry a direction on the last residual stream back to every earlier one.
+    def forward(self, x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
+        """The last residual stream, for a stream ``x`` at the start."""
+        for sublayer in self.sublayers:
+            x = sublayer.forward(x)
+        return x
 
-        Returns:
-            one field per entry of ``residuals``: how much each coordinate of that stream adds to
-            the direction through all frozen paths.
-        """
-        fields = [y]
+    def backward(self, y: Float[Tensor, "pos d_model"]) -> Fields:
+        """Carry a direction on the last residual stream back to every earlier one."""
+        streams, sums = [y], [y]
         for sublayer in reversed(self.sublayers):
-            y = y if sublayer.out is None else sublayer.out.adjoint(y)
-            y = y + sum(bank.adjoint(y) for bank in sublayer.banks)
-            fields.append(y)
-        return fields[::-1]
+            at_sum, y = sublayer.backward(y)
+            sums.append(at_sum)
+            streams.append(y)
+        return Fields(streams[::-1], sums[::-1])
 
     def carry(self, x: Float[Tensor, "*batch pos d_model"], start: int, stop: int) -> Tensor:
-        """What becomes of a part of the stream on the residual connection, unread by any head, from
-        the sum in sublayer ``start`` to the stream that sublayer ``stop`` reads.
-
-        Nothing, save in models with a norm over the whole stream (BERT).
-        """
+        """What becomes of a part of the stream that no head reads, from the sum in sublayer ``start``
+        to the stream that sublayer ``stop`` reads. It stays as it is but for norms over the whole
+        stream (BERT)."""
         for sublayer in self.sublayers[start:stop]:
-            x = x if sublayer.out is None else sublayer.out.apply(x)
+            x = sublayer.carry(x)
         return x
 
     def carry_back(self, y: Float[Tensor, "*batch pos d_model"], start: int, stop: int) -> Tensor:
         """The transpose of ``carry``."""
         for sublayer in reversed(self.sublayers[start:stop]):
-            y = y if sublayer.out is None else sublayer.out.adjoint(y)
+            y = sublayer.carry_back(y)
         return y
 
-    def biases(self, stop: int) -> Iterator[tuple[str, int, Float[Tensor, "pos d_model"]]]:
-        """What sublayers before ``stop`` add beside their heads, as it is in the stream that ``stop``
-        reads: name, layer and ``[pos, d_model]`` of each."""
-        for i, sublayer in enumerate(self.sublayers[:stop]):
-            for bank in sublayer.banks:
-                name = f"L{bank.bank.layer} {bank.bank.part} bias"
-                yield name, bank.bank.layer, self.carry(bank.bias, i, stop)
-            if sublayer.out_bias is not None:
-                last = sublayer.banks[-1].bank
-                bias = sublayer.out_bias.expand_as(sublayer.stream)
-                yield f"L{last.layer} {last.part} norm bias", last.layer, self.carry(bias, i + 1, stop)
+    def carry_rank_one(
+        self, w: Float[Tensor, "*n pos"], v: Float[Tensor, "*n d_model"], start: int, stop: int
+    ) -> tuple[Tensor, Tensor]:
+        """``carry_back`` for rank-one fields: weights over positions times one vector."""
+        for sublayer in reversed(self.sublayers[start:stop]):
+            w, v = sublayer.carry_rank_one(w, v)
+        return w, v
 
     @property
     def str_tokens(self) -> list[str]:
@@ -188,7 +253,7 @@ def freeze(model: AttentionOnlyModel, tokens: str | Tensor) -> Frozen:
         model=model,
         tokens=ids[0],
         parts=parts,
-        sublayers=tuple(sublayer.freeze(cache) for sublayer in model.sublayers()),
+        sublayers=tuple(freeze_sublayer(sublayer, cache) for sublayer in model.sublayers()),
         end=end,
         final_norm=model.ln_final.freeze(cache.get("ln_final.hook_scale")),
         gate=_prediction_gate(model, end),
@@ -235,12 +300,7 @@ def sum_tolerance(frozen: Frozen) -> float:
 
 
 def _with_receipt(frozen: Frozen) -> Frozen:
-    x = frozen.start
-    for sublayer in frozen.sublayers:
-        x = x + sum(bank.apply(x) + bank.constant + bank.bias for bank in sublayer.banks)
-        x = x if sublayer.out is None else sublayer.out.apply(x)
-        x = x if sublayer.out_bias is None else x + sublayer.out_bias
-    logits = frozen.read_out(x) + frozen.offset()
+    logits = frozen.read_out(frozen.forward(frozen.start)) + frozen.offset()
     error = float((logits - frozen.logits).abs().max())
     check = Check("the frozen linear model gives the model's logits", error, sum_tolerance(frozen))
     notes = {"dtype": str(frozen.logits.dtype).removeprefix("torch.")}

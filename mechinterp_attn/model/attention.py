@@ -12,9 +12,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from mechinterp_attn.frozen.banks import FrozenAttention
 from mechinterp_attn.model.heads import Cache, HeadBank, Kind, Side
-from mechinterp_attn.model.norm import IDENTITY, FrozenNorm, Norm
+from mechinterp_attn.model.norm import Norm
 from mechinterp_attn.model.rotary import Rotary
 from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.model.step import Step
@@ -205,9 +204,6 @@ class AttentionBank(HeadBank):
 
     def key_read(self, index: int, x: Tensor) -> Tensor:
         return x @ self.weights(index)["W_K"].detach().to(x.dtype)
-
-    def freeze(self, pattern: Tensor, norm: FrozenNorm, post: FrozenNorm = IDENTITY) -> FrozenAttention:
-        return FrozenAttention(self, pattern, norm, post)
 
 
 def _project(

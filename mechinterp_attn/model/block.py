@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.frozen.bank import FrozenBank
 from mechinterp_attn.model.attention import AttentionBank, ForkedInput
 from mechinterp_attn.model.gates import Function, Rule
-from mechinterp_attn.model.heads import Cache, HeadBank
+from mechinterp_attn.model.heads import HeadBank
 from mechinterp_attn.model.neurons import MLPNames, NeuronBank
-from mechinterp_attn.model.norm import FrozenNorm, Norm
+from mechinterp_attn.model.norm import Norm
 from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.model.step import Step
 
@@ -89,37 +88,6 @@ class Sublayer:
     norm: Located
     posts: tuple[Located, ...]
     out: Located | None
-
-    def freeze(self, cache: Cache) -> FrozenSublayer:
-        """The sublayer as an affine map, with the patterns and scales of one cached sequence."""
-
-        def frozen(norm: Norm, path: str) -> FrozenNorm:
-            return norm.freeze(None if norm.kind is None else cache[f"{path}.hook_scale"])
-
-        banks = tuple(
-            bank.freeze(bank.cached_pattern(cache, 0), frozen(*self.norm), frozen(*post))
-            for bank, post in zip(self.banks, self.posts, strict=True)
-        )
-        out = None if self.out is None else frozen(*self.out)
-        bias = None if self.out is None else self.out[0].b
-        return FrozenSublayer(banks, cache[self.stream], out, None if bias is None else bias.detach())
-
-
-@dataclass(frozen=True, eq=False)
-class FrozenSublayer:
-    """A sublayer on one prompt: ``x -> out(x + sum_i (bank_i(x) + constant_i + bias_i)) + out_bias``.
-
-    Attributes:
-        banks: as linear maps of the stream, norms included.
-        stream: what they read, ``[pos, d_model]``.
-        out: the norm over the whole stream behind them, as a linear map, or None.
-        out_bias: what that norm adds, ``[d_model]``, or None.
-    """
-
-    banks: tuple[FrozenBank, ...]
-    stream: Float[Tensor, "pos d_model"]
-    out: FrozenNorm | None
-    out_bias: Float[Tensor, " d_model"] | None
 
 
 @dataclass

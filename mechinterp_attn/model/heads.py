@@ -13,7 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -22,10 +22,6 @@ from torch import Tensor, nn
 
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import Page, draw
-from mechinterp_attn.frozen.bank import FrozenBank
-
-if TYPE_CHECKING:
-    from mechinterp_attn.model.norm import FrozenNorm
 
 Kind = Literal["attention", "mlp", "virtual"]
 Side = Literal["Q", "K", "V", "O"]
@@ -314,11 +310,6 @@ class HeadBank(nn.Module, ABC):
     @abstractmethod
     def query_read(self, index: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
         """The query side of a head's QK circuit for residual vectors ``x``."""
-
-    @abstractmethod
-    def freeze(self, pattern: Tensor, norm: FrozenNorm, post: FrozenNorm = ...) -> FrozenBank:
-        """The bank as a linear map of residual streams; its pattern, the norm in front and, where
-        the model has one, the norm on what it writes fixed."""
 
 
 _LABEL = re.compile(r"L(\d+)([A-Z])(\d+)(?:\.(\d+))?")

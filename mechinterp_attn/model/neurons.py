@@ -17,10 +17,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from mechinterp_attn.frozen.banks import FrozenNeurons
 from mechinterp_attn.model.gates import Rule
 from mechinterp_attn.model.heads import Cache, HeadBank, Kind, Side
-from mechinterp_attn.model.norm import IDENTITY, FrozenNorm
 from mechinterp_attn.model.spec import Spec
 
 
@@ -180,9 +178,6 @@ class NeuronBank(HeadBank):
 
     def key_read(self, index: int, x: Tensor) -> Tensor:
         return torch.ones_like(x[:, :1])
-
-    def freeze(self, pattern: Tensor, norm: FrozenNorm, post: FrozenNorm = IDENTITY) -> FrozenNeurons:
-        return FrozenNeurons(self, pattern, norm, post)
 
 
 class MLPNames(nn.Module):

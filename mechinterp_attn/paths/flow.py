@@ -57,30 +57,6 @@ class Flow:
     error: float
 
 
-@dataclass(frozen=True, eq=False)
-class Fields:
-    """What the streams add to the target, through all frozen paths behind them.
-
-    Attributes:
-        streams: for the stream that every sublayer reads, then the last, ``[pos, d_model]`` each.
-        sums: for the sum in every sublayer (before a norm over the stream, where there is one).
-    """
-
-    streams: list[Float[Tensor, "pos d_model"]]
-    sums: list[Float[Tensor, "pos d_model"]]
-
-
-def stream_fields(frozen: Frozen, goal: Goal) -> Fields:
-    at_end = torch.zeros_like(frozen.end)
-    at_end[goal.position] = goal.direction
-    streams = frozen.gradients(at_end)
-    sums = [
-        y if sublayer.out is None else sublayer.out.adjoint(y)
-        for sublayer, y in zip(frozen.sublayers, streams[1:], strict=True)
-    ]
-    return Fields(streams, sums)
-
-
 def largest_nodes(frozen: Frozen, gradients: list[Tensor], max_nodes: int) -> tuple[Nodes, int]:
     """The nodes with the largest contributions over all paths, and how many nodes there are."""
     found = []
@@ -128,18 +104,14 @@ def walk(frozen: Frozen, nodes: Nodes) -> Iterator[tuple[int, Tensor, Tensor, Te
     number = 0
     for depth, sublayer in enumerate(frozen.sublayers):
         yield depth, earlier, torch.cat([outputs, tokens]), biases
-        for bank, held in zip(sublayer.banks, frozen.held[depth], strict=True):
+        for bank, held in zip(sublayer.banks, sublayer.held, strict=True):
             own = (nodes.bank == number).nonzero()[:, 0]
             head, position = nodes.head[own], nodes.position[own]
             written = bank.write_at(held[position, head], head, position)
             earlier, outputs = torch.cat([earlier, own]), torch.cat([outputs, written])
-            biases = biases + bank.bias
             number += 1
-        if sublayer.out is not None:
-            outputs = sublayer.out.at(nodes.position[earlier]).apply(outputs)
-            tokens, biases = sublayer.out.apply(tokens), sublayer.out.apply(biases)
-        if sublayer.out_bias is not None:
-            biases = biases + sublayer.out_bias
+        outputs = sublayer.carry_at(outputs, nodes.position[earlier])
+        tokens, biases = sublayer.carry(tokens), sublayer.carry(biases) + sublayer.beside
     yield len(frozen.sublayers), earlier, torch.cat([outputs, tokens]), biases
 
 
@@ -206,16 +178,13 @@ def inside(frozen: Frozen, goal: Goal, nodes: Nodes) -> float:
     x = frozen.start
     number = 0
     for sublayer in frozen.sublayers:
-        written = torch.zeros_like(x)
-        for bank in sublayer.banks:
+        held = []
+        for z in sublayer.holds(x):
             own = nodes.bank == number
             head, position = nodes.head[own], nodes.position[own]
-            z = bank.read(x) + bank.z_bias
             kept = torch.zeros_like(z)
             kept[position, head] = z[position, head]
-            written = written + bank.write(kept) + bank.bias
+            held.append(kept)
             number += 1
-        x = x + written
-        x = x if sublayer.out is None else sublayer.out.apply(x)
-        x = x if sublayer.out_bias is None else x + sublayer.out_bias
-    return float(x[goal.position] @ goal.direction) + goal.offset
+        x = sublayer.after(x, held)
+    return goal.value(x)

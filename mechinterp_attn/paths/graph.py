@@ -22,9 +22,8 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import Page, draw
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.goals import Goal, Target, resolve_goal
-from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
+from mechinterp_attn.frozen.prompt import Fields, Frozen, sum_tolerance
 from mechinterp_attn.paths.flow import (
-    Fields,
     Flow,
     Nodes,
     edge_flow,
@@ -34,7 +33,6 @@ from mechinterp_attn.paths.flow import (
     most_influential,
     prune_edges,
     share_of,
-    stream_fields,
 )
 from mechinterp_attn.paths.score_edges import score_edges
 
@@ -132,7 +130,7 @@ def attribution_graph(
     goal = resolve_goal(frozen, target=target, against=against, position=position)
     _check_options(node_threshold, edge_threshold, max_nodes)
     _check_memory(frozen, max_nodes, max_bytes)
-    fields = stream_fields(frozen, goal)
+    fields = frozen.backward(goal.field(frozen))
     gradients = fields.sums
     candidates, n_all = largest_nodes(frozen, gradients, max_nodes)
     flow = edge_flow(frozen, goal, candidates, gradients)
@@ -192,7 +190,7 @@ class _Tables:
         fields: Fields,
     ):
         self.frozen, self.goal, self.kept = frozen, goal, nodes
-        self._fields, gradients = fields.streams, fields.sums
+        self._fields = fields
         banks = [bank.bank for bank in frozen.banks]
         owners = [banks[i] for i in nodes.bank.tolist()]
         heads, positions = nodes.head.tolist(), nodes.position.tolist()
@@ -218,7 +216,7 @@ class _Tables:
             (f"token@{p}", repr(t), "token", None, None, p, t, token_values[p], reach[n + p], 0.0)
             for p, t in enumerate(tokens)
         ]
-        bias_total = self._bias_value(gradients)
+        bias_total = self._bias_value()
         self.error = abs(sum(token_values) + bias_total - goal.total)
         self._nodes.append(("bias", "biases", "bias", None, None, None, "", bias_total, None, 0.0))
         self._nodes += [
@@ -230,19 +228,19 @@ class _Tables:
         last = (goal.position, tokens[goal.position], goal.total, 1.0, pruned[-1])
         self._logit = ("logit", goal.about, "logit", None, goal.target, *last)
 
-    def _bias_value(self, gradients: list[Tensor]) -> float:
+    def _bias_value(self) -> float:
         """All paths from a bias to the target."""
-        total = self.goal.offset
+        total, sums = self.goal.offset, self._fields.sums
+        for source in self.frozen.sources:
+            if source.kind == "bias":
+                total += float(self._fields.through(source).sum())
         for depth, sublayer in enumerate(self.frozen.sublayers):
-            written = sum(bank.constant + bank.bias for bank in sublayer.banks)
-            total += float((written * gradients[depth]).sum())
-            if sublayer.out_bias is not None:
-                total += float((sublayer.out_bias * self._fields[depth + 1]).sum())
+            total += sum(float((bank.constant * sums[depth]).sum()) for bank in sublayer.banks)
         return total
 
     def _token_values(self) -> list[float]:
         """All paths from the token (and the position) at every place to the target."""
-        return (self._fields[0] * self.frozen.start).sum(-1).double().tolist()
+        return (self._fields.streams[0] * self.frozen.start).sum(-1).double().tolist()
 
     def add_scores(self, gradients: list[Tensor]) -> None:
         """A node for where each kept attention head looks, with the edges into its score."""

@@ -24,7 +24,7 @@ from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank
 from mechinterp_attn.frozen.prompt import Frozen, freeze, sum_tolerance
-from mechinterp_attn.paths.orders import order_names
+from mechinterp_attn.paths.orders import counted, order_names
 
 if TYPE_CHECKING:
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -108,36 +108,17 @@ class _Terms:
     def __init__(self, frozen: Frozen, n_orders: int):
         self.frozen = frozen
         self.n = len(frozen.tokens) - 1
-        last = n_orders - 1
-        zeros = frozen.start.new_zeros(n_orders, *frozen.start.shape)
-        streams, pure = zeros.clone(), zeros.clone()  # pure: paths through attention heads only
-        streams[0] = pure[0] = frozen.start
+        streams = frozen.start.new_zeros(n_orders, *frozen.start.shape)
+        streams[0] = frozen.start
+        pure = streams.clone()  # paths through attention heads only
         self.read: list[tuple[int, FrozenBank, Tensor]] = []  # sublayer, bank, the orders it read
         self.ends: list[Tensor] = []  # [order, pos, d_model]: terms whose last head is in the bank
+        n = len(frozen.sublayers)
         for depth, sublayer in enumerate(frozen.sublayers):
-            before, pure_before = streams, pure
-            for bank in sublayer.banks:
-                ends, pure_ends = zeros.clone(), zeros.clone()
-                attention = bank.bank.kind == "attention"
-                for order in range(n_orders):
-                    ends[min(order + 1, last)] += bank.apply(before[order])
-                    if attention:
-                        pure_ends[min(order + 1, last)] += bank.apply(pure_before[order])
-                ends[min(1, last)] += bank.constant
-                if attention:
-                    pure_ends[min(1, last)] += bank.constant
-                streams, pure = streams + ends, pure + pure_ends
-                streams[0] += bank.bias
-                pure[0] += bank.bias
-                self.read.append((depth, bank, before))
-                self.ends.append(ends)
-            if sublayer.out is not None:
-                streams, pure = sublayer.out.apply(streams), sublayer.out.apply(pure)
-                for i, ends in enumerate(self.ends):
-                    self.ends[i] = sublayer.out.apply(ends)
-            if sublayer.out_bias is not None:
-                streams[0] += sublayer.out_bias
-                pure[0] += sublayer.out_bias
+            self.read += [(depth, bank, streams) for bank in sublayer.banks]
+            written, streams = sublayer.graded(streams, lambda bank: 1)
+            self.ends += [frozen.carry(ends, depth, n) for ends in written]
+            _, pure = sublayer.graded(pure, lambda bank: 1 if counted(bank, "attention") else None)
         self._upto, self._pure = streams.cumsum(0), pure
         self._recent: dict[int, Tensor] = {}  # logits are large, and asked for order by order
         self.losses = [self.loss(self.upto(order)) for order in range(n_orders)]
@@ -193,12 +174,11 @@ class _Terms:
         return z + bank.z_bias if order == 1 else z
 
     def head_effects(self, order: int, label: str) -> tuple[float, float]:
-        own, index = self.frozen.model.heads.find(label)
-        depth, bank, before = next(entry for entry in self.read if entry[1].bank is own)
-        z = self.held(bank, before, order)
-        pos = torch.arange(len(z), device=z.device)
-        term = bank.write_at(z[:, index], torch.full_like(pos, index), pos)
-        return self.effects(order, self.frozen.carry(term, depth, len(self.frozen.sublayers)))
+        place = self.frozen.locate(label)
+        bank = self.frozen.bank_at(place)
+        before = next(before for _, own, before in self.read if own is bank)
+        term = self.frozen.write_at(place, self.held(bank, before, order)[:, place.head])
+        return self.effects(order, self.frozen.carry(term, place.depth, len(self.frozen.sublayers)))
 
 
 class _Sums:

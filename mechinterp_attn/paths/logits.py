@@ -64,11 +64,16 @@ def logit_attribution(
     pos, direction, total = goal.position, goal.direction, goal.total
     n = len(frozen.sublayers)
     rows: list[tuple[str, int | None, str, None, float]] = [
-        (name, None, "embed", None, float(frozen.carry(part, 0, n)[pos] @ direction))
-        for name, part in frozen.parts.items()
+        (
+            source.name,
+            source.layer,
+            "embed" if source.kind == "start" else "bias",
+            None,
+            float(frozen.carry(source.values, source.depth, n)[pos] @ direction),
+        )
+        for source in frozen.sources
     ]
-    field = torch.zeros_like(frozen.end)
-    field[pos] = direction
+    field = goal.field(frozen)
     tables = []
     for i, sublayer in enumerate(frozen.sublayers):
         direct = frozen.carry_back(field, i, n)[pos]
@@ -86,8 +91,6 @@ def logit_attribution(
                     }
                 )
             )
-    for name, layer, bias in frozen.biases(n):
-        rows.append((name, layer, "bias", None, float(bias[pos] @ direction)))
     rows.append(("unembedding bias", None, "bias", None, goal.offset))
     others = pd.DataFrame(rows, columns=["head", "layer", "kind", "index", "value"])
     starts = len(frozen.parts)

@@ -130,20 +130,8 @@ def _polynomial(frozen: Frozen, n_orders: int, count: Count) -> Float[Tensor, "o
     """
     streams = frozen.start.new_zeros(n_orders, *frozen.start.shape)
     streams[0] = frozen.start
-    filled = 1  # orders above are still zero
     for sublayer in frozen.sublayers:
-        new = streams.clone()
-        for bank in sublayer.banks:
-            step = int(counted(bank, count))
-            for order in range(filled):
-                new[min(order + step, n_orders - 1)] += bank.apply(streams[order])
-            new[0] += bank.bias
-            new[min(step, n_orders - 1)] += bank.constant
-        if any(counted(bank, count) for bank in sublayer.banks):
-            filled = min(filled + 1, n_orders)
-        streams = new if sublayer.out is None else sublayer.out.apply(new)
-        if sublayer.out_bias is not None:
-            streams[0] += sublayer.out_bias
+        _, streams = sublayer.graded(streams, lambda bank: int(counted(bank, count)))
     return streams
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pandas as pd
@@ -11,87 +10,60 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.frozen.goals import Goal
-from mechinterp_attn.frozen.prompt import Frozen
-from mechinterp_attn.model.block import FrozenSublayer
+from mechinterp_attn.frozen.prompt import Frozen, Place
+from mechinterp_attn.frozen.sublayer import Source
 
 
 class Step(NamedTuple):
-    """A head on a path: its sublayer, its bank there, its index, its position (None: summed)."""
+    """A head on a path, and its position there (None: summed)."""
 
-    depth: int
-    bank: int
-    head: int
+    place: Place
     position: int | None
 
 
 class Path(NamedTuple):
     """A complete path: where it starts, at which position (None: summed), its heads, earliest first.
 
-    A source is a part of the stream's start, a sublayer's bias, or the value bias of the first head.
+    It starts at a source, or inside its first head at the head's value bias (source None); without a
+    source and heads it is the bias of the unembedding.
     """
 
     value: float
-    source: str
+    source: Source | None
     position: int | None
     steps: tuple[Step, ...]
+
+    @property
+    def start(self) -> str:
+        if self.source is not None:
+            return self.source.name
+        return "value bias" if self.steps else "unembedding bias"
 
 
 def replay(frozen: Frozen, goal: Goal, path: Path) -> float:
     """Run one path forward: its source alone, through its heads alone."""
-    depth, x = _source(frozen, path)
-    if x is None:
-        return goal.offset
     steps = path.steps
-    if path.source == "value bias":  # it starts inside the first head
-        first, steps = steps[0], steps[1:]
-        bank = frozen.sublayers[first.depth].banks[first.bank]
-        x, depth = _through(frozen, first, bank.z_bias), first.depth
-    for step in steps:
-        bank = frozen.sublayers[step.depth].banks[step.bank]
-        x = _through(frozen, step, bank.read(frozen.carry(x, depth, step.depth)))
-        depth = step.depth
+    if path.source is not None:
+        depth, x = path.source.depth, _alone(path.source.values, path.position)
+    elif steps:
+        (place, position), *rest = steps
+        z = frozen.bank_at(place).z_bias[:, place.head]
+        depth, x, steps = place.depth, frozen.write_at(place, _alone(z, position)), tuple(rest)
+    else:
+        return goal.offset
+    for place, position in steps:
+        x = frozen.write_at(place, _alone(frozen.read_at(place, x, depth), position))
+        depth = place.depth
     return float(frozen.carry(x, depth, len(frozen.sublayers))[goal.position] @ goal.direction)
 
 
-def _through(
-    frozen: Frozen, step: Step, z: Float[Tensor, "pos head d_head"]
-) -> Float[Tensor, "pos d_model"]:
-    """What one head writes, at one position or at all."""
-    bank = frozen.sublayers[step.depth].banks[step.bank]
-    kept = torch.zeros_like(z)
-    where = slice(None) if step.position is None else step.position
-    kept[where, step.head] = z[where, step.head]
-    return bank.write(kept)
-
-
-def _source(frozen: Frozen, path: Path) -> tuple[int, Tensor | None]:
-    """The stream that a path starts as, and the sublayer it is in; None for b_U."""
-    sources = dict(_sources(frozen))
-    if path.source == "value bias":
-        return 0, frozen.start
-    depth, x = sources[path.source]
-    if x is None or path.position is None:
-        return depth, x
+def _alone(x: Float[Tensor, "pos d"], position: int | None) -> Float[Tensor, "pos d"]:
+    """What stands at one position, zero elsewhere; None: at all."""
+    if position is None:
+        return x
     alone = torch.zeros_like(x)
-    alone[path.position] = x[path.position]
-    return depth, alone
-
-
-def _sources(frozen: Frozen) -> Iterator[tuple[str, tuple[int, Tensor | None]]]:
-    yield "unembedding bias", (0, None)
-    for name, part in frozen.parts.items():
-        yield name, (0, part)
-    for j, sublayer in enumerate(frozen.sublayers):
-        for bank in sublayer.banks:
-            yield f"L{bank.bank.layer} {bank.bank.part} bias", (j, bank.bias)
-        if sublayer.out_bias is not None:
-            bias = sublayer.out_bias.expand_as(sublayer.stream)
-            yield norm_bias(sublayer), (j + 1, bias)
-
-
-def norm_bias(sublayer: FrozenSublayer) -> str:
-    last = sublayer.banks[-1].bank
-    return f"L{last.layer} {last.part} norm bias"
+    alone[position] = x[position]
+    return alone
 
 
 def path_frame(frozen: Frozen, goal: Goal, found: list[Path]) -> pd.DataFrame:
@@ -101,13 +73,13 @@ def path_frame(frozen: Frozen, goal: Goal, found: list[Path]) -> pd.DataFrame:
         return "" if position is None else f"@{position}"
 
     def start(path: Path) -> str:
-        if path.source == "embed" and path.position is not None:
+        embedded = path.source is not None and path.source.name == "embed"
+        if embedded and path.position is not None:
             return f"{tokens[path.position]!r}{at(path.position)}"
-        return f"{path.source}{at(path.position)}"
+        return f"{path.start}{at(path.position)}"
 
     def label(step: Step) -> str:
-        bank = frozen.sublayers[step.depth].banks[step.bank].bank
-        return f"{bank.label(step.head)}{at(step.position)}"
+        return f"{frozen.bank_at(step.place).bank.label(step.place.head)}{at(step.position)}"
 
     rows = [
         (
@@ -115,7 +87,7 @@ def path_frame(frozen: Frozen, goal: Goal, found: list[Path]) -> pd.DataFrame:
             len(path.steps),
             path.value,
             path.value / goal.total if goal.total else float("nan"),
-            path.source,
+            path.start,
             path.position,
             None if path.position is None else tokens[path.position],
         )

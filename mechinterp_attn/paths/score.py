@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.conversion.fidelity import TOLERANCE
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.core.tolerance import TOLERANCE
 from mechinterp_attn.frozen.bank import FrozenBank, ScoreSides
 from mechinterp_attn.frozen.goals import resolve_position
 from mechinterp_attn.frozen.prompt import Frozen
@@ -89,7 +89,8 @@ def expand_score(
             that the mask hides, no other key to compare with, keep below 0.
     """
     q = resolve_position(frozen, query)
-    sublayer, bank, index = find_bank(frozen, head)
+    place = frozen.locate(head)
+    sublayer, bank, index = place.depth, frozen.bank_at(place), place.head
     x = frozen.residuals[sublayer]
     sides = bank.score_sides(index, x)
     k = _resolve_key(frozen, sides, head, q, key)
@@ -161,7 +162,10 @@ def _side(
     names = list(frozen.parts)
     vectors = [reading(frozen.carry(part, 0, sublayer)) for part in frozen.parts.values()]
     through = [False] * len(names)
-    biases = weights @ bias + sum(reading(extra) for _, _, extra in frozen.biases(sublayer))
+    biases = weights @ bias
+    for extra in frozen.sources:
+        if extra.kind == "bias" and extra.reader <= sublayer:
+            biases = biases + reading(frozen.carry(extra.values, extra.depth, sublayer))
     field = pullback(linear, weights, other, x)
     for depth, earlier in enumerate(frozen.sublayers[:sublayer]):
         direct = frozen.carry_back(field, depth, sublayer)
@@ -198,9 +202,8 @@ def _writings(
     bank: FrozenBank, z: Float[Tensor, "pos head d_head"], chosen: list[int]
 ) -> Iterator[tuple[str, Float[Tensor, "pos d_model"]]]:
     """What each chosen head of a bank writes, then all others together, one at a time."""
-    pos = torch.arange(len(z), device=z.device)
     for i in chosen:
-        yield bank.bank.label(i), bank.write_at(z[:, i], torch.full_like(pos, i), pos)
+        yield bank.bank.label(i), bank.write_one(z[:, i], i)
     if left := z.shape[1] - len(chosen):
         rest = z.clone()
         rest[:, chosen] = 0
@@ -218,20 +221,6 @@ def _sources(
     moved = [(f"{name} > ", bank.read(part)) for name, part in parts.items()]
     others = bank.z_bias + (bank.read(rest) if depth else 0)
     return [*moved, ("... > ", others)] if bool(others.any()) else moved
-
-
-def find_bank(frozen: Frozen, head: str) -> tuple[int, FrozenBank, int]:
-    """The sublayer, frozen bank and index of a head.
-
-    Raises:
-        MechInterpError: no such head.
-    """
-    own, index = frozen.model.heads.find(head)
-    for depth, sublayer in enumerate(frozen.sublayers):
-        for bank in sublayer.banks:
-            if bank.bank is own:
-                return depth, bank, index
-    raise AssertionError(f"{head} is in no frozen bank")
 
 
 def _resolve_key(frozen: Frozen, sides: ScoreSides, head: str, q: int, key: int | None) -> int:

@@ -25,8 +25,9 @@ from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank
 from mechinterp_attn.frozen.goals import Goal, Target, resolve_goal
-from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
-from mechinterp_attn.paths.replay import Path, Step, norm_bias, path_frame, replay
+from mechinterp_attn.frozen.prompt import Frozen, Place, sum_tolerance
+from mechinterp_attn.frozen.sublayer import Source
+from mechinterp_attn.paths.replay import Path, Step, path_frame, replay
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -167,7 +168,7 @@ class _Search:
         root = _Partial(at, goal.direction, None, (), float("inf"))
         self.queue: list[tuple[float, int, _Partial]] = [(-float("inf"), next(self._count), root)]
         if goal.offset:
-            self._add(goal.offset, "unembedding bias", None, ())
+            self._add(goal.offset, None, None, ())
 
     @property
     def threshold(self) -> float:
@@ -192,24 +193,18 @@ class _Search:
         w, v = partial.w, partial.v
         depth = len(frozen.sublayers)
         if partial.step is not None:
-            step = partial.step
-            bank = frozen.sublayers[step.depth].banks[step.bank]
-            head = torch.tensor([step.head], device=w.device)
-            at = None if step.position is None else torch.tensor([step.position], device=w.device)
-            w, v = (t[0] for t in _in_front(bank, head, at, w[None], v[None]))
-            depth, tail = partial.step.depth, (partial.step, *tail)
+            place, position = partial.step
+            head = torch.tensor([place.head], device=w.device)
+            at = None if position is None else torch.tensor([position], device=w.device)
+            w, v = (t[0] for t in _in_front(frozen.bank_at(place), head, at, w[None], v[None]))
+            depth, tail = place.depth, (partial.step, *tail)
         for j in range(depth - 1, -1, -1):
-            sublayer = frozen.sublayers[j]
-            if sublayer.out_bias is not None:
-                self._add_source(norm_bias(sublayer), w * (sublayer.out_bias @ v), tail)
-            if sublayer.out is not None:
-                w, v = sublayer.out.weigh(w), sublayer.out.turn_back(v)
-            for i, bank in enumerate(sublayer.banks):
-                heads = bank.bank
-                self._add_source(f"L{heads.layer} {heads.part} bias", w * (bank.bias @ v), tail)
+            self._add_sources(j + 1, j + 1, w, v, tail)
+            w, v = frozen.sublayers[j].carry_rank_one(w, v)
+            self._add_sources(j, j + 1, w, v, tail)
+            for i in range(len(frozen.sublayers[j].banks)):
                 self._extend(j, i, w, v, tail)
-        for name, part in frozen.parts.items():
-            self._add_source(name, w * (part @ v), tail)
+        self._add_sources(0, 0, w, v, tail)
         self._shorten()
 
     def _shorten(self) -> None:
@@ -227,7 +222,7 @@ class _Search:
         held = bank.hold(v[None])
         at = w.nonzero()[:, 0]  # behind a neuron one position only
         weights = bank.weigh_out(w)[at, None]  # [at, 1]
-        carried = weights * (self.frozen.held[j][i][at] * held).sum(-1)  # [at, head]
+        carried = weights * (self.frozen.sublayers[j].held[i][at] * held).sum(-1)  # [at, head]
         own = weights * (self._z_bias[j][i][at] * held).sum(-1)
         bound = w[at].abs()[:, None] * self._reach[j][i][at] * bank.pull_norms(held)
         if self.mode != "apart":
@@ -236,12 +231,12 @@ class _Search:
 
         def step(flat: int) -> Step:
             position = int(at[flat // n_heads]) if self.mode == "apart" else None
-            return Step(j, i, flat % n_heads, position)
+            return Step(Place(j, i, flat % n_heads), position)
 
         largest = own.abs().flatten().topk(min(self.k, own.numel()))
         for size, flat in zip(*(t.tolist() for t in largest), strict=True):
             if size > self.threshold:
-                self._add(float(own.flatten()[flat]), "value bias", None, (step(flat), *tail))
+                self._add(float(own.flatten()[flat]), None, None, (step(flat), *tail))
         # A bound is a product of rounded norms: rounding must not cut what equals the threshold.
         bound, carried = bound.flatten() * (1 + 1e-4), carried.flatten()
         live = (bound > self.threshold).nonzero()[:, 0]
@@ -272,8 +267,8 @@ class _Search:
         n = len(chosen)
         position = at[chosen // n_heads] if self.mode == "apart" else None
         ws, vs = _in_front(bank, chosen % n_heads, position, w.expand(n, -1), v.expand(n, -1))
-        for name, part in self.frozen.parts.items():
-            values = ws * (vs @ part.T)  # [n, pos]
+        for origin in self.frozen.sources_at(0, 0):
+            values = ws * (vs @ origin.values.T)  # [n, pos]
             values = values.sum(-1, keepdim=True) if self.mode == "summed" else values
             flat = values.flatten()
             largest = flat.abs().topk(min(self.k, len(flat))).indices
@@ -282,17 +277,21 @@ class _Search:
                     break
                 row, source = divmod(index, values.shape[1])
                 start = None if self.mode == "summed" else source
-                self._add(value, name, start, steps(int(chosen[row])))
+                self._add(value, origin, start, steps(int(chosen[row])))
 
-    def _add_source(self, name: str, values: Float[Tensor, " pos"], tail: tuple[Step, ...]) -> None:
-        """Complete a path with a part of the stream at every position, or over all."""
-        if self.mode == "summed":
-            self._add(float(values.sum()), name, None, tail)
-            return
-        for position in values.abs().topk(min(self.k, len(values))).indices.tolist():
-            self._add(float(values[position]), name, position, tail)
+    def _add_sources(self, depth: int, reader: int, w: Tensor, v: Tensor, tail: tuple[Step, ...]) -> None:
+        """Complete a path with the sources that join the stream here, at every position or over all."""
+        for source in self.frozen.sources_at(depth, reader):
+            values = w * (source.values @ v)
+            if self.mode == "summed":
+                self._add(float(values.sum()), source, None, tail)
+                continue
+            for position in values.abs().topk(min(self.k, len(values))).indices.tolist():
+                self._add(float(values[position]), source, position, tail)
 
-    def _add(self, value: float, source: str, position: int | None, steps: tuple[Step, ...]) -> None:
+    def _add(
+        self, value: float, source: Source | None, position: int | None, steps: tuple[Step, ...]
+    ) -> None:
         if abs(value) <= self.threshold or value == 0:
             return
         entry = (abs(value), -next(self._count), Path(value, source, position, steps))
@@ -317,25 +316,19 @@ def _in_front(
 def _reaches(frozen: Frozen, *, summed: bool) -> list[list[Float[Tensor, "pos head"]]]:
     """For every bank: how much of the largest vector that any single path can deliver reaches a head's
     query position. Norms multiply along a path, so this bounds all its completions."""
-    norms = [part.norm(dim=-1) for part in frozen.parts.values()]
-    m = torch.stack(norms).amax(0)
+
+    def largest(depth: int, reader: int, *norms: Tensor) -> Float[Tensor, " pos"]:
+        own = [source.values.norm(dim=-1) for source in frozen.sources_at(depth, reader)]
+        return torch.stack([*norms, *own]).amax(0)
+
+    m = torch.zeros_like(frozen.end[:, 0])
     reaches = []
-    for sublayer in frozen.sublayers:
+    for j, sublayer in enumerate(frozen.sublayers):
+        m = largest(j, j, m)
         delivered = [m]
-        own = []
-        for bank in sublayer.banks:
-            reach = bank.reach(m, summed=summed)
-            own.append(reach)
-            delivered += [
-                (reach * bank.norms()).amax(1),
-                bank.write_norms(bank.z_bias).amax(1),
-                bank.bias.norm(dim=-1),
-            ]
-        reaches.append(own)
-        m = torch.stack(delivered).amax(0)
-        if sublayer.out is not None:
-            gain = sublayer.out.gain
-            m = sublayer.out.weigh(m) * (1.0 if gain is None else float(gain.abs().max()))
-        if sublayer.out_bias is not None:
-            m = m.clamp_min(float(sublayer.out_bias.norm()))
+        reaches.append([bank.reach(m, summed=summed) for bank in sublayer.banks])
+        for bank, reach in zip(sublayer.banks, reaches[-1], strict=True):
+            delivered.append((reach * bank.norms()).amax(1))
+            delivered.append(bank.write_norms(bank.z_bias).amax(1))
+        m = sublayer.carry_bound(largest(j, j + 1, *delivered))
     return reaches

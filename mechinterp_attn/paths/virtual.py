@@ -19,7 +19,6 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.goals import Target, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
-from mechinterp_attn.paths.score import find_bank
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -67,21 +66,19 @@ def virtual_head(
     """
     if not heads:
         raise MechInterpError("give at least one head, such as virtual_head(frozen, 'L0H3', 'L1H0')")
-    found = [find_bank(frozen, head) for head in heads]
+    found = [frozen.locate(head) for head in heads]
     late = [
         f"{heads[i]} is not earlier than {heads[i + 1]}"
         for i in range(len(found) - 1)
-        if found[i][0] >= found[i + 1][0]
+        if found[i].depth >= found[i + 1].depth
     ]
     if late:
         raise MechInterpError("; ".join(late) + ": a head only reads what earlier sublayers wrote")
     goal = resolve_goal(frozen, target=target, against=against, position=position)
 
     x, depth = frozen.start, 0
-    for own, bank, index in found:
-        z = bank.read(frozen.carry(x, depth, own))[:, index]
-        pos = torch.arange(len(z), device=z.device)
-        x, depth = bank.write_at(z, torch.full_like(pos, index), pos), own
+    for place in found:
+        x, depth = frozen.write_at(place, frozen.read_at(place, x, depth)), place.depth
     term = frozen.carry(x, depth, len(frozen.sublayers))
 
     # The same term read backwards from the target, which tells its sources apart.
@@ -89,12 +86,12 @@ def virtual_head(
     w[0, goal.position] = 1
     v, depth = goal.direction[None], len(frozen.sublayers)
     pattern = torch.eye(len(frozen.tokens), dtype=w.dtype, device=w.device)
-    for own, bank, index in reversed(found):
-        w, v = _back(frozen, w, v, own, depth)
-        at = torch.tensor([index], device=w.device)
-        w, v, depth = bank.spread(w, at), bank.pull(v, at), own
-        pattern = pattern @ bank.bank.dense_pattern(bank.pattern, index)[:, :-1]
-    w, v = _back(frozen, w, v, 0, depth)
+    for place in reversed(found):
+        w, v = frozen.carry_rank_one(w, v, place.depth, depth)
+        bank, at = frozen.bank_at(place), torch.tensor([place.head], device=w.device)
+        w, v, depth = bank.spread(w, at), bank.pull(v, at), place.depth
+        pattern = pattern @ bank.bank.dense_pattern(bank.pattern, place.head)[:, :-1]
+    w, v = frozen.carry_rank_one(w, v, 0, depth)
     values = w[0] * (frozen.start @ v[0])
 
     logits = frozen.read_out(term)
@@ -120,11 +117,3 @@ def virtual_head(
         loss_change=loss,
         about=goal.about,
     )
-
-
-def _back(frozen: Frozen, w: Tensor, v: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Carry a rank-one field from the stream that ``stop`` reads to the sum in sublayer ``start``."""
-    for sublayer in reversed(frozen.sublayers[start:stop]):
-        if sublayer.out is not None:
-            w, v = sublayer.out.weigh(w), sublayer.out.turn_back(v)
-    return w, v
