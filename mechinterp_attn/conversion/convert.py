@@ -65,26 +65,29 @@ def load(
     components: int = 8,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
 ) -> AttentionOnlyModel:
     """A model by name or folder, in attention-only form, checked against its source.
 
     Args:
         source: the name of a bundled model (``mia.models()`` lists them), a folder made by
             ``model.save``, a folder with a TL-convention checkpoint (config.json and
-            model.safetensors) or with a Hugging Face model, or a Hugging Face id (``owner/name``, or
-            TransformerLens's short name such as ``gpt2``).
+            model.safetensors) or with a Hugging Face model, a ``.gguf`` file (needs the extra
+            ``gguf``; its quantized weights become ordinary numbers), or a Hugging Face id
+            (``owner/name``, or TransformerLens's short name such as ``gpt2``).
         mlp, components: see ``convert``; a saved model keeps the mode it was converted with.
         dtype: of the weights; as stored by default, half precisions widened to float32.
+        revision: of a Hugging Face id: a branch, a tag or a commit.
 
     Raises:
         MechInterpError: no such model; the message lists the bundled names.
         UnsupportedModelError, CheckpointError, ConversionError: see ``convert``.
     """
     check_mode(mlp, components)
-    if is_saved(source):
+    if revision is None and is_saved(source):
         model = load_saved(Path(source), dtype)
     else:
-        opened = open_source(source, dtype)
+        opened = open_source(source, dtype, revision)
         model = _build(_read(opened), opened, mlp, components, check=True, shared=False)
     return model if device is None else cast(AttentionOnlyModel, model.to(device))
 

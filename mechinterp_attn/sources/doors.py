@@ -23,30 +23,39 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def open_source(
-    source: str | os.PathLike[str], dtype: torch.dtype | None = None
+    source: str | os.PathLike[str], dtype: torch.dtype | None = None, revision: str | None = None
 ) -> TransformerBridge | Checkpoint:
     """The source model behind a name, with its MLPs, not yet converted.
 
     Args:
         source: a bundled model's name, a folder with a TL-convention checkpoint or a Hugging Face
-            model, or a Hugging Face id (``owner/name``, or TransformerLens's short name such as
-            ``gpt2``), which is fetched.
+            model, a ``.gguf`` file, or a Hugging Face id (``owner/name``, or TransformerLens's short
+            name such as ``gpt2``), which is fetched.
         dtype: of the weights; as stored by default, half precisions widened to float32.
+        revision: of a Hugging Face id: a branch, a tag or a commit.
 
     Raises:
         MechInterpError: no such model, or a model saved in attention-only form, which holds no source.
     """
     name = os.fspath(source)
+    folder = Path(name)
+    is_local = bundled_folder(name) is not None or folder.exists()
+    if revision is not None and is_local:
+        raise MechInterpError(
+            f"revision={revision!r} is for models of the Hugging Face hub, and {name!r} is here on this "
+            "machine: leave it out"
+        )
     if bundled_folder(name) is not None:
         return read_bundled(name, dtype)
-    folder = Path(name)
+    if folder.is_file() and folder.suffix == ".gguf":
+        return boot(folder, dtype)
     if not folder.is_dir():
         hub_id = None if folder.exists() else _hub_id(name)
         if hub_id is not None:
-            return boot(hub_id, dtype)
+            return boot(hub_id, dtype, revision)
         raise MechInterpError(
             f"{name!r} is neither a bundled model ({', '.join(bundled_names())}) nor a folder nor a "
-            "model of Hugging Face ('gpt2', 'owner/name')"
+            ".gguf file nor a model of Hugging Face ('gpt2', 'owner/name')"
         )
     config = read_config(folder)
     if config.get("format") == FORMAT:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mechinterp_attn.core.errors import CheckpointError
+from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.sources.checkpoint import Checkpoint
 
 
@@ -34,20 +35,41 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """``model.safetensors`` of a folder; never a pickle.
+    """``model.safetensors`` of a folder, or the shards that its index names; never a pickle.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise CheckpointError(str(folder), ["it has no model.safetensors (pickles are not read)"])
+    found: dict[str, Tensor] = {}
+    for name in Progress(_weight_files(folder), desc="reading weights"):
+        try:
+            found |= load_file(folder / name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                str(folder), [f"{name} is damaged or not safetensors ({error})"]
+            ) from error
+    return found
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold a folder's tensors."""
+    single, index = "model.safetensors", "model.safetensors.index.json"
+    if (folder / single).is_file():
+        return [single]
+    if not (folder / index).is_file():
+        raise CheckpointError(str(folder), [f"it has no {single} and no {index} (pickles are not read)"])
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            str(folder), [f"model.safetensors is damaged or not safetensors ({error})"]
-        ) from error
+        names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(str(folder), [f"{index} cannot be read ({error!r})"]) from error
+    reasons = [
+        f"{index} names {name!r}, which is no file of this folder"
+        for name in names
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file()
+    ]
+    if reasons:
+        raise CheckpointError(str(folder), reasons)
+    return names
 
 
 def read_tokenizer(

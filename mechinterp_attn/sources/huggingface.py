@@ -7,7 +7,9 @@ bridge's config is not right for every family (GPT-Neo's scale, OPT's width, rot
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
+import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.progress import Progress
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -243,8 +246,15 @@ def _rotary(model: Any, hf: Any, architecture: str) -> dict[str, Any]:
     return {"rotary_dim": getattr(hf, "rotary_dim", None), "rotary_adjacent_pairs": adjacent}
 
 
-def boot(source: str | Path, dtype: torch.dtype | None = None) -> TransformerBridge:
-    """A Hugging Face folder or hub id as a TransformerBridge in eval mode on the CPU.
+def boot(
+    source: str | Path, dtype: torch.dtype | None = None, revision: str | None = None
+) -> TransformerBridge:
+    """A Hugging Face folder, ``.gguf`` file or hub id as a TransformerBridge in eval mode on the CPU.
+
+    Args:
+        dtype: of the weights; as stored by default, half precisions widened to float32. Quantized
+            weights of a GGUF file become numbers of this dtype.
+        revision: of a hub id: a branch, a tag or a commit.
 
     Raises:
         MechInterpError: it cannot be fetched or read, or TransformerLens has no adapter for it.
@@ -258,35 +268,67 @@ def boot(source: str | Path, dtype: torch.dtype | None = None) -> TransformerBri
         AutoTokenizer,
     )
 
-    name = str(source)
+    name, at = str(source), {"revision": revision} if revision else {}
+    place = name
+    if is_gguf := name.endswith(".gguf"):
+        _need_gguf(name)
+        place, at = str(Path(name).parent), {"gguf_file": Path(name).name}
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(place, **at)
         kind = (getattr(config, "architectures", None) or [""])[0]
         loader = (
             AutoModelForMaskedLM
             if kind.endswith(("ForMaskedLM", "ForPreTraining"))
             else AutoModelForCausalLM
-            if kind.endswith(("ForCausalLM", "LMHeadModel"))
+            if is_gguf or kind.endswith(("ForCausalLM", "LMHeadModel"))
             else AutoModel
         )
         stored = getattr(config, "dtype", None) or torch.float32
         wide = torch.float32 if stored in (torch.float16, torch.bfloat16) else stored
-        model = loader.from_pretrained(name, dtype=dtype or wide, attn_implementation="eager").eval()
-    except (OSError, ValueError, KeyError) as error:
+        options = at | {"dtype": dtype or wide, "attn_implementation": "eager"}
+        with _our_bars():
+            model = loader.from_pretrained(place, **options).eval()
+    except (OSError, ValueError, KeyError, struct.error) as error:
         raise MechInterpError(f"{name!r} cannot be read as a Hugging Face model: {error}") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name) if _has_tokenizer(name) else None
+        found = is_gguf or _has_tokenizer(name)
+        tokenizer = AutoTokenizer.from_pretrained(place, **at) if found else None
     except (OSError, ValueError, KeyError):
         tokenizer = None
     try:
         with some_tokenizer(tokenizer, config.vocab_size) as needed:
             bridge = TransformerBridge.boot_transformers(
-                name, hf_model=model, tokenizer=needed, device="cpu", dtype=dtype or wide
+                place, hf_model=model, tokenizer=needed, device="cpu", dtype=dtype or wide
             )
     except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
         raise MechInterpError(f"TransformerLens has no bridge for {name!r} ({kind}): {error}") from error
     bridge.tokenizer = tokenizer
+    if is_gguf:
+        bridge.cfg.model_name = Path(name).stem
     return bridge
+
+
+def _need_gguf(name: str) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise MechInterpError(
+            f"{name!r} is read with the package gguf, which is not installed: "
+            "pip install 'mechinterp_attn[gguf]'"
+        )
+
+
+@contextlib.contextmanager
+def _our_bars() -> Iterator[None]:
+    """Transformers' progress bars look like all others here, and keep quiet when those do."""
+    from transformers.utils import logging
+
+    def bar(_factory: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Progress:
+        return Progress(*args, **{"desc": "loading weights"} | options)
+
+    previous = logging.set_tqdm_hook(bar)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(previous)
 
 
 def _has_tokenizer(name: str) -> bool:
