@@ -28,7 +28,7 @@ def llama():
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
@@ -81,7 +81,7 @@ def test_a_gguf_file_is_the_model_that_was_written(llama, tmp_path):
     model = mia.load(path)
     with torch.no_grad():
         expected = llama(TOKENS).logits
-    torch.testing.assert_close(model(TOKENS), expected, rtol=0, atol=1e-5)  # float32, logits up to 4
+    torch.testing.assert_close(model(TOKENS), expected, rtol=0, atol=1e-5)  # float32, logits of order one
     assert model.provenance["name"] == "tiny-llama.F32"
     assert model.to_str_tokens("abc", prepend_bos=False) == ["ab", "c"]
 
