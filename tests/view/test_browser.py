@@ -149,6 +149,31 @@ def test_every_figure_downloads_as_svg_and_png(saved, watched):
     watched.assert_quiet()
 
 
+def test_png_buttons_answer_a_quick_hand(saved, watched):
+    """Every button at once, then one button several times: a file for each click, its cells in it."""
+    page = watched.open(saved)
+    files = []
+    page.on("download", lambda download: files.append(download))
+    buttons = page.get_by_label("Download as PNG:").all()
+    for button in [*buttons, *buttons[:1] * 3]:
+        button.click()
+    page.wait_for_timeout(500)
+    assert len(files) == len(buttons) + 3
+    assert len({file.suggested_filename for file in files}) == len(buttons)
+    colours = page.evaluate(
+        """async () => {
+        const blob = await toPng(standalone(document.querySelector(".patterns .heatmap")));
+        const picture = await createImageBitmap(blob);
+        const context = new OffscreenCanvas(picture.width, picture.height).getContext("2d");
+        context.drawImage(picture, 0, 0);
+        const data = new Uint32Array(context.getImageData(0, 0, picture.width, picture.height).data.buffer);
+        return new Set(data).size;
+        }"""
+    )
+    assert colours > 20  # the cells are in the picture, not only its frame
+    watched.assert_quiet()
+
+
 def test_a_picture_that_was_downloaded_stands_by_itself(saved, watched, chromium):
     """The SVG is drawn as an image of its own: nothing of the page's style is needed."""
     page = watched.open(saved)

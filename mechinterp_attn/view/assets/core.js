@@ -33,12 +33,14 @@ function download(name, content, type) {
   document.body.append(link);
   link.click();
   link.remove();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
+  setTimeout(() => URL.revokeObjectURL(url), 60_000); // a slow disk may still be reading
 }
 
+/* Cells that a spreadsheet would run as a formula begin with an apostrophe; numbers are left alone. */
 function toCsv(columns, rows) {
   const cell = (x) => {
-    const text = x === null || x === undefined ? "" : Array.isArray(x) ? x.map((t) => JSON.stringify(t)).join(" ") : String(x);
+    let text = x === null || x === undefined ? "" : Array.isArray(x) ? x.map((t) => JSON.stringify(t)).join(" ") : String(x);
+    if (typeof x === "string" && /^[=+\-@\t\r]/.test(text) && Number.isNaN(Number(text))) text = "'" + text;
     return /[",\r\n]/.test(text) ? '"' + text.replaceAll('"', '""') + '"' : text;
   };
   return [columns, ...rows].map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";

@@ -122,22 +122,38 @@ function standalone(picture) {
   return { text: new XMLSerializer().serializeToString(copy), width, height };
 }
 
+/* A PNG waits for nothing but the load of its own image. `decode` waits for a frame and `toBlob` for an idle
+   moment: a busy or covered page has neither, and a download that comes late counts as nobody's click. */
 async function toPng({ text, width, height }) {
   const image = new Image();
-  image.src = "data:image/svg+xml;charset=utf-8," + encodeURIComponent(text);
-  await image.decode();
+  await new Promise((done, failed) => {
+    image.onload = done;
+    image.onerror = () => failed(new Error("the picture cannot be read"));
+    image.src = "data:image/svg+xml;charset=utf-8," + encodeURIComponent(text);
+  });
   const scale = Math.min(2, 8192 / Math.max(width, height));
   const canvas = el("canvas", { width: Math.round(scale * width), height: Math.round(scale * height) });
   canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
-  return new Promise((done) => canvas.toBlob(done, "image/png"));
+  const bytes = atob(canvas.toDataURL("image/png").split(",")[1]);
+  return new Blob([Uint8Array.from(bytes, (c) => c.charCodeAt(0))], { type: "image/png" });
 }
 
 /* The buttons below a picture: SVG, PNG, and the numbers where they are not in a table of the page. */
 function figureTools(name, caption, picture, csv) {
-  const button = (kind, onclick) => el("button", { type: "button", class: "plain", "aria-label": `Download as ${kind}: ${caption()}`, onclick }, kind);
-  const svg = () => standalone(picture);
+  const said = el("span", { class: "quiet", role: "status" });
+  const button = (kind, make) => el("button", { type: "button", class: "plain", "aria-label": `Download as ${kind}: ${caption()}`, onclick: async () => {
+    said.textContent = "";
+    try {
+      const file = name() + "." + kind.toLowerCase(); // as things are at the click
+      download(file, await make());
+    } catch (error) {
+      said.textContent = `No ${kind} could be made: ${error.message}`;
+    }
+  } }, kind);
+  const file = (text, type) => new Blob([text], { type });
   return el("div", { class: "tools" },
-    button("SVG", () => download(name() + ".svg", svg().text, "image/svg+xml")),
-    button("PNG", async () => download(name() + ".png", await toPng(svg()))),
-    csv ? button("CSV", () => download(name() + ".csv", csv(), "text/csv")) : null);
+    button("SVG", () => file(standalone(picture).text, "image/svg+xml")),
+    button("PNG", () => toPng(standalone(picture))),
+    csv ? button("CSV", () => file(csv(), "text/csv")) : null,
+    said);
 }

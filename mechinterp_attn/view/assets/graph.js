@@ -159,7 +159,7 @@ function drawAttributionGraph(host, data) {
     if (away < 0 || away > scroll.clientWidth) scroll.scrollLeft = n.x - scroll.clientWidth / 2; // into sight
   }
   function paint() {
-    const floor = biggest * Math.pow(Number(slider.value) / 100, 2);
+    const floor = biggest * (Number(slider.value) / 100) ** 2;
     shownAt.textContent = ` ${fixed(floor, 3)}`;
     const near = new Set([chosen]);
     for (const e of edges) {

@@ -20,7 +20,7 @@ async function drawMatrix(host, block) {
   const paint = () => view.paint(codes, ramp("attention", 1), true);
   rest();
   paint();
-  host.append(el("p", { class: "caption" }, block.caption), view.svg, readout, figureTools(() => block.id, () => block.caption, view.svg, csv));
+  host.append(el("p", { class: "caption" }, block.caption), view.svg, figureTools(() => block.id, () => block.caption, view.svg, csv), readout);
   onColours(paint);
   host.dataset.ready = "";
 }

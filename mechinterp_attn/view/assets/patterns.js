@@ -110,7 +110,7 @@ function drawPatterns(host, block) {
     }
     const csv = () => toCsv(["query", ...tokens.map((_, k) => name(k))],
       block.tokens.map((_, q) => [name(q), ...Array.from(it.chosen.codes.subarray(q * width, (q + 1) * width), weightText)]));
-    it.root = el("div", { class: "panel" }, thumbs, view.svg, readout, strip, figureTools(() => it.chosen.head, () => `pattern, ${group.title}`, view.svg, csv),
+    it.root = el("div", { class: "panel" }, thumbs, view.svg, figureTools(() => it.chosen.head, () => `pattern, ${group.title}`, view.svg, csv), readout, strip,
       el("details", { class: "twin" }, el("summary", {}, "As a table: where the chosen token looks"),
         el("table", {}, el("thead", {}, el("tr", {}, el("th", { class: "left", scope: "col" }, "Token looked at"), el("th", { scope: "col" }, "Weight"))), twin)));
     return it;

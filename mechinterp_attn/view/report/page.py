@@ -28,11 +28,11 @@ CIRCUITSVIS_TOKENS = 64
 
 def page(data: dict[str, Any]) -> str:
     """The HTML of a report."""
-    style, script = _asset(_STYLES), _asset(_SCRIPTS)
+    style, code = _asset(_STYLES), script()
     bundle = (
         circuitsvis.bundle() if len(data["prompt"]) <= CIRCUITSVIS_TOKENS and _has_patterns(data) else ""
     )
-    scripts = " ".join(_hash(text) for text in (script, bundle) if text)
+    scripts = " ".join(_hash(text) for text in (code, bundle) if text)
     policy = (
         f"default-src 'none'; script-src {scripts}; style-src {_hash(style)}; img-src data: blob:; "
         "base-uri 'none'; form-action 'none'"
@@ -41,10 +41,15 @@ def page(data: dict[str, Any]) -> str:
         report=data,
         data=Markup(inert_json(data)),
         style=Markup(style),
-        script=Markup(script),
+        script=Markup(code),
         circuitsvis=Markup(bundle),
         policy=policy,
     )
+
+
+def script() -> str:
+    """The one script that a page runs."""
+    return _asset(_SCRIPTS)
 
 
 @cache
