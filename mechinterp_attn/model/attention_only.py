@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.model.block import Block, Embed, PosEmbed, PredictionHead, Sublayer, Unembed
 from mechinterp_attn.model.gates import GATES, rule_for
+from mechinterp_attn.model.generation import Generates
 from mechinterp_attn.model.heads import Head, HeadBank, HeadIndex
 from mechinterp_attn.model.norm import Norm
 from mechinterp_attn.model.rotary import Rotary
@@ -33,7 +34,7 @@ from mechinterp_attn.model.tokens import TokenDoor
 ReturnType = Literal["logits", "loss", "both"] | None
 
 
-class AttentionOnlyModel(TokenDoor, StackedWeights, Switches, HookedRootModule):
+class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedRootModule):
     """A transformer in which every MLP neuron is an attention head.
 
     Made by ``mia.load`` or ``mia.convert``. Tokens ``[batch, pos]`` (or text, where there is a
@@ -306,50 +307,6 @@ class AttentionOnlyModel(TokenDoor, StackedWeights, Switches, HookedRootModule):
         if not return_cache_object:
             return out, cache
         return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
-
-    def generate(
-        self,
-        input: str | Tensor,
-        max_new_tokens: int = 10,
-        *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop_at_eos: bool = True,
-        attention_mask: Tensor | None = None,
-        use_past_kv_cache: bool = True,
-        generator: torch.Generator | None = None,
-        verbose: bool = False,
-    ) -> Any:
-        """Continue a text or tokens: text in, text out; tokens in, tokens ``[batch, pos + new]`` out.
-
-        Args:
-            temperature: 0 takes the most likely token every time.
-            top_k, top_p: draw from the k most likely tokens, or from the fewest that hold a share p.
-            stop_at_eos: sequences that said EOS say nothing else; where all have, it ends.
-            attention_mask: ``[batch, pos]``, 0 on padding, which must be on the left.
-            generator: of the draws.
-
-        Raises:
-            MechInterpError: no room in the context, a bidirectional model or a classifier, or options
-                out of range.
-        """
-        from mechinterp_attn.model.generation import generate
-
-        tokens = generate(
-            self,
-            input,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            stop_at_eos=stop_at_eos,
-            attention_mask=attention_mask,
-            use_past_kv_cache=use_past_kv_cache,
-            generator=generator,
-            verbose=verbose,
-        )
-        return self.to_string(tokens[0]) if isinstance(input, str) else tokens
 
     @property
     def cfg(self) -> TransformerBridgeConfig:

@@ -64,6 +64,53 @@ def test_draws_repeat_with_their_generator(stories):
     assert drawn(0, top_k=1) == drawn(1, top_p=1e-9) == greedy
 
 
+def test_penalties_are_hugging_faces(stories, stories_hf):
+    tokens = stories.to_tokens(PROMPT)
+    expected = stories_hf.generate(
+        tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=40,
+        repetition_penalty=1.3, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    penalised = stories.generate(tokens, 40, repetition_penalty=1.3, stop_at_eos=False)
+    assert torch.equal(penalised, expected)
+    assert not torch.equal(penalised, stories.generate(tokens, 40, stop_at_eos=False))
+    once = stories.generate(tokens, 40, freq_penalty=1e6, stop_at_eos=False)[0]
+    new = once[tokens.shape[1] :].tolist()
+    assert len(set(new)) == len(new) == 40  # nothing is said twice
+
+
+def test_texts_go_on_side_by_side_as_alone(stories):
+    texts = [PROMPT, "Lily had a red ball. She"]
+    assert stories.generate(texts, 20, return_type="str", stop_at_eos=False) == [
+        stories.generate(text, 20, stop_at_eos=False) for text in texts
+    ]
+
+
+def test_a_stream_says_what_generate_says(stories):
+    tokens = stories.to_tokens(PROMPT)
+    whole = stories.generate(tokens, 20)
+    chunks = list(stories.generate_stream(tokens, 20, max_tokens_per_yield=8))
+    assert [chunk.shape[1] for chunk in chunks] == [tokens.shape[1] + 8, 8, 4]
+    assert torch.equal(torch.cat(chunks, 1), whole)
+
+
+def test_generation_stops_where_asked(stories):
+    text = stories.generate(PROMPT, 60, stop_strings=".")
+    assert text.endswith(".")
+    assert text.count(".") == PROMPT.count(".") + 1
+    seen = []
+
+    def five_more(tokens, logits):
+        seen.append(tokens.shape[1])
+        return torch.tensor(len(seen) >= 5)
+
+    tokens = stories.to_tokens(PROMPT)
+    assert stories.generate(tokens, 60, stopping_criteria=five_more).shape[1] == tokens.shape[1] + 5
+    comma = stories.generate(tokens, 60)[0, tokens.shape[1] + 3]
+    stopped = stories.generate(tokens, 60, eos_token_id=int(comma))
+    assert stopped[0, -1] == comma
+    assert stopped.shape[1] <= tokens.shape[1] + 4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
