@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from mechinterp_attn.conversion.saved import output_folder, write_atomic
 from mechinterp_attn.core.errors import CheckpointError
+from mechinterp_attn.core.files import write_file
 
 from . import novels as corpus
 from .recipe import ARCHITECTURES, Recipe, config, recipe
@@ -28,10 +28,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     options = parser.parse_args()
     novels = corpus.read_novels(options.corpus)
-    tokenizer_file = output_folder(options.out) / "tokenizer.json"
+    options.out.mkdir(exist_ok=True)
+    tokenizer_file = options.out / "tokenizer.json"
     if "tokenizer" in options.names:
         tokenizer = corpus.train_tokenizer(novels)
-        write_atomic(tokenizer_file, lambda path: tokenizer.save(str(path)))
+        write_file(tokenizer_file, lambda path: tokenizer.save(str(path)))
     names = [name for name in options.names if name != "tokenizer"]
     if not names:
         return

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from mechinterp_attn.conversion.saved import output_folder, write_atomic
 from mechinterp_attn.core.errors import ConversionError
+from mechinterp_attn.core.files import write_file, write_text
 from mechinterp_attn.sources.bridge import to_bridge
 from mechinterp_attn.sources.checkpoint import Checkpoint
 
@@ -151,11 +151,12 @@ def make_model(
         "bridge_logit_error": check_bridge(as_stored, cfg, held_out[:N_AT_ONCE]),
         "versions": {"torch": torch.__version__, "transformer_lens": version("transformer_lens")},
     }
-    folder = output_folder(out / name)
-    write_atomic(folder / "model.safetensors", lambda path: save_file(stored, path))
-    _write(folder / "config.json", json.dumps(cfg, indent=1))
-    _write(folder / "scores.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
-    _write(folder / "card.json", json.dumps(card, indent=1))
+    folder = out / name
+    folder.mkdir(exist_ok=True)
+    write_file(folder / "model.safetensors", lambda path: save_file(stored, path))
+    write_text(folder / "config.json", json.dumps(cfg, indent=1))
+    write_text(folder / "scores.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
+    write_text(folder / "card.json", json.dumps(card, indent=1))
     print(json.dumps(card, indent=1))
 
 
@@ -167,9 +168,4 @@ def write_statistics(training: Int[Tensor, " token"], unseen: Int[Tensor, " toke
     documents = corpus.windows(unseen, config("gelu-2l")["n_ctx"])
     chosen = documents[:: len(documents) // N_SHIPPED][:N_SHIPPED]
     tensors = {"pairs": pairs.int(), "counts": counts[pairs].int(), "held_out": chosen.short()}
-    write_atomic(out / "corpus.safetensors", lambda path: save_file(tensors, path))
-
-
-def _write(path: Path, text: str) -> None:
-    """A small text file, whole or not at all."""
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_file(out / "corpus.safetensors", lambda path: save_file(tensors, path))

@@ -23,7 +23,7 @@ from mechinterp_attn.circuits.groups import Composition, HeadGroup, Select, grou
 from mechinterp_attn.circuits.lifted import lifted_cost, lifted_scores, lifts
 from mechinterp_attn.circuits.null import mean_and_spread, shape_null
 from mechinterp_attn.circuits.plan import Plan, make_plan
-from mechinterp_attn.circuits.state import SavedState
+from mechinterp_attn.circuits.state import SearchState
 from mechinterp_attn.circuits.streaming import Precision, block_shape, wide
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import draw
@@ -209,7 +209,7 @@ def _streamed(
     resume: str | os.PathLike[str] | None,
     engine: str,
 ) -> CompositionScores:
-    saved = SavedState(resume, job, len(units)) if resume is not None else None
+    saved = SearchState(resume, job, len(units)) if resume is not None else None
     sink = Top(job)
     done = saved.load(sink) if saved is not None else set()
     left = [i for i in range(len(units)) if i not in done]
@@ -228,9 +228,9 @@ def _streamed(
     try:
         with bar:
             if engine == "ray":
-                from mechinterp_attn.circuits.distributed import run_on_ray
+                from mechinterp_attn.circuits.distributed import units_on_ray
 
-                finished = run_on_ray(job, [(i, units[i]) for i in left])
+                finished = units_on_ray(job, [(i, units[i]) for i in left])
             else:
                 finished = ((i, _unit_alone(job, units[i], sink)) for i in left)
             for i, part in finished:

@@ -1,55 +1,40 @@
 """A streamed composition search on the workers of a Ray cluster (the ``ray`` extra).
 
 Units are independent: each worker gets the job once, runs whole units and gives back the best pairs
-and histogram of each, which are merged as they come. The order does not matter to the result.
+and the histogram of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from mechinterp_attn.circuits.blocks import Job, Top, Unit, run_unit
 from mechinterp_attn.circuits.groups import OTHER
-from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.cluster import run_on_ray
 
 
-def run_on_ray(job: Job, units: list[tuple[int, Unit]]) -> Iterator[tuple[int, Top]]:
-    """Numbered units on Ray's workers, in the order in which they finish.
-
-    An initialised cluster is used as it is; otherwise a local one is started and stopped again.
+def units_on_ray(job: Job, units: Sequence[tuple[int, Unit]]) -> Iterator[tuple[int, Top]]:
+    """Numbered units on Ray's workers, in their order.
 
     Raises:
         MechInterpError: Ray is not installed.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise MechInterpError(
-            "engine='ray' needs Ray, which is not installed: pip install 'mechinterp_attn[ray]'"
-        ) from error
-    started = not ray.is_initialized()
-    if started:
-        ray.init(include_dashboard=False, log_to_driver=False)
-
-    work = ray.remote(_work)
-    try:
-        shared = ray.put(_of_plain_tensors(job))
-        waiting = {work.remote(shared, unit): number for number, unit in units}
-        while waiting:
-            (done, *_), _ = ray.wait(list(waiting))
-            yield waiting.pop(done), ray.get(done)
-    finally:
-        if started:
-            ray.shutdown()
+    parts = run_on_ray(_worker, _of_plain_tensors(job), [unit for _, unit in units], option="engine='ray'")
+    numbers = [number for number, _ in units]
+    return zip(numbers, parts, strict=True)
 
 
-def _work(job: Job, unit: Unit) -> Top:
-    """One unit on a worker; a function of this module, so that it travels by name."""
-    part = Top(job)
-    run_unit(job, unit, part)
-    job.release()
-    return part
+def _worker(job: Job) -> Callable[[Unit], Top]:
+    """What a worker does with a unit; a function of this module, so that it travels by name."""
+    job = replace(job, held={}, scratch=[])
+
+    def work(unit: Unit) -> Top:
+        part = Top(job)
+        run_unit(job, unit, part)
+        return part
+
+    return work
 
 
 def _of_plain_tensors(job: Job) -> Job:

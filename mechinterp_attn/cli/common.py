@@ -125,10 +125,11 @@ def deliver(
 def emit(frame: pd.DataFrame, *, as_json: bool = False, csv: Path | None = None) -> None:
     """Print a table: aligned text, JSON records, or a CSV file (its path on stdout)."""
     if csv is not None:
-        from mechinterp_attn.conversion.saved import write_atomic
+        from mechinterp_attn.core.files import is_stream, write_csv
 
-        write_atomic(csv, lambda path: frame.to_csv(path, index=False))
-        typer.echo(str(csv))
+        write_csv(csv, frame)
+        if not is_stream(csv):  # it would stand behind the table in /dev/stdout
+            typer.echo(str(csv))
     elif as_json:
         emit_json(records(frame))
     else:
@@ -165,13 +166,12 @@ def _plain(value: Any) -> Any:
 
 def write_figure(result: Result, file: Path) -> None:
     """The figure of a result as one HTML file that opens offline."""
-    from mechinterp_attn.conversion.saved import write_atomic
+    from mechinterp_attn.core.files import write_text
 
     if hasattr(result, "view"):  # the attribution graph's own page
         result.view().save(file)
     else:
-        text = result.plot().to_html(include_plotlyjs=True, full_html=True)
-        write_atomic(file, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(file, result.plot().to_html(include_plotlyjs=True, full_html=True))
     remark(f"wrote {file}")
 
 

@@ -57,9 +57,9 @@ def report(
     """Write the circuit report of a model on a prompt: one HTML file that opens offline."""
     import mechinterp_attn as mia
     from mechinterp_attn.core.errors import MechInterpError
-    from mechinterp_attn.view.report.build import writable
+    from mechinterp_attn.core.files import check_writable
 
-    writable(out)  # before the work, not after it
+    check_writable(out)  # before the work, not after it
     text = prompt_of(prompt, tokens)
     if compare is not None and compare_mlp is not None:
         raise MechInterpError("give --compare or --compare-mlp, one of the two")

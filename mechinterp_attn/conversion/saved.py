@@ -5,132 +5,148 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import save_file
+from typing_extensions import TypedDict
 
 from mechinterp_attn.core.errors import CheckpointError, MechInterpError
+from mechinterp_attn.core.fields import wrong_fields
+from mechinterp_attn.core.files import write_folder
 from mechinterp_attn.model.spec import Spec
+from mechinterp_attn.sources.checkpoint import Shapes, expected_shapes, wrong_tensors
 from mechinterp_attn.sources.folder import read_config, read_tensors, read_tokenizer
 
 if TYPE_CHECKING:
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 FORMAT = "mechinterp_attn.model.attention_only"
-VERSION = 1
+VERSION = 2
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def save(model: AttentionOnlyModel, folder: str | os.PathLike[str]) -> None:
     """Write ``config.json``, ``model.safetensors`` and ``tokenizer.json`` into a folder.
 
-    The folder is made if only its last part is missing. Files are written under temporary names and
-    renamed, the config last, so that a torn write never looks like a model.
+    A model that is there already is replaced as a whole; other files in the folder are kept.
+
+    Args:
+        folder: made if only its last part is missing.
 
     Raises:
-        MechInterpError: the folder cannot be made or written.
+        MechInterpError: the folder cannot be made or written. What was there is unchanged then.
     """
-    target = output_folder(folder)
     weights = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
-    write_atomic(target / "model.safetensors", lambda path: save_file(weights, path))
-    files = ["model.safetensors"]
+    files: dict[str, Callable[[Path], Any]] = {"model.safetensors": lambda path: save_file(weights, path)}
     if model.tokenizer is not None:
-        backend = model.tokenizer.backend_tokenizer
-        write_atomic(target / "tokenizer.json", lambda path: backend.save(str(path)))
-        files.append("tokenizer.json")
+        backend = model.tokenizer.backend_tokenizer.to_str()
+        files["tokenizer.json"] = lambda path: path.write_text(backend, encoding="utf-8")
     config = {
         "format": FORMAT,
         "version": VERSION,
         "spec": model.spec.to_json(),
         "provenance": model.provenance,
         "special_tokens": {name: getattr(model.tokenizer, name, None) for name in _SPECIAL},
-        "sha256": {file: _sha256(target / file) for file in files},
     }
-    text = json.dumps(config, indent=1)
-    write_atomic(target / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+    def write_config(path: Path) -> None:
+        sums = {name: _sha256(path.parent / name) for name in files}
+        plain = json.loads(json.dumps(config))
+        whole = plain | {"sha256": sums | {"config.json": _sha256_of_config(plain)}}
+        path.write_text(json.dumps(whole, indent=1), encoding="utf-8")
+
+    write_folder(folder, files | {"config.json": write_config})
 
 
 def load_saved(folder: Path, dtype: torch.dtype | None = None) -> AttentionOnlyModel:
     """Read a folder made by ``save``; without ``dtype`` the round trip is bit-exact.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or not the one that was saved.
+        CheckpointError: a file is missing, damaged, or not the one that was saved, or the weights are
+            not those of the model that the config describes.
     """
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
     config = read_config(folder)
+    _check_sums(folder, config)
+    try:
+        spec = Spec.from_json(config["spec"])
+    except MechInterpError as error:
+        raise CheckpointError(str(folder), [str(error)]) from error
+    weights = read_tensors(folder)
+    wrong = wrong_tensors(weights, spec, _shapes)
+    if wrong:
+        raise CheckpointError(str(folder), wrong)
+    tokenizer = None
+    if "tokenizer.json" in config["sha256"]:  # otherwise one that lies there is another model's
+        tokenizer = read_tokenizer(folder / "tokenizer.json", **config["special_tokens"])
+    return AttentionOnlyModel(
+        spec,
+        {name: t.to(dtype) if dtype else t for name, t in weights.items()},
+        tokenizer=tokenizer,
+        provenance=config["provenance"],
+    )
+
+
+def _shapes(spec: Spec) -> tuple[Shapes, Shapes]:
+    """Names and shapes of the tensors that a saved model must have, and of those it may have: as in the
+    source, without the norms that are folded in, and with every bias."""
+    required, optional = expected_shapes(spec)
+    kept = {"embed_norm.b"} | {name for name in optional if name.endswith("_post.w")}
+    if spec.stream_norm:
+        kept |= {name for name in optional if name.split(".")[-2] in ("ln1", "ln2")}
+    needed = {name for name in optional if ".b_" in name or "_norm.w" in name or name == "prediction.b"}
+    required |= {name: optional[name] for name in needed}
+
+    def renamed(shapes: Shapes) -> Shapes:
+        return {name.replace(".mlp.", ".neurons."): shape for name, shape in shapes.items()}
+
+    return renamed(required), renamed({name: optional[name] for name in kept & set(optional)})
+
+
+class _Config(TypedDict):
+    format: str
+    version: int
+    spec: dict[str, Any]
+    provenance: dict[str, Any]
+    special_tokens: dict[str, Any]
+    sha256: dict[Literal["model.safetensors", "tokenizer.json", "config.json"], str]
+
+
+def _check_sums(folder: Path, config: dict[str, Any]) -> None:
+    """Every file of the folder, config.json too, is the one that was saved.
+
+    Raises:
+        CheckpointError: names those that are not.
+    """
     if config.get("version") != VERSION:
         raise CheckpointError(
-            str(folder), [f"format version {config.get('version')!r}, this release reads {VERSION}"]
+            str(folder),
+            [f"format version {config.get('version')!r}, this release reads {VERSION}; save it again"],
         )
-    sums = config.get("sha256", {})
-    for file in {"model.safetensors": None} | sums:
-        if (folder / file).is_file() and _sha256(folder / file) != sums.get(file):
-            raise CheckpointError(
-                str(folder), [f"{file} is damaged or not the file that was saved (its checksum differs)"]
-            )
-    weights = read_tensors(folder)
-    missing = [f"{file} is missing" for file in sums if not (folder / file).is_file()]
-    if missing:
-        raise CheckpointError(str(folder), missing)
-    spec = Spec.from_json(config.get("spec", {}))
-    try:
-        return AttentionOnlyModel(
-            spec,
-            {name: t.to(dtype) if dtype else t for name, t in weights.items()},
-            tokenizer=read_tokenizer(folder / "tokenizer.json", **config.get("special_tokens", {})),
-            provenance=config.get("provenance", {}),
-        )
-    except KeyError as error:
-        raise CheckpointError(str(folder), [f"missing tensor {error.args[0]}"]) from error
+    wrong = wrong_fields(_Config, config, what="config.json has ")
+    if wrong:
+        raise CheckpointError(str(folder), wrong)
+    for name in {"config.json", "model.safetensors"} | set(config["sha256"]):
+        if not (folder / name).is_file():
+            wrong.append(f"{name} is missing")
+            continue
+        found = _sha256_of_config(config) if name == "config.json" else _sha256(folder / name)
+        if found != config["sha256"].get(name):
+            wrong.append(f"{name} is damaged or not the file that was saved (its checksum differs)")
+    if wrong:
+        raise CheckpointError(str(folder), sorted(wrong))
 
 
-def output_folder(folder: str | os.PathLike[str]) -> Path:
-    """A folder that exists and can be written; made if only its last part is missing.
-
-    Raises:
-        MechInterpError: says what is in the way.
-    """
-    target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise MechInterpError(f"{target} is a file; give a folder")
-    if not target.exists() and not target.resolve().parent.is_dir():
-        raise MechInterpError(f"the folder {target.resolve().parent} does not exist; make it first")
-    try:
-        target.mkdir(exist_ok=True)
-    except OSError as error:
-        raise MechInterpError(f"cannot make the folder {target}: {error.strerror}") from error
-    return target
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it over ``path``.
-
-    Raises:
-        MechInterpError: the folder is missing or cannot be written.
-    """
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-    except OSError as error:
-        raise MechInterpError(
-            f"cannot write {path}: {error.strerror} ({path.parent}); choose a folder that exists "
-            "and is writable"
-        ) from error
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise MechInterpError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _sha256_of_config(config: Mapping[str, Any]) -> str:
+    """Of everything in a config but the checksums themselves."""
+    rest = {name: value for name, value in config.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -5,21 +5,13 @@ Tallies of disjoint texts add up, so batches, processes and machines can each ma
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mechinterp_attn.conversion.saved import write_atomic
-from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.resume import SavedState
 from mechinterp_attn.detect.measures import Sums
 from mechinterp_attn.detect.texts import Window
 
@@ -69,11 +61,11 @@ class Best:
 
 @dataclass(frozen=True)
 class Place:
-    """The last window that was counted: a pass goes on behind it, and is refused if it has changed.
+    """The last window that was counted, where a pass goes on.
 
     Attributes:
-        document, start: as in ``Window``.
-        mark: a hash of its tokens.
+        document, start, mark: as in ``Window``; the mark tells whether the texts up to here are still
+            the ones that were counted.
     """
 
     document: int
@@ -82,8 +74,7 @@ class Place:
 
     @classmethod
     def of(cls, window: Window) -> Place:
-        tokens = window.tokens.to(torch.int64).numpy().tobytes()
-        return cls(window.document, window.start, hashlib.sha256(tokens).hexdigest()[:16])
+        return cls(window.document, window.start, window.mark)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,45 +114,28 @@ class Tally:
         }
         return Tally(**parts, place=other.place)
 
-    def save(self, path: Path, about: Mapping[str, Any]) -> None:
+    def save(self, state: SavedState) -> None:
         """Write the tally, whole or not at all."""
         tensors = {f"sums.{f.name}": getattr(self.sums, f.name) for f in fields(Sums)}
         tensors |= {f"best.{f.name}": getattr(self.best, f.name) for f in fields(Best)}
         tensors |= {name: getattr(self, name) for name in TENSORS}
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        metadata = {
-            "about": json.dumps(about, sort_keys=True),
-            "place": json.dumps([self.windows, *astuple(self.place)]),
-        }
-        write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
+        state.store(tensors, {"windows": self.windows, "place": asdict(self.place)})
 
     @classmethod
-    def load(cls, path: Path, about: Mapping[str, Any]) -> Tally:
-        """Read what ``save`` wrote.
+    def load(cls, state: SavedState) -> Tally | None:
+        """Read what ``save`` wrote; None if there is no file yet.
 
         Raises:
-            MechInterpError: it is no such file, or was made with another model or other options.
+            MechInterpError: it is no such file, or was made with another model or other settings.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            found = json.loads(metadata["about"])
-            windows, *place = json.loads(metadata["place"])
-            sums = Sums(**{f.name: tensors[f"sums.{f.name}"] for f in fields(Sums)})
-            best = Best(**{f.name: tensors[f"best.{f.name}"] for f in fields(Best)})
-            rest = {name: tensors[name] for name in TENSORS}
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise MechInterpError(f"{path} is not a saved pass over a corpus: {error}") from error
-        wanted = json.loads(json.dumps(about))
-        other = [
-            f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} here"
-            for key in sorted({*found, *wanted})
-            if found.get(key) != wanted.get(key)
-        ]
-        if other:
-            raise MechInterpError(
-                f"{path} is a pass with other settings ({'; '.join(other)}); give another file to save "
-                "to, or the same settings"
-            )
-        return cls(sums=sums, best=best, windows=windows, place=Place(*place), **rest)
+        found = state.load()
+        if found is None:
+            return None
+        tensors, progress = found
+        return cls(
+            sums=Sums(**{f.name: tensors[f"sums.{f.name}"] for f in fields(Sums)}),
+            best=Best(**{f.name: tensors[f"best.{f.name}"] for f in fields(Best)}),
+            **{name: tensors[name] for name in TENSORS},
+            windows=progress["windows"],
+            place=Place(**progress["place"]),
+        )

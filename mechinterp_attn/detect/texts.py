@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.fingerprint import fingerprint
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 Texts = str | os.PathLike[str] | Iterable[Any]
@@ -29,11 +30,13 @@ class Window:
     Attributes:
         document: its number;  start: of the piece, in tokens of the document.
         tokens: ``[pos]``, BOS in front where there is one.
+        mark: the fingerprint of this window and all windows before it.
     """
 
     document: int
     start: int
     tokens: Int[Tensor, " pos"]
+    mark: str
 
 
 def windows(
@@ -43,7 +46,6 @@ def windows(
     *,
     field: str = "text",
     limit: int | None = None,
-    first: int = 0,
 ) -> Iterator[Window]:
     """The windows of all documents in order, each of at most ``length`` tokens, BOS included.
 
@@ -51,25 +53,24 @@ def windows(
 
     Args:
         field, texts: as for ``documents``;  limit: leave out documents from this number on.
-        first: leave out documents before this number, without tokenising them.
 
     Raises:
         MechInterpError: as for ``documents``; tokens outside the vocabulary.
     """
     bos = model.bos_token_id
     step = length if bos is None else length - 1
+    mark = ""
     for number, document in enumerate(documents(texts, field=field)):
         if number == limit:
             return
-        if number < first:
-            continue
         ids = _ids(model, document, f"document {number}")
         for start in range(0, len(ids), step):
             window = ids[start : start + step]
             if bos is not None:
                 window = torch.cat([torch.tensor([bos]), window])
             if len(window) > 1:
-                yield Window(number, start, window)
+                mark = fingerprint(mark, number, start, window)
+                yield Window(number, start, window, mark)
 
 
 def documents(texts: Texts, *, field: str = "text") -> Iterator[Document]:

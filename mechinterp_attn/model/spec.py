@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError, listing
+from mechinterp_attn.core.fields import wrong_fields
 
 NormKind = Literal["LN", "RMS"] | None
 Positions = Literal["standard", "rotary"] | None
 Mixture = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]  # slopes, offsets, values
+
+# What no model comes near: numbers beyond are mistakes, and are refused before anything is made of them.
+LARGEST = dict.fromkeys(("n_layers", "n_heads", "n_kv_heads"), 2**16)
+LARGEST |= dict.fromkeys(("d_model", "d_head", "d_mlp", "rotary_dim", "d_vocab", "d_vocab_out"), 2**31)
+LARGEST |= {"n_ctx": 2**40}
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class Spec:
             with the activation's own gate.
         float32_inside: the source computes parts of itself in float32 even when it runs in float64.
     """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (for ``from_json``; no field)
 
     n_layers: int
     n_heads: int
@@ -96,14 +105,44 @@ class Spec:
         Raises:
             MechInterpError: names every missing and unknown field.
         """
-        known = {f.name for f in fields(cls)}
-        needed = {f.name for f in fields(cls) if f.default is MISSING}
-        wrong = [f"missing field {name!r}" for name in sorted(needed - set(data))]
-        wrong += [f"unknown field {name!r}" for name in sorted(set(data) - known)]
-        if wrong:
-            raise MechInterpError("the model's spec cannot be read: " + "; ".join(wrong))
         plain: dict[str, Any] = {name: _frozen(value) for name, value in data.items()}
+        wrong = wrong_fields(cls, plain) or cls(**plain).contradictions()
+        if wrong:
+            raise MechInterpError(listing("the model's spec cannot be read", wrong))
         return cls(**plain)
+
+    def contradictions(self) -> list[str]:
+        """Values that are out of range or do not go together."""
+        least = {"n_layers": 0, "d_mlp": 0, "rotary_dim": 0}
+        sizes = ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp", "n_ctx", "d_vocab")
+        wrong = [
+            f"{name}={getattr(self, name)}, expected {least.get(name, 1)} to {LARGEST[name]:,}"
+            for name in (*sizes, "d_vocab_out", "rotary_dim")
+            if not least.get(name, 1) <= getattr(self, name) <= LARGEST[name]
+        ]
+        numbers = ("eps", "attn_scale", "rotary_base", "rotary_factor", "score_cap", "logit_cap")
+        wrong += [
+            f"{name}={value}, expected a positive number"
+            for name in numbers
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf
+        ]
+        if not wrong and self.n_heads % self.n_kv_heads:
+            wrong.append(f"{self.n_heads} heads cannot share {self.n_kv_heads} key-value heads evenly")
+        if self.rotary_dim > self.d_head or self.rotary_dim % 2:
+            wrong.append(
+                f"rotary_dim={self.rotary_dim}, expected an even number up to d_head={self.d_head}"
+            )
+        if self.rotary_frequencies and len(self.rotary_frequencies) != self.rotary_dim // 2:
+            wrong.append(f"{len(self.rotary_frequencies)} rotary_frequencies, expected rotary_dim / 2")
+        for name in ("windows", "mixtures"):
+            if len(getattr(self, name)) not in (0, self.n_layers):
+                wrong.append(f"{len(getattr(self, name))} {name}, expected one per layer ({self.n_layers})")
+        wrong += [
+            f"a window of {w} tokens, expected at least 1" for w in self.windows if w is not None and w < 1
+        ]
+        if not self.attn_only and self.act_fn is None:
+            wrong.append("neurons without an activation (act_fn)")
+        return wrong
 
 
 def _frozen(value: Any) -> Any:

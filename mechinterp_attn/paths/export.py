@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from mechinterp_attn.core.files import write_text
 from mechinterp_attn.version import __version__
 
 if TYPE_CHECKING:
@@ -58,11 +59,8 @@ def graph_json(graph: AttributionGraph, slug: str) -> dict[str, Any]:
 
 def save_json(graph: AttributionGraph, path: Path, slug: str | None) -> Path:
     """Write ``graph_json`` to a file, whole or not at all."""
-    from mechinterp_attn.conversion.saved import write_atomic
-
     text = json.dumps(graph_json(graph, slug or path.stem), ensure_ascii=True, allow_nan=False)
-    write_atomic(path, lambda file: file.write_text(text, encoding="utf-8"))
-    return path
+    return write_text(path, text)
 
 
 def _node(graph: AttributionGraph, row: Any, logit_layer: int) -> dict[str, Any]:

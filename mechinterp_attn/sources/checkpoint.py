@@ -6,7 +6,7 @@ Every door leads through here: a bridge is read into a ``Checkpoint``, and ``con
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,18 +58,11 @@ class Checkpoint:
         return spec
 
     def _check_tensors(self, spec: Spec) -> None:
-        required, optional = expected_shapes(spec)
-        problems = [f"missing tensor {name}" for name in required if name not in self.state_dict]
-        for name, tensor in self.state_dict.items():
-            shape = required.get(name) or optional.get(name)
-            if shape is None:
-                if not name.endswith(_BUFFERS):
-                    problems.append(f"unknown tensor {name} {tuple(tensor.shape)}")
-            elif tuple(tensor.shape) != shape:
-                problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
-            elif not tensor.dtype.is_floating_point:
-                problems.append(f"{name} has dtype {tensor.dtype}, expected floating point")
-            elif (where := first_non_finite(tensor)) is not None:
+        tensors = {name: t for name, t in self.state_dict.items() if not name.endswith(_BUFFERS)}
+        problems = wrong_tensors(tensors, spec, expected_shapes)
+        for name, tensor in tensors.items():
+            where = first_non_finite(tensor) if tensor.dtype.is_floating_point else None
+            if where is not None:
                 problems.append(f"{name} is {float(tensor[where])} at index {list(where)}")
         if problems:
             raise CheckpointError(self.name, problems)
@@ -112,6 +105,29 @@ def expected_shapes(spec: Spec) -> tuple[Shapes, Shapes]:
         norms += [f"{at}.ln2"] if around else []
     optional |= {f"{name}.{part}": (d,) for name in norms for part in ("w", "b")}
     return required, optional
+
+
+def wrong_tensors(
+    tensors: Mapping[str, Tensor], spec: Spec, shapes: Callable[[Spec], tuple[Shapes, Shapes]]
+) -> list[str]:
+    """Every tensor that is missing, unknown, misshapen or not made of floating point numbers.
+
+    Args:
+        shapes: of the tensors that there must be and of those that there may be.
+    """
+    if spec.n_layers > len(tensors):  # every layer has several: not worth listing, or even possible
+        return [f"config has n_layers={spec.n_layers}, but there are only {len(tensors)} tensors"]
+    required, optional = shapes(spec)
+    problems = [f"missing tensor {name}" for name in required if name not in tensors]
+    for name, tensor in tensors.items():
+        shape = required.get(name) or optional.get(name)
+        if shape is None:
+            problems.append(f"unknown tensor {name} {tuple(tensor.shape)}")
+        elif tuple(tensor.shape) != shape:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+        elif not tensor.dtype.is_floating_point:
+            problems.append(f"{name} has dtype {tensor.dtype}, expected floating point")
+    return problems
 
 
 def first_non_finite(tensor: Tensor) -> tuple[int, ...] | None:

@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.files import write_text
 from mechinterp_attn.core.palette import NEGATIVE, POSITIVE
 from mechinterp_attn.core.pictures import draws
 from mechinterp_attn.core.table import html_table, text_table
@@ -84,11 +85,7 @@ class AttentionView:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the page to a file, whole or not at all."""
-        from mechinterp_attn.conversion.saved import write_atomic
-
-        target = Path(path)
-        write_atomic(target, lambda file: file.write_text(self.page(), encoding="utf-8"))
-        return target
+        return write_text(path, self.page())
 
     def _repr_html_(self) -> str:
         names = html.escape(", ".join(self.heads))

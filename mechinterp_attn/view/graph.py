@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from mechinterp_attn.core.files import write_text
 from mechinterp_attn.core.pictures import draws
 from mechinterp_attn.core.text import inert_json, number, shown
 from mechinterp_attn.paths.graph import AttributionGraph
@@ -49,11 +50,7 @@ class GraphView:
 
     def save(self, path: str | Path) -> Path:
         """Write the page to a file, whole or not at all."""
-        from mechinterp_attn.conversion.saved import write_atomic
-
-        path = Path(path)
-        write_atomic(path, lambda file: file.write_text(self.page(), encoding="utf-8"))
-        return path
+        return write_text(path, self.page())
 
     def _repr_html_(self) -> str:
         """The page in a frame of its own, so that nothing in it meets the notebook."""

@@ -1,5 +1,6 @@
 """Composition scores against dense matrices, TransformerLens, random models, and a real model."""
 
+import json
 import pickle
 import subprocess
 import sys
@@ -315,15 +316,15 @@ def test_a_search_can_be_interrupted_and_resumed(model, tmp_path, monkeypatch):
     assert len(runs) == 1  # two of three units were done
     assert again.frame.equals(whole.frame)
     assert again.histograms.equals(whole.histograms)
-    with pytest.raises(mia.MechInterpError, match="belongs to another search"):
+    with pytest.raises(mia.MechInterpError, match=r"belongs to other work .kind: .V. there, .Q. here"):
         C.composition(model, "Q", top_k=25, resume=file)
     with torch.no_grad():
         changed = mia.convert(tiny_bridge())
         changed.banks[0].W_O[0, 0, 0] += 1e-6
-    with pytest.raises(mia.MechInterpError, match="belongs to another search"):
+    with pytest.raises(mia.MechInterpError, match=r"belongs to other work .weights: "):
         C.composition(changed, "V", top_k=25, resume=file)
     file.write_bytes(b"not a state")
-    with pytest.raises(mia.MechInterpError, match="is not the state of a search"):
+    with pytest.raises(mia.MechInterpError, match="it is not a composition search"):
         C.composition(model, "V", top_k=25, resume=file)
 
 
@@ -331,8 +332,9 @@ KILLED = """
 import sys, time
 import torch
 from tests.circuits.test_composition import C, random_model
-state, composition = (sys.modules["mechinterp_attn.circuits." + m] for m in ("state", "composition"))
-state.EVERY = 0.0
+from mechinterp_attn.core import resume
+composition = sys.modules["mechinterp_attn.circuits.composition"]
+resume.EVERY = 0.0
 real = composition.run_unit
 composition.run_unit = lambda *given: (time.sleep(0.5), real(*given))
 C.composition(random_model(n_layers=6), "V", top_k=25, resume=sys.argv[1])
@@ -354,7 +356,7 @@ def test_a_killed_search_is_resumed(tmp_path):
         child.wait()
     assert file.exists()
     with safe_open(file, framework="pt") as state:
-        done = len(state.get_tensor("done"))
+        done = len(json.loads(state.metadata()["state"])["progress"])
     model = random_model(n_layers=6)
     whole = C.composition(model, "V", top_k=25)
     assert 0 < done < C.composition(model, "V", top_k=25, plan=True).chunks
@@ -393,7 +395,7 @@ def test_a_unit_does_not_depend_on_where_it_runs(model):
     sent = distributed._of_plain_tensors(job)
     for unit in reversed(job.units()):
         there, its_unit = pickle.loads(pickle.dumps((sent, unit)))
-        sink.merge(pickle.loads(pickle.dumps(distributed._work(there, its_unit))))
+        sink.merge(pickle.loads(pickle.dumps(distributed._worker(there)(its_unit))))
     serial = C.composition(model, "V", top_k=25).frame["score"]
     found = sink.best.entries.value.sqrt().sort(descending=True).values[:25]
     assert found.numpy() == pytest.approx(serial.to_numpy(), abs=1e-12)

@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 
 import mechinterp_attn as mia
+from mechinterp_attn.core import cluster
 from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.detect import cluster, corpus
+from mechinterp_attn.detect import corpus
 from tests.conftest import tiny_bridge
 from tests.detect.test_scores import Words
 
@@ -164,23 +165,37 @@ def test_a_pass_goes_on_with_its_own_model_settings_and_texts_only(model, texts,
     mia.detect.over_corpus(model, texts, limit=4, **options)
     further = mia.detect.over_corpus(model, texts, limit=7, **options)  # a higher limit goes further
     same(further, mia.detect.over_corpus(model, texts[:7], **(options | dict(save=None))))
-    with pytest.raises(MechInterpError, match=r"document 6 is not the one .* the texts have changed"):
+    with pytest.raises(MechInterpError, match=r"texts up to document 6 are not the ones .* have changed"):
         mia.detect.over_corpus(model, [*texts[:6], "abcabc", *texts[7:]], **options)
-    with pytest.raises(MechInterpError, match=r"document 6 is not the one .* limit is smaller"):
+    replaced = ["".join(reversed(text)) for text in texts[:6]]  # all but the last one that was counted
+    with pytest.raises(MechInterpError, match=r"texts up to document 6 are not the ones .* have changed"):
+        mia.detect.over_corpus(model, [*replaced, *texts[6:]], **options)
+    with pytest.raises(MechInterpError, match=r"up to document 6 are not the ones .* limit is smaller"):
         mia.detect.over_corpus(model, texts, limit=2, **options)
-    with pytest.raises(MechInterpError, match=r"other settings \(top: 4 there, 3 here\)"):
+    with pytest.raises(MechInterpError, match=r"other work \(top: 4 there, 3 here\)"):
         mia.detect.over_corpus(model, texts, **(options | dict(top=3)))
     other = mia.convert(tiny_bridge(seed=9))
     other.tokenizer = Letters()
-    with pytest.raises(MechInterpError, match=r"other settings .*model: "):
+    with pytest.raises(MechInterpError, match=r"other work .*model: "):
         mia.detect.over_corpus(other, texts, **options)
+    swapped = mia.convert(tiny_bridge())  # the same numbers in another order: their sums are the same
+    swapped.tokenizer = Letters()
+    with torch.no_grad():
+        for name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V"):
+            weight = getattr(swapped.banks[0], name)
+            weight.copy_(weight[[1, 0, 2, 3]].clone())
+    with pytest.raises(MechInterpError, match=r"other work .*model: "):
+        mia.detect.over_corpus(swapped, texts, **options)
+    hooked = model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: z * 0)])
+    with hooked, pytest.raises(MechInterpError, match="save= does not go with a model that has hooks"):
+        mia.detect.over_corpus(model, texts, **options)
 
 
 SENTENCE = "It was the best of times, it was the worst of times, it was the age of wisdom. "
 PASS = """
 import sys, time
 import mechinterp_attn as mia
-from mechinterp_attn.detect import cluster, corpus
+from mechinterp_attn.detect import corpus
 
 corpus.PIECE = 512
 
@@ -218,7 +233,7 @@ def test_a_process_killed_in_the_middle_loses_nothing_and_counts_nothing_twice(t
 def test_a_file_that_is_no_pass(model, texts, tmp_path):
     path = tmp_path / "pass"
     path.write_text("not a pass")
-    with pytest.raises(MechInterpError, match="is not a saved pass over a corpus"):
+    with pytest.raises(MechInterpError, match="it is not a pass over a corpus"):
         mia.detect.over_corpus(model, texts, save=path)
 
 
@@ -327,7 +342,10 @@ def test_ray_workers_give_the_very_numbers_of_one_process(tmp_path, two_workers,
     same(serial, finished, within=1e-6)  # the limit cut batches elsewhere, whose sums are float32
     assert two_workers.is_initialized()  # a cluster that was there is left running
     hooked = model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: z)])
-    with hooked, pytest.raises(MechInterpError, match=r"the model has hooks at blocks\.0\.attn\.hook_z"):
+    with (
+        hooked,
+        pytest.raises(MechInterpError, match=r"model that has hooks \(at blocks\.0\.attn\.hook_z\)"),
+    ):
         mia.detect.over_corpus(model, path, workers=2)
 
 
@@ -350,7 +368,7 @@ class Engine:
             self.answers[ref] = name, piece * 10
             return ref
 
-        return SimpleNamespace(count=SimpleNamespace(remote=remote))
+        return SimpleNamespace(do=SimpleNamespace(remote=remote))
 
     def wait(self, refs):
         ready = self.choose.choice(refs)
@@ -380,5 +398,5 @@ def test_pieces_come_back_in_order_and_few_are_read_ahead(workers):
 
 def test_without_ray_the_extra_is_named(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MechInterpError, match=r"workers= needs Ray: pip install 'mechinterp_attn\[ray\]'"):
+    with pytest.raises(MechInterpError, match=r"workers= needs Ray.*pip install 'mechinterp_attn\[ray\]'"):
         mia.detect.over_corpus(model, ["abc"], workers=2)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mechinterp_attn import paths
-from mechinterp_attn.conversion.saved import write_atomic
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.files import write_text
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.text import inert_json, shown
 from mechinterp_attn.version import __version__
@@ -60,12 +60,9 @@ class Report:
         Raises:
             MechInterpError: the folder is missing or cannot be written.
         """
-        target = writable(path)
-        text = self.html()
-        write_atomic(target, lambda file: file.write_text(text, encoding="utf-8"))
+        target = write_text(path, self.html())
         if data:
-            text = inert_json(self.data)
-            write_atomic(target.with_suffix(".json"), lambda file: file.write_text(text, encoding="utf-8"))
+            write_text(target.with_suffix(".json"), inert_json(self.data))
         return target
 
     @classmethod
@@ -193,19 +190,3 @@ def _beside(study: Study, model: AttentionOnlyModel) -> Study:
     own = set(model.heads)
     chosen = tuple(label for label in study.chosen if label in own)
     return Study(model, frozen, target=target, position=position, seed=study.seed, chosen=chosen)
-
-
-def writable(path: str | os.PathLike[str]) -> Path:
-    """A file path whose folder exists.
-
-    Raises:
-        MechInterpError: it is a folder, or its folder does not exist or cannot be written to.
-    """
-    target = Path(path)
-    if target.is_dir():
-        raise MechInterpError(f"{target} is a folder; give a file name such as {target / 'report.html'}")
-    if not target.parent.is_dir():
-        raise MechInterpError(f"the folder {target.parent} does not exist; make it first")
-    if not os.access(target.parent, os.W_OK):
-        raise MechInterpError(f"the folder {target.parent} cannot be written to; choose another")
-    return target
