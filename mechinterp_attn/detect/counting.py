@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.core.cluster import run_on_ray
-from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.causal.batches import Batch, pad, rows_within
 from mechinterp_attn.causal.cuts import Cut, Target, cut_of, next_token, run_cuts
+from mechinterp_attn.core.cluster import run_on_ray
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.detect.estimates import estimated_changes
 from mechinterp_attn.detect.measures import HOOKS, sums_of
 from mechinterp_attn.detect.tally import Best, Place, Tally
