@@ -136,6 +136,11 @@ def _description(source: Any) -> str:
 def _read(source: Any) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return source
+    if isinstance(source, AttentionOnlyModel):
+        raise MechInterpError(
+            f"{source.provenance.get('name', 'this model')} is already converted (mode {source.mode!r}); "
+            "use it as it is, or convert its source again for another mode"
+        )
     if hasattr(source, "original_model") and hasattr(source, "adapter"):
         return read_bridge(source)
     if hasattr(source, "cfg") and callable(getattr(source, "state_dict", None)):

@@ -250,6 +250,11 @@ def test_a_bidirectional_classifier_without_final_norm(tmp_path):
         model.generate(TOKENS, 2)
 
 
+def test_a_converted_model_is_not_converted_again(model):
+    with pytest.raises(mia.MechInterpError, match=r"already converted \(mode 'exact'\)"):
+        mia.convert(model)
+
+
 def test_saved_models_come_back_bit_for_bit_and_know_where_they_come_from(model, tmp_path):
     model.save(tmp_path / "saved")
     again = mia.load(tmp_path / "saved")
