@@ -1,7 +1,10 @@
+from . import causal as causal
 from . import circuits as circuits
 from . import detect as detect
 from . import paths as paths
 from . import theorems as theorems
+from .causal import tasks as tasks
+from .causal.task import Task as Task
 from .conversion.convert import convert as convert
 from .conversion.convert import load as load
 from .conversion.fidelity import Fidelity as Fidelity

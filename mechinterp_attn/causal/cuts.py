@@ -36,6 +36,7 @@ class Cut:
         whole: heads whose output is replaced, by the path of their bank.
         parts: what is taken out of a head's ``z`` and nothing else, ``[batch, pos, d_head]``, by
             path and index: what a virtual head brings there.
+        positions: the only position where whole heads are replaced; None: everywhere.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Cut:
     index: int | None = None
     whole: Mapping[str, list[int]] = field(default_factory=dict)
     parts: Mapping[tuple[str, int], Float[Tensor, "batch pos d_head"]] = field(default_factory=dict)
+    positions: slice | None = None
 
     def at(self, path: str) -> bool:
         return path in self.whole or any(own == path for own, _ in self.parts)
@@ -224,7 +226,12 @@ def mean_z(model: AttentionOnlyModel, parts: Iterator[Batch]) -> dict[str, Tenso
 def cutting(
     model: AttentionOnlyModel, cuts: Sequence[Cut], replacement: ByPath | None = None
 ) -> list[tuple[str, Callable[..., Tensor]]]:
-    """Hooks that make each cut in its own share of a batch, one share after the other."""
+    """Hooks that make each cut in its own share of a batch, one share after the other.
+
+    Args:
+        replacement: what heads that are cut whole hold instead, by path: ``[head, ...]``, or
+            ``[batch, pos, head, ...]`` of one share; None: zero.
+    """
     return [
         (f"{bank.path}.hook_z", _cutting(bank.path, cuts, replacement))
         for bank in model.banks
@@ -238,7 +245,12 @@ def _cutting(path: str, cuts: Sequence[Cut], replacement: ByPath | None) -> Call
         for run, cut in enumerate(cuts):
             heads = cut.whole.get(path)
             if heads:
-                z[run][:, :, heads] = 0 if replacement is None else replacement[path][heads].to(z.dtype)
+                other = torch.zeros_like(z[0, 0, 0]) if replacement is None else replacement[path]
+                other = other[..., heads, :] if z.ndim == 5 else other[..., heads]
+                at = slice(None) if cut.positions is None else cut.positions
+                if other.ndim == z.ndim - 1:
+                    other = other[:, at]
+                z[run][:, at, heads] = other.to(z.dtype)
             for (own, index), part in cut.parts.items():
                 if own == path:
                     z[run, :, :, index] -= part.reshape(z[run, :, :, index].shape)

@@ -36,6 +36,7 @@ class AttentionBank(HeadBank):
     part: ClassVar[str] = "attn"
     place: ClassVar[int] = 0
     mixes_positions: ClassVar[bool] = True
+    sides: ClassVar[tuple[Side, ...]] = ("Q", "K", "V")
 
     W_Q: Tensor
     W_K: Tensor
@@ -159,6 +160,18 @@ class AttentionBank(HeadBank):
         if self.group > 1 and side in "KV":
             heads = torch.arange(self.n_heads, device=W.device)[heads] // self.group
         return W[heads]
+
+    @property
+    def reads(self) -> dict[str, Float[Tensor, "head d_model d_head"]]:
+        """As they are in front of a norm on queries and keys."""
+        shared = {"K": self.W_K.detach(), "V": self.W_V.detach()}
+        wide = {side: W.repeat_interleave(self.group, 0) for side, W in shared.items()}
+        return {"Q": self.W_Q.detach(), **wide}
+
+    @property
+    def z_constant(self) -> Float[Tensor, "head d_head"]:
+        """The value bias: every row of a pattern sums to 1."""
+        return self.b_V.detach().repeat_interleave(self.group, 0)
 
     @property
     def score_scale(self) -> float:

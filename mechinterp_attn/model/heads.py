@@ -182,6 +182,7 @@ class HeadBank(nn.Module, ABC):
         parallel: the block's sublayers all read the same stream.
         mixes_positions: whether heads can attend to tokens other than their own.
         parts: how many heads stand for one attention head or neuron of the source.
+        sides: what the heads read from the stream; a neuron's key is constant.
     """
 
     kind: ClassVar[Kind]
@@ -191,6 +192,7 @@ class HeadBank(nn.Module, ABC):
     mixes_positions: ClassVar[bool]
     parallel: bool = False
     parts: int = 1
+    sides: ClassVar[tuple[Side, ...]] = ("Q", "V")
 
     layer: int
     n_heads: int
@@ -207,6 +209,17 @@ class HeadBank(nn.Module, ABC):
     def step(self) -> int:
         """When the bank reads and writes: a head reads what banks of smaller steps have written."""
         return 2 * self.layer + (0 if self.parallel else self.place)
+
+    @property
+    def reads(self) -> dict[str, Float[Tensor, "head d_model d_head"]]:
+        """What every head reads its queries, keys and values with, the weights in front of ``hook_q``,
+        ``hook_k`` and ``hook_v``, detached; without what is the same whatever the stream holds."""
+        return {side: self.stacked(side) for side in self.sides}
+
+    @property
+    @abstractmethod
+    def z_constant(self) -> Shaped[Tensor, head * d_head]:
+        """What every head holds (``z``) whatever it looks at, in the shape that ``hook_z`` gives it."""
 
     def label(self, index: int) -> str:
         return f"L{self.layer}{self.letter}{index}"

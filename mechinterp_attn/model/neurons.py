@@ -97,6 +97,11 @@ class NeuronBank(HeadBank):
     def b_O(self) -> Float[Tensor, " d_model"]:
         return self.b_out
 
+    @property
+    def z_constant(self) -> Float[Tensor, " head"]:
+        """Nothing: on the bias token a neuron's value is zero."""
+        return self.b_in.new_zeros(self.n_heads)
+
     def label(self, index: int) -> str:
         """``L1N7``; where a neuron is several heads, ``L1N7.0``, ``L1N7.1``, ..."""
         n = self.rule.n

@@ -1,0 +1,110 @@
+"""A circuit: the heads and edges that are said to carry a behaviour."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mechinterp_attn.causal.task import Task
+from mechinterp_attn.conversion.saved import write_atomic
+from mechinterp_attn.core.errors import MechInterpError, listing
+
+Edge = tuple[str, str, str]  # from, to, what of it reads: "Q", "K", "V"; "" for the logits
+ARROW = re.compile(r"\s*(\S+)\s*-+([QKV]?)-*>\s*(\S+)\s*")
+ENDS = ("embed", "logits")
+
+
+def edge_name(src: str, dst: str, mode: str) -> str:
+    """``L0H2 -K-> L1H3``; ``L1H3 -> logits``."""
+    return f"{src} -{mode}-> {dst}" if mode else f"{src} -> {dst}"
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """Heads, and the edges between them, that are said to carry a behaviour.
+
+    Attributes:
+        heads: labels, the most important first.
+        edges: ``(from, to, mode)`` with mode "Q", "K" or "V"; from "embed" and to "logits" (mode "") are
+            allowed. Empty where only heads are known: then every edge between them is meant.
+        task: the behaviour; None where it is not known.
+        scores: of the heads, or of the edges where there are edges.
+    """
+
+    heads: tuple[str, ...]
+    edges: tuple[Edge, ...] = ()
+    task: Task | None = None
+    scores: tuple[float, ...] = ()
+
+    @classmethod
+    def of_edges(
+        cls, edges: Sequence[Edge], *, task: Task | None = None, scores: Sequence[float] = ()
+    ) -> Circuit:
+        """A circuit of edges; its heads are their ends."""
+        ends = dict.fromkeys(end for src, dst, _ in edges for end in (src, dst) if end not in ENDS)
+        return cls(tuple(ends), tuple(edges), task, tuple(scores))
+
+    def __len__(self) -> int:
+        """How many edges, or heads where there are no edges."""
+        return len(self.edges) or len(self.heads)
+
+    def spec(self) -> dict[str, Any]:
+        """The circuit as ``detect.assert_circuit`` takes it: its heads as members and the edges between
+        them."""
+        found: dict[str, Any] = {"heads": dict.fromkeys(self.heads, "member")}
+        edges = [edge_name(*edge) for edge in self.edges if not set(edge[:2]) & set(ENDS)]
+        if edges:
+            found["edges"] = edges
+        return found
+
+    def diff(self, other: Circuit) -> dict[str, list[str]]:
+        """What two circuits share and what only one has.
+
+        Returns:
+            ``both``, ``only_self``, ``only_other``: edges by name where both have edges, else heads.
+        """
+        by_edges = bool(self.edges and other.edges)
+        mine, theirs = (
+            [edge_name(*edge) for edge in c.edges] if by_edges else list(c.heads) for c in (self, other)
+        )
+        return {
+            "both": [name for name in mine if name in set(theirs)],
+            "only_self": [name for name in mine if name not in set(theirs)],
+            "only_other": [name for name in theirs if name not in set(mine)],
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write JSON; the task is not part of it (``Task.save``)."""
+        path = Path(path)
+        data = {"heads": self.heads, "edges": self.edges, "scores": self.scores}
+        write_atomic(path, lambda file: file.write_text(json.dumps(data, indent=1), encoding="utf-8"))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, *, task: Task | None = None) -> Circuit:
+        """Read what ``save`` wrote.
+
+        Raises:
+            MechInterpError: the file is no circuit.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise MechInterpError(f"{path} is not JSON: {error}") from None
+        wrong = [] if isinstance(data, dict) else [f"{type(data).__name__} instead of an object"]
+        if not wrong:
+            wrong += [f"no {name!r}" for name in ("heads", "edges") if not isinstance(data.get(name), list)]
+        if wrong:
+            raise MechInterpError(listing(f"{path} is no circuit", wrong))
+        edges = tuple((str(src), str(dst), str(mode)) for src, dst, mode in data["edges"])
+        return cls(tuple(data["heads"]), edges, task, tuple(data.get("scores", ())))
+
+    def __repr__(self) -> str:
+        edges = f", {len(self.edges)} edges" if self.edges else ""
+        about = "" if self.task is None else f" for {self.task.name or 'a task'}"
+        shown = ", ".join(self.heads[:8]) + (", ..." if len(self.heads) > 8 else "")
+        return f"Circuit({len(self.heads)} heads{edges}{about}: {shown})"

@@ -1,0 +1,322 @@
+"""Which heads and edges a behaviour goes through, ranked from a few backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mechinterp_attn.causal.bound import Bound
+from mechinterp_attn.causal.circuit import Circuit
+from mechinterp_attn.causal.edges import edge_scores
+from mechinterp_attn.causal.effects import effects
+from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of, some
+from mechinterp_attn.causal.rules import FROZEN, RELP, SECANT, TRUE, Rules
+from mechinterp_attn.causal.runs import (
+    MAX_BYTES,
+    Backward,
+    Standing,
+    backward,
+    ready,
+    rows_at_once,
+    standing,
+    watched,
+    wide,
+)
+from mechinterp_attn.causal.task import Task
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
+
+METHODS: dict[str, Rules] = {
+    "secant": SECANT,
+    "gradient": TRUE,
+    "eap": TRUE,
+    "eap-ig": TRUE,
+    "eap-ig-activations": TRUE,
+    "relp": RELP,
+    "frozen": FROZEN,
+}
+Method = Literal["secant", "gradient", "eap", "eap-ig", "eap-ig-activations", "relp", "frozen", "exact"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Discovery(Result):
+    """Heads, or edges between them, ranked by what the behaviour loses without them.
+
+    Attributes:
+        frame: one row per head, ``head, layer, index, kind, score``, and ``position`` where positions
+            were asked for; or per edge, ``src, dst, mode, edge, score``, where mode says what of ``dst``
+            reads it: "Q", "K" or "V" ("" for the logits). Scores are in the metric's unit, means over
+            prompts; sorted by size, largest first.
+        standing: how the whole model does on the behaviour.
+        task: the prompts it was found on.
+        units: "heads" or "edges".
+        method: how.
+        total: how many heads or edges there are, also where ``frame`` holds the top ones only.
+    """
+
+    title: ClassVar[str] = "What the behaviour goes through"
+    sort_by: ClassVar[str | None] = "score"
+    standing: Standing
+    task: Task
+    units: str
+    method: str
+    total: int
+
+    def circuit(self, n: int) -> Circuit:
+        """The ``n`` heads or edges with the largest scores, whatever their sign.
+
+        Raises:
+            MechInterpError: fewer than one, or more than the table has.
+        """
+        if not 1 <= n <= len(self.frame):
+            raise MechInterpError(
+                f"n={n}; this table has {len(self.frame)} {self.units}: expected 1 to that"
+            )
+        top = self.frame.head(n)
+        if self.units == "edges":
+            edges = tuple(top[["src", "dst", "mode"]].itertuples(index=False, name=None))
+            return Circuit.of_edges(edges, task=self.task, scores=tuple(top["score"]))
+        heads = tuple(dict.fromkeys(top["head"]))
+        return Circuit(
+            heads=heads, task=self.task, scores=tuple(top.groupby("head", sort=False)["score"].sum())
+        )
+
+
+def discover(
+    model: AttentionOnlyModel,
+    task: Task,
+    method: Method | Rules = "secant",
+    units: Literal["heads", "edges"] = "heads",
+    *,
+    positions: Literal["all", "each"] = "all",
+    patch: Patch = "corrupt",
+    value_bias: ValueBias = "cut",
+    steps: int = 5,
+    top_k: int = 5000,
+    seed: int = 0,
+    max_bytes: int = MAX_BYTES,
+) -> Discovery:
+    """Rank heads of every kind, or the edges between them, by what a behaviour goes through.
+
+    A score is ``(z - patch) . g``: what a head holds, less what it would hold, along the gradient of the
+    metric under the method's rules (``causal.Rules``); for an edge, what ``src`` writes along the gradient
+    at the queries, keys or values of ``dst``.
+
+    Args:
+        method:
+            - "secant": slopes of chords between the clean and the counterfactual run: complete (the scores
+              of the inputs add up to the metric's difference) from one backward pass over both.
+            - "gradient", or "eap" for edges: the model's own derivatives at the clean run (attribution
+              patching; Nanda 2023, Syed et al. 2023).
+            - "eap-ig": the mean of them at ``steps`` inputs between the counterfactual and the clean one
+              (Hanna et al. 2024); "eap-ig-activations": between the heads' own activations, layer by layer
+              (heads only; as many times ``steps`` passes as there are sublayers).
+            - "relp": Jafari et al. 2025; "frozen": patterns, gates and norms are constants.
+            - "exact": every head patched in a run of its own (heads only).
+            - or ``causal.Rules`` of your own.
+        units: "heads", or "edges" with their mode Q, K or V.
+        positions: "each" gives every position a score of its own (heads; prompts of one length).
+        patch: what heads would hold instead; "corrupt" needs counterfactuals, as "secant" and "eap-ig" do.
+        value_bias: as for ``effects``.
+        steps: of "eap-ig".
+        top_k: of edges, how many with the largest scores are kept; all are scored.
+        seed: of ``patch="resample"``.
+        max_bytes: of what is held at a time.
+
+    Raises:
+        MechInterpError: everything in which the task does not fit the model or the choices.
+    """
+    rules = _rules(method, units, positions, patch, steps)
+    name = method if isinstance(method, str) else str(method)
+    bound = ready(model, task.bind(model), max_bytes)
+    if method == "exact":
+        found = effects(
+            model, task, patch=patch, positions=positions, value_bias=value_bias, seed=seed,
+            exact=len(model.heads) * (bound.clean.tokens.shape[1] if positions == "each" else 1),
+            max_bytes=max_bytes,
+        )  # fmt: skip
+        frame = found.frame.drop(columns="estimate").rename(columns={"effect": "score"})
+        return Discovery(
+            frame=_sorted(frame), receipt=found.receipt, standing=found.standing, task=task, units=units,
+            method=name, total=len(frame),
+        )  # fmt: skip
+    bound.differentiable(f"method={name!r}")
+    if positions == "each" and not bound.aligned:
+        raise MechInterpError("positions='each' compares positions, so that all prompts need one length")
+    fill = fill_of(model, bound, patch, value_bias=value_bias, seed=seed, max_bytes=max_bytes)
+    state = standing(model, bound, max_bytes)
+    notes: dict[str, Any] = {"metric": bound.about, "method": name, "patch": patch, **state.notes}
+    notes["dtype"] = str(model.W_E.dtype).removeprefix("torch.")
+    if units == "edges":
+        frame, total = edge_scores(
+            model, bound, rules, steps=steps if method == "eap-ig" else 1, fill=fill, top_k=top_k,
+            max_bytes=max_bytes,
+        )  # fmt: skip
+        notes["edges"] = f"{total:,} scored, the top {len(frame):,} kept"
+        return Discovery(
+            frame=frame, receipt=Receipt((), notes), standing=state, task=task, units=units, method=name,
+            total=total,
+        )  # fmt: skip
+    each = positions == "each"
+    scores, inputs = _head_scores(model, bound, fill, rules, name, steps, each, max_bytes)
+    frame = model.heads.frame[["head", "layer", "index", "kind"]]
+    if each:
+        width = bound.clean.tokens.shape[1]
+        frame = frame.loc[frame.index.repeat(width)].reset_index(drop=True)
+        frame["position"] = list(range(width)) * (len(frame) // width)
+    frame["score"] = scores.flatten().numpy()
+    checks: tuple[Check, ...] = ()
+    if state.corrupt is not None and patch == "corrupt":
+        error = (inputs - (state.clean - state.corrupt).double()).abs().mean()
+        scale = float((state.clean - state.corrupt).double().abs().mean())
+        share = float(error) / max(scale, 1e-9)
+        if rules == SECANT and not _approximate(model):
+            what = "scores of the inputs add up to the metric's difference (share of it)"
+            checks = (Check(what, share, 0.01),)
+        else:
+            notes["the inputs' scores miss the metric's difference by"] = f"{share:.1%}"
+    return Discovery(
+        frame=_sorted(frame), receipt=Receipt(checks, notes), standing=state, task=task, units=units,
+        method=name, total=len(frame),
+    )  # fmt: skip
+
+
+def _approximate(model: AttentionOnlyModel) -> bool:
+    """Whether the model has an operation whose chord is only approximated (by the mean of two slopes)."""
+    spec = model.spec
+    return spec.score_cap is not None or spec.logit_cap is not None or str(spec.act_fn).startswith("solu")
+
+
+def _rules(method: Any, units: str, positions: str, patch: str, steps: int) -> Rules:
+    wrong = []
+    if not isinstance(method, Rules) and method not in (*METHODS, "exact"):
+        wrong.append(f"method={method!r}; expected {', '.join(METHODS)}, exact, or causal.Rules(...)")
+    if units not in ("heads", "edges"):
+        wrong.append(f"units={units!r}; expected 'heads' or 'edges'")
+    if positions not in ("all", "each"):
+        wrong.append(f"positions={positions!r}; expected 'all' or 'each'")
+    if units == "edges" and positions == "each":
+        wrong.append("positions='each' is for heads; edges are summed over positions")
+    if units == "edges" and method in ("exact", "eap-ig-activations"):
+        wrong.append(f"method={method!r} is for heads; for single edges use causal.path_patch")
+    if steps < 1:
+        wrong.append(f"steps={steps}; expected at least 1")
+    rules = method if isinstance(method, Rules) else METHODS.get(str(method), TRUE)
+    if patch != "corrupt" and (rules.paired or method in ("eap-ig", "eap-ig-activations")):
+        wrong.append(
+            f"method={method!r} goes between the prompt and its counterfactual: patch='corrupt' only"
+        )
+    if wrong:
+        raise MechInterpError("; ".join(wrong))
+    return rules
+
+
+def _sorted(frame: Any) -> Any:
+    order = frame["score"].abs().sort_values(ascending=False, kind="stable").index
+    return frame.loc[order].reset_index(drop=True)
+
+
+def _head_scores(
+    model: AttentionOnlyModel,
+    bound: Bound,
+    fill: Fill,
+    rules: Rules,
+    method: str,
+    steps: int,
+    each: bool,
+    max_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """``[head]`` or ``[head, pos]``, float64, means over prompts; and the inputs' scores, by prompt."""
+    width = bound.clean.tokens.shape[1]
+    total = torch.zeros(len(model.heads), width, dtype=torch.float64)
+    inputs = torch.zeros(len(bound), dtype=torch.float64)
+    rows = rows_at_once(model, bound, max_bytes, backward=True)
+    rows = max(1, rows // 2) if rules.paired else rows
+    with Progress(desc="backward passes", total=len(bound)) as progress:
+        for at, part in bound.split(rows):
+            base = some(fill.base, at, part)
+            passes = list(_passes(model, part, base, fill, at, rules, method, steps))
+            z = passes[0].z
+            other = passes[0].other_z or fill.of(model, at, part)
+            start = 0
+            for bank in model.banks:
+                gradient = sum(p.gradient[bank.path] for p in passes if bank.path in p.gradient)
+                count = sum(bank.path in p.gradient for p in passes)
+                change = z[bank.path] - other[bank.path].to(z[bank.path].dtype)
+                score = wide(change * gradient).double().sum(-1) * base.real[..., None] / count
+                end = start + bank.n_heads
+                total[start:end, : score.shape[1]] += score.sum(0).T.cpu()
+                start = end
+            if fill.other is not None:
+                inputs[at] = _input_scores(model, part, passes, some(fill.other, at, part)).cpu()
+            progress.update(len(part))
+    total /= len(bound)
+    return (total if each else total.sum(1)), inputs
+
+
+def _input_scores(model: AttentionOnlyModel, part: Bound, passes: list[Backward], other: Any) -> Tensor:
+    embed = passes[0].other_embed
+    if embed is None:
+        embed = watched(model, part, other, {"hook_embed"})[0]["hook_embed"]
+    whole = [p for p in passes if p.embed_gradient is not None]
+    gradient = sum(p.embed_gradient for p in whole) / len(whole)
+    return ((passes[0].embed - embed) * gradient).double().sum((1, 2))
+
+
+def _passes(
+    model: AttentionOnlyModel,
+    part: Bound,
+    base: Any,
+    fill: Fill,
+    at: slice,
+    rules: Rules,
+    method: str,
+    steps: int,
+) -> Iterator[Backward]:
+    """The backward passes whose mean gradient is the method's; the first has the clean run's ``z``."""
+    if rules.paired:
+        assert fill.other is not None
+        yield backward(model, part, base, rules, other=some(fill.other, at, part))
+    elif method == "eap-ig":
+        assert fill.other is not None
+        yield from interpolated(model, part, base, some(fill.other, at, part), rules, steps)
+    elif method == "eap-ig-activations":
+        yield from _between_activations(model, part, base, fill.of(model, at, part), rules, steps)
+    else:
+        yield backward(model, part, base, rules)
+
+
+def interpolated(
+    model: AttentionOnlyModel, part: Bound, base: Any, other: Any, rules: Rules, steps: int
+) -> Iterator[Backward]:  # fmt: skip
+    """Backward passes at inputs between the counterfactual and the clean ones, at the middle of each of
+    ``steps`` equal pieces; the values of ``z`` and of the embedding are the clean run's."""
+    (seen, z), (far, _) = (watched(model, part, batch, {"hook_embed"}) for batch in (base, other))
+    one, two = seen["hook_embed"], far["hook_embed"]
+    for step in range(steps):
+        share = (step + 0.5) / steps
+        middle = two + share * (one - two)
+        hooks = [("hook_embed", lambda x, hook, middle=middle: middle.clone().requires_grad_())]
+        passed = backward(model, part, base, rules, hooks=hooks)
+        yield Backward(passed.metric, z, passed.gradient, one, passed.embed_gradient)
+
+
+def _between_activations(
+    model: AttentionOnlyModel, part: Bound, base: Any, other: dict[str, Tensor], rules: Rules, steps: int
+) -> Iterator[Backward]:
+    seen, z = watched(model, part, base, {"hook_embed"})
+    embed = seen["hook_embed"]
+    for bank in model.banks:
+        for step in range(steps):
+            share = (step + 0.5) / steps
+            middle = other[bank.path] + share * (z[bank.path] - other[bank.path])
+            hook = (f"{bank.path}.hook_z", lambda x, hook, middle=middle: middle + 0 * x)
+            passed = backward(model, part, base, rules, hooks=[hook])
+            own = {bank.path: passed.gradient[bank.path]}
+            yield Backward(passed.metric, z, own, embed, passed.embed_gradient)

@@ -1,0 +1,336 @@
+"""Scores of the edges between heads: what one writes along the gradient at what another one reads.
+
+The gradient at the queries, keys or values of a head, pulled back through its weights and the norm in
+front, is a direction in the residual stream at every position; the score of an edge is what the earlier
+head's change writes along it (edge attribution patching, Syed et al. 2023). The norm's derivative is
+``a C - b w w'`` under every rule (C centres), so that for a neuron, which reads along one vector, the
+scores with all heads of a bank are two matrix products, and no head's output is ever written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mechinterp_attn.causal.bound import Bound
+from mechinterp_attn.causal.circuit import edge_name
+from mechinterp_attn.causal.patches import Fill, some
+from mechinterp_attn.causal.rules import Hook, Rules
+from mechinterp_attn.causal.runs import graph, rows_at_once, watched, wide
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.heads import HeadBank
+from mechinterp_attn.model.norm import Norm
+
+EMBED, LOGITS = "embed", "logits"
+
+
+@dataclass(frozen=True, eq=False)
+class Pull:
+    """The derivative of a norm at every token: ``x -> scale C x - tilt (along . x) along``."""
+
+    centred: bool
+    scale: Tensor  # [token, 1]
+    tilt: Tensor  # [token, 1]
+    along: Tensor  # [token, d_model]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of fields ``[..., token, d_model]``; its own transpose."""
+        tilted = self.tilt * (self.along * x).sum(-1, keepdim=True) * self.along
+        return self.scale * self.centre(x) - tilted
+
+    def centre(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+
+@dataclass(frozen=True, eq=False)
+class Collected:
+    """Everything that the scores are made of, one row per real token of every prompt (and step).
+
+    Attributes:
+        change: by path, what every head holds less its patch, ``[token, head, d_head]``.
+        reads: by path and mode, the gradient there, ``[token, head, d_head]``.
+        norms: by path, the derivative of the norm in front.
+        start: change of the stream before the first bank, ``[token, d_model]``.
+        end: gradient at the stream behind the last one, ``[token, d_model]``.
+    """
+
+    change: dict[str, Tensor]
+    reads: dict[tuple[str, str], Tensor]
+    norms: dict[str, Pull]
+    start: Tensor
+    end: Tensor
+
+
+def edge_scores(
+    model: AttentionOnlyModel,
+    bound: Bound,
+    rules: Rules,
+    *,
+    steps: int,
+    fill: Fill,
+    top_k: int,
+    max_bytes: int,
+) -> tuple[pd.DataFrame, int]:
+    """The edges with the largest scores, ``src, dst, mode, edge, score``, and how many there are.
+
+    Raises:
+        MechInterpError: a model with norms behind its sublayers, or too little memory.
+    """
+    spec = model.spec
+    if spec.post_norm is not None or spec.stream_norm is not None:
+        raise MechInterpError(
+            "this model has norms behind its sublayers, through which what heads write is no sum; edges "
+            "are scored for models with norms in front only; use units='heads'"
+        )
+    heads = sum(bank.n_heads * bank.d_head for bank in model.banks)
+    need = 4 * steps * int(bound.clean.real.sum()) * (4 * heads + 4 * len(model.banks) * spec.d_model)
+    if need > 2 * max_bytes:
+        raise MechInterpError(
+            f"edges of {len(bound)} prompts need about {need / 2**30:.1f} GiB, since their scores are sums "
+            f"over all of them; raise max_bytes (now {max_bytes / 2**30:.1f} GiB) or take fewer prompts"
+        )
+    got = _collect(model, bound, rules, steps, fill, max_bytes)
+    count = len(bound) * steps
+    best = _Best(top_k)
+    banks = list(model.banks)
+    with Progress(desc="scoring edges", total=len(banks) + 1) as progress:
+        for number, bank in enumerate(banks):
+            earlier = [i for i, other in enumerate(banks) if other.step < bank.step]
+            for mode in bank.reads:
+                best.add(_from_embed(got, bank, mode) / count, None, number, mode)
+                for i in earlier:
+                    best.add(_between(got, banks[i], bank, mode) / count, i, number, mode)
+            progress.update()
+        best.add((got.start * got.end).sum()[None, None] / count, None, None, "")
+        for i, bank in enumerate(banks):
+            change = got.change[bank.path]
+            along = (got.end @ _writes(bank).flatten(0, 1).T).unflatten(-1, change.shape[1:])
+            best.add((change * along).sum((0, 2))[:, None] / count, i, None, "")
+        progress.update()
+    return best.frame(banks), best.total
+
+
+def _between(got: Collected, src: HeadBank, dst: HeadBank, mode: str) -> Tensor:
+    """Scores ``[src head, dst head]``."""
+    change, gradient = got.change[src.path], got.reads[dst.path, mode]
+    writes, pull = _writes(src).flatten(0, 1), got.norms[dst.path]  # [head * d_head, d_model]
+    flat = change.flatten(1)
+    if dst.d_head > 1:
+        out = []
+        for head in range(dst.n_heads):
+            field = pull(gradient[:, head] @ dst.reads[mode][head].T)  # [token, d_model]
+            out.append((flat * (field @ writes.T)).sum(0).unflatten(0, change.shape[1:]).sum(-1))
+        return torch.stack(out, 1)
+    g, W = gradient[..., 0], dst.reads[mode][..., 0].T  # [token, dst], [d_model, dst]
+    plain = (flat.T @ (pull.scale * g)) * (writes @ pull.centre(W.T).T)
+    plain = plain.unflatten(0, change.shape[1:]).sum(1)
+    if not bool(pull.tilt.any()):
+        return plain
+    along = (flat * (pull.along @ writes.T)).unflatten(1, change.shape[1:]).sum(-1)  # [token, src]
+    return plain - along.T @ (pull.tilt * g * (pull.along @ W))
+
+
+def _from_embed(got: Collected, dst: HeadBank, mode: str) -> Tensor:
+    moved = got.norms[dst.path](got.start)  # [token, d_model]
+    read = torch.einsum("td,hdk->thk", moved, dst.reads[mode])
+    return (read * got.reads[dst.path, mode]).sum((0, 2))[None]
+
+
+def _writes(bank: HeadBank) -> Tensor:
+    return bank.stacked("O")
+
+
+class _Best:
+    """The edges with the largest scores seen so far."""
+
+    def __init__(self, k: int):
+        self.k, self.total = k, 0
+        self.rows = torch.zeros(0, 5, dtype=torch.long)  # src bank, src head, dst bank, dst head, mode
+        self.scores = torch.zeros(0)
+
+    def add(self, scores: Tensor, src: int | None, dst: int | None, mode: str) -> None:
+        self.total += scores.numel()
+        flat = scores.flatten()
+        at = flat.abs().topk(min(self.k, len(flat))).indices
+        rows = torch.zeros(len(at), 5, dtype=torch.long)
+        rows[:, 0], rows[:, 2] = (-1 if i is None else i for i in (src, dst))
+        rows[:, 1], rows[:, 3] = (at // scores.shape[1]).cpu(), (at % scores.shape[1]).cpu()
+        rows[:, 4] = " QKV".index(mode or " ")
+        self.rows = torch.cat([self.rows, rows])
+        self.scores = torch.cat([self.scores, flat[at].float().cpu()])
+        if len(self.rows) > self.k:
+            keep = self.scores.abs().topk(self.k).indices
+            self.rows, self.scores = self.rows[keep], self.scores[keep]
+
+    def frame(self, banks: list[HeadBank]) -> pd.DataFrame:
+        order = self.scores.abs().argsort(descending=True, stable=True)
+        rows = []
+        for (i, src, j, dst, mode), score in zip(
+            self.rows[order].tolist(), self.scores[order].tolist(), strict=True
+        ):
+            names = EMBED if i < 0 else banks[i].label(src), LOGITS if j < 0 else banks[j].label(dst)
+            edge = (*names, " QKV"[mode].strip())
+            rows.append((*edge, edge_name(*edge), score))
+        return pd.DataFrame(rows, columns=["src", "dst", "mode", "edge", "score"])
+
+
+def _collect(
+    model: AttentionOnlyModel, bound: Bound, rules: Rules, steps: int, fill: Fill, max_bytes: int
+) -> Collected:
+    rows = max(1, rows_at_once(model, bound, max_bytes, backward=True) // (3 if rules.paired else 2))
+    parts = []
+    for at, part in bound.split(rows):
+        base = some(fill.base, at, part)
+        other = None if fill.other is None else some(fill.other, at, part)
+        for share in [None] if steps == 1 else [(step + 0.5) / steps for step in range(steps)]:
+            parts.append(_of_part(model, part, base, other, fill.of(model, at, part), rules, share))
+    first = parts[0]
+
+    def joined(pick: Callable[[Collected], Tensor]) -> Tensor:
+        return torch.cat([pick(part) for part in parts])
+
+    def pull(path: str) -> Pull:
+        sides = (
+            joined(lambda p, side=side: getattr(p.norms[path], side)) for side in ("scale", "tilt", "along")
+        )
+        return Pull(first.norms[path].centred, *sides)
+
+    return Collected(
+        {path: joined(lambda p, path=path: p.change[path]) for path in first.change},
+        {key: joined(lambda p, key=key: p.reads[key]) for key in first.reads},
+        {path: pull(path) for path in first.norms},
+        joined(lambda p: p.start),
+        joined(lambda p: p.end),
+    )
+
+
+def _of_part(
+    model: AttentionOnlyModel,
+    part: Bound,
+    base: Any,
+    other: Any,
+    patch: dict[str, Tensor],
+    rules: Rules,
+    share: float | None,
+) -> Collected:
+    """The pieces from one pass over some prompts; ``share`` of the way from the counterfactual inputs."""
+    seen: dict[str, Tensor] = {}
+
+    def viewed(name: str) -> Hook:
+        def hook(x: Tensor, hook: Any) -> Tensor:
+            seen[name] = x.view_as(x)
+            return seen[name]
+
+        return name, hook
+
+    def kept(name: str) -> Hook:
+        return name, lambda x, hook: seen.__setitem__(name, x)
+
+    first, last = "blocks.0.hook_resid_pre", f"blocks.{model.spec.n_layers - 1}.hook_resid_post"
+    streams = {model.stream_of(bank) for bank in model.banks} | {first}
+    hooks = [viewed(f"{bank.path}.hook_{mode.lower()}") for bank in model.banks for mode in bank.reads]
+    hooks += [kept(f"{bank.path}.hook_attn_scores") for bank in model.banks if bank.mixes_positions]
+    hooks += [viewed(last), *(kept(name) for name in streams)]
+    start: Tensor | None = None
+    z = None
+    if share is not None:
+        found = [watched(model, part, batch, streams) for batch in (base, other)]
+        start = found[0][0][first] - found[1][0][first]
+        z = found[0][1]
+        hooks = [(first, _between_streams(found[0][0][first], found[1][0][first], share)), *hooks]
+    run = graph(model, part, base, rules, hooks=hooks, other=other)
+    n = len(part)
+    wanted: dict[str, Tensor] = {last: seen[last]}
+    for bank in model.banks:
+        wanted[f"{bank.path}.hook_z"] = run.held[bank.path]
+        names = ["q", "attn_scores"] if bank.mixes_positions else ["q", "v"]
+        wanted |= {f"{bank.path}.hook_{name}": seen[f"{bank.path}.hook_{name}"] for name in names}
+    gradients = dict(zip(wanted, run.gradients(list(wanted.values())), strict=True))
+
+    def one(x: Tensor) -> Tensor:
+        """Both runs' mean, where there are two."""
+        x = x.detach()
+        return x.unflatten(0, (2, -1)).mean(0) if rules.paired else x
+
+    real = base.real
+
+    def tokens(x: Tensor) -> Tensor:
+        return x[real]
+
+    change, reads, norms = {}, {}, {}
+    for bank in model.banks:
+        at = bank.path
+        own = run.held[at].detach()[:n] if z is None else z[at]
+        less = run.held[at].detach()[n:] if rules.paired else patch[at].to(own.dtype)
+        change[at] = tokens(wide(own - less))
+        reads[at, "Q"] = tokens(wide(one(gradients[f"{at}.hook_q"])))
+        if bank.mixes_positions:
+            for mode, behind in (("K", "attn_scores"), ("V", "z")):
+                source, axis = (seen[f"{at}.hook_attn_scores"], 1) if mode == "K" else (run.held[at], 2)
+                side = seen[f"{at}.hook_{mode.lower()}"]
+                found_grad = _per_head(source, gradients[f"{at}.hook_{behind}"], side, axis, bank.n_heads)
+                reads[at, mode] = tokens(one(found_grad))
+        else:
+            reads[at, "V"] = tokens(wide(one(gradients[f"{at}.hook_v"])))
+        norm, _ = model.norm_of(bank)
+        norms[at] = _pull(norm, seen[model.stream_of(bank)].detach(), rules, real)
+    if start is None:
+        x = seen[first].detach()
+        start = x[:n] - (x[n:] if rules.paired else _other_start(model, part, other, first, x))
+    end = one(gradients[last])
+    return Collected(change, reads, norms, tokens(start), tokens(end))
+
+
+def _other_start(model: AttentionOnlyModel, part: Bound, other: Any, first: str, x: Tensor) -> Tensor:
+    """The stream before the first bank in the patched-in run; where patches are constants, the same."""
+    return x if other is None else watched(model, part, other, {first})[0][first]
+
+
+def _between_streams(one: Tensor, two: Tensor, share: float) -> Callable[..., Tensor]:
+    middle = two + share * (one - two)
+    return lambda x, hook: middle + 0 * x
+
+
+def _per_head(source: Tensor, gradient: Tensor, side: Tensor, axis: int, n_heads: int) -> Tensor:
+    """The gradient at keys or values for every head alone, also where several share them."""
+    shared = side.shape[2]
+    group = n_heads // shared
+    if group == 1:
+        return torch.autograd.grad(source, side, gradient, retain_graph=True)[0]
+    members = torch.arange(n_heads, device=side.device) % group
+    shape = [1] * source.ndim
+    shape[axis] = n_heads
+    out = []
+    for member in range(group):
+        mine = gradient * (members == member).view(shape)
+        out.append(torch.autograd.grad(source, side, mine, retain_graph=True)[0])
+    return torch.stack(out, 3).flatten(2, 3)
+
+
+def _pull(norm: Norm, x: Tensor, rules: Rules, real: Tensor) -> Pull:
+    if norm.kind is None:
+        x = x[: len(real)][real]
+        one = x.new_ones(len(x), 1)
+        return Pull(False, one, torch.zeros_like(one), torch.zeros_like(x))
+    centred = norm.kind == "LN"
+    if centred:
+        x = x - x.mean(-1, keepdim=True)
+    halves = x.unflatten(0, (2, -1)) if rules.paired else x[None]
+    halves = torch.stack([half[real] for half in halves])
+    s = (halves.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    if rules.norm == "secant":
+        (a, b), along = s, halves.mean(0)
+        scale, tilt = (1 / a + 1 / b) / 2, 2 / (x.shape[-1] * a * b * (a + b))
+    else:
+        along, own = halves[0], s[0]
+        scale, tilt = 1 / own, 1 / (x.shape[-1] * own**3)
+        if rules.norm == "fixed":
+            tilt = torch.zeros_like(tilt)
+    return Pull(centred, scale, tilt, along)

@@ -1,0 +1,360 @@
+"""Runs of a model on a behaviour: plain, with patches, and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import comb
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp_attn.causal.batches import Batch
+from mechinterp_attn.causal.bound import Bound
+from mechinterp_attn.causal.cuts import ByPath, Cut, cutting
+from mechinterp_attn.causal.rules import TRUE, Hook, Rules, applied
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
+
+MAX_BYTES = 2**30
+
+
+def rows_at_once(model: AttentionOnlyModel, bound: Bound, max_bytes: int, *, backward: bool = False) -> int:
+    """How many prompts may run together.
+
+    Raises:
+        MechInterpError: not even one; says what one needs.
+    """
+    spec, width = model.spec, bound.clean.tokens.shape[1]
+    mixing = sum(bank.n_heads for bank in model.banks if bank.mixes_positions)
+    held = sum(bank.n_heads * bank.d_head for bank in model.banks)
+    logits = spec.d_vocab_out if bound.at_position else spec.d_vocab_out * width
+    floats = width * (held + 8 * spec.d_model) + 3 * logits
+    if backward:  # what autograd keeps of every layer
+        floats = width * (6 * held + 12 * spec.d_model * spec.n_layers + 3 * mixing * width) + 6 * logits
+    need = 4 * floats
+    if need > max_bytes:
+        raise MechInterpError(
+            f"one prompt of {width} tokens needs about {need / 2**20:.0f} MiB; raise max_bytes (now "
+            f"{max_bytes / 2**20:.0f} MiB) or shorten the prompts"
+        )
+    return max(1, max_bytes // need)
+
+
+@contextmanager
+def reading(model: AttentionOnlyModel, bound: Bound) -> Iterator[None]:
+    """Only the logits that the metric reads are computed: those at the position."""
+    if not bound.at_position:
+        yield
+        return
+    rows = torch.arange(len(bound), device=bound.position.device)
+
+    def only(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0][rows, bound.position][:, None],)
+
+    handle = model.unembed.register_forward_pre_hook(only)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def run(model: AttentionOnlyModel, bound: Bound, batch: Batch, hooks: Sequence[Hook] = ()) -> Tensor:
+    """Logits of a batch of prompts that stand where the task's do: all, or those that are read."""
+    padded: dict[str, Any] = {} if batch.mask is None else {"attention_mask": batch.mask}
+    with reading(model, bound), model.hooks(fwd_hooks=list(hooks)):
+        return model(batch.tokens, **padded)
+
+
+def hold(model: AttentionOnlyModel, bound: Bound, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    """What every head holds (``z``), by path of its bank, and the logits."""
+    held: dict[str, Tensor] = {}
+    logits = run(model, bound, batch, keeping(model, held))
+    return held, logits
+
+
+def keeping(model: AttentionOnlyModel, held: dict[str, Tensor]) -> list[Hook]:
+    """Hooks that keep every ``z``."""
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(z: Tensor, hook: Any) -> None:
+            held[path] = z
+
+        return hook
+
+    return [(f"{bank.path}.hook_z", keep(bank.path)) for bank in model.banks]
+
+
+def wide(z: Tensor) -> Float[Tensor, "batch pos head d_head"]:
+    """``z`` with its last axis, also for banks of vectors, which hold numbers."""
+    return z if z.ndim == 4 else z[..., None]
+
+
+@torch.no_grad()
+def ready(model: AttentionOnlyModel, bound: Bound, max_bytes: int = MAX_BYTES) -> Bound:
+    """The task with what its metric compares with: for "kl", the whole model's output."""
+    model.heads.required()
+    if bound.metric != "kl" or bound.reference is not None:
+        return bound
+    rows = rows_at_once(model, bound, max_bytes)
+    parts = [run(model, part, part.clean)[:, 0] for _, part in bound.split(rows)]
+    return replace(bound, reference=torch.cat(parts))
+
+
+@torch.no_grad()
+def scores(
+    model: AttentionOnlyModel, bound: Bound, *, corrupt: bool = False, max_bytes: int = MAX_BYTES
+) -> Float[Tensor, " n"]:
+    """The metric of every prompt, or of every counterfactual, on the CPU."""
+    if bound.metric == "kl":
+        bound = ready(model, bound, max_bytes)
+    rows = rows_at_once(model, bound, max_bytes)
+    out = []
+    for _, part in bound.split(rows):
+        batch = part.counterfactual("this") if corrupt else part.clean
+        out.append(part.measure(run(model, part, batch)).detach().cpu())
+    return torch.cat(out)
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """How the whole model does on a behaviour.
+
+    Attributes:
+        clean, corrupt: the metric of every prompt and counterfactual, ``[n]``; None without.
+        accuracy: share of prompts whose answer wins; None without answers.
+        chance: what that share would be of a model that knows nothing.
+    """
+
+    clean: Float[Tensor, " n"]
+    corrupt: Float[Tensor, " n"] | None
+    accuracy: float | None
+    chance: float | None
+
+    @property
+    def absent(self) -> str | None:
+        """Why the model hardly has the behaviour; None where it has."""
+        if self.accuracy is None or self.chance is None:
+            return None
+        n = len(self.clean)
+        hits = round(self.accuracy * n)
+        p = sum(comb(n, k) * self.chance**k * (1 - self.chance) ** (n - k) for k in range(hits, n + 1))
+        if self.accuracy > self.chance and (p <= 0.05 or n < 5):
+            return None
+        return (
+            f"the model hardly has this behaviour: its answer wins on {self.accuracy:.0%} of the prompts, "
+            f"chance is {self.chance:.0%}"
+        )
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """For a receipt."""
+        notes: dict[str, Any] = {"prompts": len(self.clean), "clean": round(float(self.clean.mean()), 4)}
+        if self.corrupt is not None:
+            notes["counterfactual"] = round(float(self.corrupt.mean()), 4)
+        if self.accuracy is not None and self.chance is not None:
+            notes["accuracy"] = f"{self.accuracy:.0%} (chance {self.chance:.0%})"
+        if self.absent is not None:
+            notes["warning"] = self.absent
+        return notes
+
+
+@torch.no_grad()
+def standing(model: AttentionOnlyModel, bound: Bound, max_bytes: int = MAX_BYTES) -> Standing:
+    """Score prompts and counterfactuals once.
+
+    Raises:
+        MechInterpError: the metric is not a finite number, or the same whatever the model says.
+    """
+    rows = rows_at_once(model, bound, max_bytes)
+    clean, corrupt, hits = [], [], []
+    for _, part in bound.split(rows):
+        logits = run(model, part, part.clean)
+        clean.append(part.measure(logits).cpu())
+        hit = part.right(logits) if part.at_position else None
+        hits += [] if hit is None else [hit.cpu()]
+        if part.corrupt is not None:
+            corrupt.append(part.measure(run(model, part, part.corrupt)).cpu())
+    found = Standing(
+        torch.cat(clean),
+        torch.cat(corrupt) if corrupt else None,
+        float(torch.cat(hits).double().mean()) if hits else None,
+        bound.chance(model.spec.d_vocab_out) if hits else None,
+    )
+    bad = int((~found.clean.isfinite()).sum())
+    if bad:
+        raise MechInterpError(f"the metric {bound.about} is not finite on {bad} of {len(bound)} prompts")
+    if found.corrupt is not None and torch.equal(found.clean, found.corrupt):
+        raise MechInterpError(
+            f"the metric {bound.about} is constant: it is the same on every prompt and its counterfactual "
+            f"(mean {float(found.clean.mean()):.4g}); there is no difference to explain. Are the "
+            "counterfactuals different at all, and does the metric read the logits?"
+        )
+    return found
+
+
+@torch.no_grad()
+def patched(
+    model: AttentionOnlyModel, part: Bound, batch: Batch, cuts: Sequence[Cut], fill: ByPath | None
+) -> Float[Tensor, "cut n"]:
+    """The metric with each of the cuts made in a run of its own.
+
+    Args:
+        batch: the prompts to run: the task's own, or its counterfactuals.
+        fill: what heads that are cut whole hold instead, by path: ``[head, ...]``, or ``[n, pos, head,
+            ...]`` for every prompt; None: zero.
+    """
+    n = len(cuts)
+    many = part.repeat(n)
+    logits = run(model, many, batch.repeat(n), cutting(model, cuts, fill))
+    return many.measure(logits).unflatten(0, (n, -1)).cpu()
+
+
+@dataclass(frozen=True, eq=False)
+class Backward:
+    """A forward and a backward pass over prompts.
+
+    Attributes:
+        metric: of every prompt, ``[n]``;  other: of every counterfactual, with paired rules.
+        z, gradient: what every head holds and how the metric changes with it, by path, ``[n, pos, head,
+            ...]``; with paired rules, ``other_z`` is what it holds in the counterfactual run.
+        embed, embed_gradient: the same of the embedding, ``[n, pos, d_model]``.
+    """
+
+    metric: Tensor
+    z: dict[str, Tensor]
+    gradient: dict[str, Tensor]
+    embed: Tensor
+    embed_gradient: Tensor
+    other: Tensor | None = None
+    other_z: dict[str, Tensor] | None = None
+    other_embed: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A run that autograd can go back through.
+
+    Attributes:
+        metric: of every prompt; with paired rules, of every counterfactual behind them.
+        held: every head's ``z``, by path, and ``embed`` the embedding, both part of the graph.
+    """
+
+    metric: Tensor
+    logits: Tensor
+    held: dict[str, Tensor]
+    embed: Tensor
+    paired: bool
+
+    def gradients(self, wanted: Sequence[Tensor]) -> list[Tensor]:
+        """The metric's gradient at tensors of the graph, each prompt's own; the graph is kept."""
+        out, seed = (
+            (self.logits, _seed(self.metric, self.logits)) if self.paired else (self.metric.sum(), None)
+        )
+        found = torch.autograd.grad(out, list(wanted), seed, allow_unused=True, retain_graph=True)
+        return [torch.zeros_like(x) if g is None else g for g, x in zip(found, wanted, strict=True)]
+
+
+def graph(
+    model: AttentionOnlyModel,
+    part: Bound,
+    batch: Batch,
+    rules: Rules = TRUE,
+    *,
+    hooks: Sequence[Hook] = (),
+    other: Batch | None = None,
+) -> Graph:
+    """A forward pass under given rules.
+
+    Args:
+        batch: the prompts to run.
+        hooks: edits of the run, such as interpolated inputs; made before the rules.
+        other: with paired rules, the run at the other end of the chords.
+
+    Raises:
+        MechInterpError: the metric does not depend on the logits.
+    """
+    held: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+
+    def embed(x: Tensor, hook: Any) -> Tensor:
+        seen["embed"] = x if x.requires_grad else x.requires_grad_()
+        return seen["embed"]
+
+    twice = part.repeat(2) if rules.paired else part
+    if rules.paired:
+        assert other is not None
+        batch = Batch(torch.cat([batch.tokens, other.tokens]), torch.cat([batch.real, other.real]))
+    with torch.enable_grad(), applied(model, rules) as ruled:
+        start = [pair for pair in hooks if pair[0] == "hook_embed"]
+        rest = [pair for pair in hooks if pair[0] != "hook_embed"]
+        every = [*start, ("hook_embed", embed), *rest, *ruled, *keeping(model, held)]
+        logits = run(model, twice, batch, every)
+        metric = twice.measure(logits)
+    if not metric.requires_grad:
+        raise MechInterpError(
+            f"the metric {part.about} has no gradient: it does not depend on the logits, or is a step; use "
+            "a smooth one such as 'logit_diff', or method='exact'"
+        )
+    return Graph(metric, logits, held, seen["embed"], rules.paired)
+
+
+def backward(
+    model: AttentionOnlyModel,
+    part: Bound,
+    batch: Batch,
+    rules: Rules = TRUE,
+    *,
+    hooks: Sequence[Hook] = (),
+    other: Batch | None = None,
+) -> Backward:
+    """The gradient of the metric at what every head holds; arguments and errors as for ``graph``."""
+    n = len(part)
+    found = graph(model, part, batch, rules, hooks=hooks, other=other)
+    gradients = found.gradients([found.embed, *found.held.values()])
+    grads = dict(zip(found.held, gradients[1:], strict=True))
+    held = {path: z.detach() for path, z in found.held.items()}
+    metric, embed = found.metric.detach(), found.embed.detach()
+    if not rules.paired:
+        return Backward(metric, held, grads, embed, gradients[0])
+    return Backward(
+        metric[:n],
+        {path: z[:n] for path, z in held.items()},
+        {path: g[:n] for path, g in grads.items()},
+        embed[:n],
+        gradients[0][:n],
+        metric[n:],
+        {path: z[n:] for path, z in held.items()},
+        embed[n:],
+    )
+
+
+@torch.no_grad()
+def watched(
+    model: AttentionOnlyModel, part: Bound, batch: Batch, names: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What some hooks see of a batch, by name, and every head's ``z``, by path."""
+    seen: dict[str, Tensor] = {}
+    held: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Hook:
+        return name, lambda x, hook: seen.__setitem__(name, x)
+
+    run(model, part, batch, [*(keep(name) for name in names), *keeping(model, held)])
+    return seen, held
+
+
+def _seed(metric: Tensor, logits: Tensor) -> Tensor:
+    """The chord of the metric itself: the mean of its gradients in both runs, at the length that takes the
+    difference of the logits to the difference of the metric."""
+    (gradient,) = torch.autograd.grad(metric.sum(), logits, retain_graph=True)
+    mean = gradient.unflatten(0, (2, -1)).mean(0)
+    one, two = logits.detach().unflatten(0, (2, -1))
+    along = (mean * (one - two)).flatten(1).sum(-1)
+    change = metric.detach().unflatten(0, (2, -1))
+    length = torch.where(along.abs() > 1e-6, (change[0] - change[1]) / along, torch.ones_like(along))
+    length = length.clamp(-10, 10)[:, None, None]
+    return (mean * length).repeat(2, 1, 1)
