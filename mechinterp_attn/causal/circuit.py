@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mechinterp_attn.causal.task import Task
-from mechinterp_attn.conversion.saved import write_atomic
 from mechinterp_attn.core.errors import MechInterpError, listing
+from mechinterp_attn.core.files import write_text
 
 Edge = tuple[str, str, str]  # from, to, what of it reads: "Q", "K", "V"; "" for the logits
 ARROW = re.compile(r"\s*(\S+)\s*-+([QKV]?)-*>\s*(\S+)\s*")
@@ -81,7 +81,7 @@ class Circuit:
         """Write JSON; the task is not part of it (``Task.save``)."""
         path = Path(path)
         data = {"heads": self.heads, "edges": self.edges, "scores": self.scores}
-        write_atomic(path, lambda file: file.write_text(json.dumps(data, indent=1), encoding="utf-8"))
+        write_text(path, json.dumps(data, indent=1))
         return path
 
     @classmethod

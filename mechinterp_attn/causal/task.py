@@ -16,8 +16,8 @@ from torch import Tensor
 from mechinterp_attn.causal.bound import Bound, bind
 from mechinterp_attn.causal.metrics import NAMES, NEEDS_AGAINST, NEEDS_ANSWER, Metric
 from mechinterp_attn.causal.runs import scores
-from mechinterp_attn.conversion.saved import write_atomic
 from mechinterp_attn.core.errors import MechInterpError, listing
+from mechinterp_attn.core.files import write_text
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]] | Tensor
@@ -194,7 +194,7 @@ class Task:
             head["labels"] = list(self.labels)  # type: ignore[assignment]
         lines = [json.dumps(head), *(json.dumps(row) for row in self._rows())]
         path = Path(path)
-        write_atomic(path, lambda file: file.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+        write_text(path, "\n".join(lines) + "\n")
         return path
 
     @classmethod
