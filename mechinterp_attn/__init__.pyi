@@ -10,6 +10,7 @@ from .conversion.convert import load as load
 from .conversion.fidelity import Fidelity as Fidelity
 from .conversion.fidelity import verify as verify
 from .conversion.modes import mixtures as mixtures
+from .core.errors import FailedCheckWarning as FailedCheckWarning
 from .core.errors import MechInterpError as MechInterpError
 from .model.attention_only import AttentionOnlyModel as AttentionOnlyModel
 from .model.heads import Head as Head

@@ -44,6 +44,7 @@ class Fidelity(Result):
     """
 
     title: ClassVar[str] = "Fidelity of the conversion"
+    verdict: ClassVar[bool] = True
     max_logit_error: float
     mean_logit_error: float
     logit_scale: float

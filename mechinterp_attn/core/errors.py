@@ -27,6 +27,10 @@ class ConversionError(MechInterpError):
     """A converted model does not compute what its source computes."""
 
 
+class FailedCheckWarning(UserWarning):
+    """A result does not agree with the same thing computed another way; its receipt says by how much."""
+
+
 def listing(headline: str, reasons: Sequence[str]) -> str:
     """``headline: reason; reason; ...``, on one line, so that a terminal shows it whole."""
     return f"{headline}: " + "; ".join(reasons)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
+from mechinterp_attn.core.errors import FailedCheckWarning
 from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.text import shown
 
@@ -43,28 +45,32 @@ class Check:
 
 @dataclass(frozen=True)
 class Receipt:
-    """The checks a result passed and the choices it was made with (dtype, seed, baseline, ...)."""
+    """How a result was checked, and the choices it was made with.
+
+    Attributes:
+        checks: every check, passed or not.
+        notes: dtype, seed, baseline and the like, by name.
+    """
 
     checks: tuple[Check, ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def ok(self) -> bool:
-        return all(check.ok for check in self.checks)
+    def ok(self) -> bool | None:
+        """Whether every check passed; None where nothing was checked."""
+        return all(check.ok for check in self.checks) if self.checks else None
 
     def __str__(self) -> str:
-        notes = [f"{name}: {value}" for name, value in self.notes.items()]
-        return "; ".join([str(check) for check in self.checks] + notes)
+        checks = [str(check) for check in self.checks] or ["not checked"]
+        return "; ".join(checks + [f"{name}: {value}" for name, value in self.notes.items()])
 
     def _repr_html_(self) -> str:
         """One line that unfolds to every check and note; a failed check is unfolded."""
-        if not self.checks and not self.notes:
-            return ""
         failed = [check for check in self.checks if not check.ok]
         number = f"{len(self.checks)} check{'s' if len(self.checks) != 1 else ''}"
         line = f"✗ {len(failed)} of {number} FAILED" if failed else f"✓ {number} passed"
         if not self.checks:
-            line = "notes"
+            line = "not checked"
         facts = [str(check) for check in self.checks] + [f"{name}: {v}" for name, v in self.notes.items()]
         items = "".join(f"<li>{html.escape(shown(fact))}</li>" for fact in facts)
         return (
@@ -87,6 +93,14 @@ class Result:
 
     title: ClassVar[str]
     sort_by: ClassVar[str | None] = None  # the column ``top`` ranks by, largest first
+
+    verdict: ClassVar[bool] = False  # the receipt is the answer that was asked for: no warning
+
+    def __post_init__(self) -> None:
+        failed = [str(check) for check in self.receipt.checks if not check.ok]
+        if failed and not self.verdict:
+            what = f"{self.title}: {'; '.join(failed)}. Do not rely on this result."
+            warnings.warn(what, FailedCheckWarning, stacklevel=4)
 
     def top(self, k: int = 10, by: str | None = None) -> pd.DataFrame:
         """The ``k`` rows with the largest values of a column (by absolute value where signed).

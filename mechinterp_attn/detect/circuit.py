@@ -16,7 +16,8 @@ from torch import Tensor
 from mechinterp_attn.causal.batches import Batch, as_batch, look, pad
 from mechinterp_attn.causal.cuts import EDGE, cut_of
 from mechinterp_attn.core.errors import MechInterpError, listing
-from mechinterp_attn.core.results import Receipt, Result
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.core.tolerance import TOLERANCE
 from mechinterp_attn.detect.ablation import ablate
 from mechinterp_attn.detect.induction import ATTENDS
 from mechinterp_attn.detect.probes import ROLES, random_repeats
@@ -107,28 +108,59 @@ def check_circuit(
     data = _read(spec)
     members, roles = _heads(model, data)
     claims: list[tuple[str, float, float]] = []
+    checks: list[Check] = []
     if roles:
-        scores = score_heads(model, seed=seed, draws=draws).frame.set_index("head")
+        scored = score_heads(model, seed=seed, draws=draws)
+        checks += scored.receipt.checks
+        scores = scored.frame.set_index("head")
         for head, role, least in roles:
             claims.append((f"{head} {role}", float(scores[role][head]), least - tolerance))
     batch, where = _behaviour(model, data.get("behaviour", "induction"), seed=seed, draws=draws)
     for edge, least in _edges(data):
-        claims.append((edge, _dependence(model, edge, batch, where), least - tolerance))
+        measured, check = _dependence(model, edge, batch, where)
+        claims.append((edge, measured, least - tolerance))
+        checks.append(check)
     if "behaviour" in data:
-        claims += _carried(model, data["behaviour"], members, batch, where, tolerance)
+        more, own = _carried(model, data["behaviour"], members, batch, where, tolerance)
+        claims += more
+        checks += own
     frame = pd.DataFrame(claims, columns=["claim", "measured", "at_least"])
     frame["ok"] = frame["measured"] >= frame["at_least"]
     notes = {"heads in the circuit": len(members), "seed": seed, "draws": draws, "tolerance": tolerance}
-    return CircuitCheck(frame=frame, receipt=Receipt((), notes))
+    return CircuitCheck(frame=frame, receipt=Receipt(tuple(checks), notes))
 
 
-def _dependence(model: AttentionOnlyModel, edge: str, batch: Batch, where: Tensor) -> float:
+def _dependence(model: AttentionOnlyModel, edge: str, batch: Batch, where: Tensor) -> tuple[float, Check]:
     """How much of what an edge's second head holds changes without the edge, as a share of its norm,
-    where the next token is counted."""
+    where the next token is counted; and the last sequence's change again, on its own."""
     (((path, index), part),) = cut_of(model, edge, batch).parts.items()
     z = look(model, batch, hooks=("hook_z",))[f"{path}.hook_z"][:, :, index].reshape(part.shape)
     change, whole = (x[:, :-1][where].double().norm() for x in (part, z))
-    return float(change / whole) if whole > 0 else 0.0
+    error = (part[-1][batch.real[-1]] - _alone(model, edge, batch)).norm() / z[-1].norm().clamp_min(1e-30)
+    check = Check(f"{edge} on one sequence without padding", float(error), TOLERANCE[model.W_E.dtype] * 10)
+    return (float(change / whole) if whole > 0 else 0.0), check
+
+
+def _alone(model: AttentionOnlyModel, edge: str, batch: Batch) -> Tensor:
+    """What an edge brings on the last sequence, from three runs with nothing beside it."""
+    match = EDGE.fullmatch(edge)
+    assert match is not None  # checked by _read
+    (first, i), (last, index) = (model.heads.find(match[end]) for end in (1, 3))
+    tokens = batch.tokens[-1:, batch.real[-1]]
+    side, z = f"{last.path}.hook_{match[2].lower()}", f"{last.path}.hook_z"
+
+    def without(held: Tensor, hook: Any) -> Tensor:
+        held = held.clone()
+        held[:, :, i] = 0
+        return held
+
+    with torch.no_grad():
+        whole = model.run_with_cache(tokens, return_cache_object=False)[1][z]
+        with model.hooks(fwd_hooks=[(f"{first.path}.hook_z", without)]):
+            changed = model.run_with_cache(tokens, return_cache_object=False)[1][side]
+        with model.hooks(fwd_hooks=[(side, lambda held, hook: changed)]):
+            cut = model.run_with_cache(tokens, return_cache_object=False)[1][z]
+    return (whole - cut)[0, :, index].reshape(tokens.shape[1], -1)
 
 
 def _carried(
@@ -138,15 +170,17 @@ def _carried(
     batch: Batch,
     where: Tensor,
     tolerance: float,
-) -> list[tuple[str, float, float]]:
+) -> tuple[list[tuple[str, float, float]], list[Check]]:
     stated = behaviour if isinstance(behaviour, Mapping) else {}
     everything = list(model.heads)
     outside = sorted(set(everything) - set(members))
     change = {}
+    checks: list[Check] = []
     for name, heads in (("none", everything), ("circuit", outside), ("rest", members)):
         if heads:
             cut = ablate(model, batch.tokens, heads, together=True, replace="mean", where=where)
             change[name] = float(cut.frame["loss_change"][0])
+            checks += cut.receipt.checks
         else:
             change[name] = 0.0
     worth = change["none"]
@@ -161,7 +195,7 @@ def _carried(
         claims.append(("carries the behaviour", kept, stated.get("carries", CARRIES) - tolerance))
     if "needed" in stated:
         claims.append(("needed for the behaviour", change["rest"] / worth, stated["needed"] - tolerance))
-    return claims
+    return claims, checks
 
 
 def _behaviour(model: AttentionOnlyModel, behaviour: Any, *, seed: int, draws: int) -> tuple[Batch, Tensor]:

@@ -11,15 +11,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from mechinterp_attn.causal.batches import pad
 from mechinterp_attn.causal.cuts import Target
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.fingerprint import fingerprint
 from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.progress import Progress
-from mechinterp_attn.core.results import Receipt, Result
+from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.core.resume import SavedState
+from mechinterp_attn.core.tolerance import TOLERANCE
 from mechinterp_attn.detect.counting import Settings, count, count_on_ray, refuse_hooks
 from mechinterp_attn.detect.estimates import rank_correlation
+from mechinterp_attn.detect.scores import dense_check
 from mechinterp_attn.detect.tally import Place, Tally
 from mechinterp_attn.detect.texts import Texts, Window, windows
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -145,7 +148,8 @@ def over_corpus(
     settings.check(model, workers)
     state = None if save is None else _state(save, model, settings, field)
     tally = None if state is None else Tally.load(state)
-    pieces = _pieces(model, texts, settings, field, limit, state, tally)
+    first: list[Window] = []
+    pieces = _pieces(model, texts, settings, field, limit, state, tally, first)
     counted: Iterator[Tally]
     if workers is None:
         counted = (count(model, piece, settings) for piece in pieces)
@@ -163,7 +167,7 @@ def over_corpus(
         notes = bar.notes
     if tally is None:
         raise MechInterpError("the corpus has no window of at least 2 tokens; give more text")
-    return _result(model, tally, settings, notes)
+    return _result(model, tally, settings, _checks(model, tally, first[0], settings), notes)
 
 
 def _state(
@@ -191,11 +195,12 @@ def _pieces(
     limit: int | None,
     state: SavedState | None,
     done: Tally | None,
+    first: list[Window],
 ) -> Iterator[list[Window]]:
     """The windows that are not counted yet, about ``PIECE`` tokens at a time.
 
     Those that are counted are read again, which costs little beside counting them: only so can the
-    pass know that they are still the same.
+    pass know that they are still the same. The very first one is put into ``first`` as well.
 
     Raises:
         MechInterpError: the texts up to the last window that was counted are not what they were.
@@ -204,6 +209,8 @@ def _pieces(
     piece: list[Window] = []
     last = None if done is None else done.place
     for window in windows(model, texts, settings.length, field=field, limit=limit):
+        if not first:
+            first.append(window)
         if last is not None:
             here, there = (window.document, window.start), (last.document, last.start)
             if here > there or (here == there and Place.of(window) != last):
@@ -223,8 +230,32 @@ def _pieces(
         yield piece
 
 
+def _checks(
+    model: AttentionOnlyModel, tally: Tally, window: Window, settings: Settings
+) -> tuple[Check, ...]:
+    """Nothing is lost or counted twice; and the first window once more, in other ways."""
+    lost = abs(float(tally.tokens) - tally.place.so_far)
+    own = count(model, [window], settings)
+    tokens = window.tokens[None].to(model.W_E.device)
+    logits, cache = model.run_with_cache(tokens, return_cache_object=False)
+    right = logits[0, :-1].double().log_softmax(-1).gather(1, tokens[0, 1:, None])
+    loss = -float(right.sum()) / len(right)
+    error = abs(loss - float(own.loss) / len(right))
+    tolerance = max(TOLERANCE[model.W_E.dtype], 1e-6) * max(1.0, loss)  # losses are kept in float32
+    batch = pad(model, [tokens[0]])
+    return (
+        Check("next tokens counted, against those that were read", lost, 0.5),
+        Check("loss of the first window, in float64", error, tolerance),
+        dense_check(model, batch, cache, own.sums),
+    )
+
+
 def _result(
-    model: AttentionOnlyModel, tally: Tally, settings: Settings, more: Mapping[str, str]
+    model: AttentionOnlyModel,
+    tally: Tally,
+    settings: Settings,
+    checks: tuple[Check, ...],
+    more: Mapping[str, str],
 ) -> CorpusScores:
     n, positions = float(tally.tokens), float(tally.positions)
     frame = model.heads.frame[["head", "layer", "index", "kind"]]
@@ -242,7 +273,7 @@ def _result(
             notes |= rank_correlation(frame)
     return CorpusScores(
         frame=frame,
-        receipt=Receipt((), {**notes, **more}),
+        receipt=Receipt(checks, {**notes, **more}),
         ablations=ablations,
         loss=float(tally.loss) / n,
         tokens=int(n),

@@ -13,7 +13,8 @@ from torch import Tensor
 from mechinterp_attn.causal.batches import Batch, Input, as_batch, rows_within
 from mechinterp_attn.causal.cuts import next_token
 from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.core.results import Receipt, Result
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.core.tolerance import TOLERANCE
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 EARLY, LATE = 50, 500  # Olsson et al. 2022, in contexts of 512
@@ -83,13 +84,27 @@ def in_context_learning(
     notes = {"score": round(score, 4), "early": early, "late": late, "sequences": len(batch)}
     return InContextLearning(
         frame=frame,
-        receipt=Receipt((), notes),
+        receipt=Receipt((_check(model, batch, losses),), notes),
         score=score,
         early=early,
         late=late,
         losses=losses,
         counted=counted,
     )
+
+
+def _check(model: AttentionOnlyModel, batch: Batch, losses: Tensor) -> Check:
+    """The first and the last sequence again, each alone and without padding, in float64 from the logits."""
+    error = 0.0
+    for row in {0, len(batch) - 1}:
+        tokens = batch.tokens[row, batch.real[row]]
+        right = model(tokens[None])[0, :-1].double().log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+        again = torch.zeros_like(losses[row]).double()
+        again[batch.predicts[row].cpu()] = -right.cpu()
+        error = max(error, float((losses[row] - again).abs().max()))
+    # Beside what rounding does to logits: losses are kept in float32.
+    tolerance = max(TOLERANCE[model.W_E.dtype], 1e-6) * max(1.0, float(losses.max()))
+    return Check("losses of the first and last sequence, alone and in float64", error, tolerance)
 
 
 @torch.no_grad()

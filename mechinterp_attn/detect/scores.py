@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mechinterp_attn.causal.batches import Batch, Input, as_batch, look, rows_within
@@ -93,7 +94,7 @@ def score_heads(
         cache = look(model, part, HOOKS, extra)
         sums = sums_of(model, part, cache)
         parts.append([sums, *(sums_of_chain(model, part, cache, head) for head in chains)])
-        checks = checks or (_dense_check(model, part, cache, sums),)
+        checks = checks or (dense_check(model, part, cache, sums),)
     totals = [reduce(add, column) for column in zip(*parts, strict=True)]
     frame = model.heads.frame[["head", "layer", "index", "kind"]].assign(**totals[0].columns())
     for head, total in zip(chains, totals[1:], strict=True):
@@ -155,6 +156,7 @@ def offsets(
     distance = position[:, None] - position[None, :]
     sums: Tensor | int = 0
     counts: Tensor | int = 0
+    error = 0.0
     for part in batch.split(rows_within(model, n, max_bytes)):
         cache = look(model, part, hooks=("hook_pattern",))
         real, width = part.real, part.tokens.shape[1]
@@ -167,6 +169,7 @@ def offsets(
             torch.stack([bank.attention_on(cache[f"{bank.path}.hook_pattern"], p) for p in pairs]).double()
             for bank in model.banks
         ]
+        error = max(error, _dense_error(model, part, cache, pairs, parts))
         sums = sums + torch.cat(parts, -1)
         counts = counts + torch.stack([p.sum() for p in pairs]).double()
     means = (sums / counts[:, None]).cpu()  # type: ignore[index]
@@ -174,7 +177,8 @@ def offsets(
     by_offset = {f"offset_{i}": row.numpy() for i, row in enumerate(means)}
     frame = pd.concat([frame, pd.DataFrame(by_offset)], axis=1)
     frame["at"] = means.nan_to_num(-1).argmax(0).numpy()
-    return Offsets(frame=frame, receipt=Receipt((), notes))
+    check = Check("attention of a head of every bank from its dense picture", error, 1e-4)
+    return Offsets(frame=frame, receipt=Receipt((check,), notes))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -214,6 +218,7 @@ def match(
     """
     batch = as_batch(model, tokens)
     scores = []
+    error = 0.0
     for one in batch.split(1):
         n = one.tokens.shape[1]
         if isinstance(pairs, str):
@@ -235,12 +240,18 @@ def match(
             excluded = bank.attention_on(pattern, left_out.double())
             on_pairs = bank.attention_on(pattern, wanted.masked_fill(left_out, 0))
             parts.append(on_pairs / (n - excluded))  # every row sums to 1, the bias token included
+            dense = bank.dense_pattern(bank.cached_pattern(cache, 0), 0).double()
+            left = F.pad(left_out, (0, 1))
+            kept = dense.masked_fill(left, 0)
+            again = (kept[:, :n] * wanted).sum() / kept.sum()
+            error = max(error, float((again - parts[-1][0]).abs()))
         scores.append(torch.cat(parts))
     frame = model.heads.frame[["head", "layer", "index", "kind"]]
     frame["score"] = torch.stack(scores).mean(0).cpu().numpy()
     notes = {"sequences": len(batch), "exclude_bos": exclude_bos}
     notes["exclude_current_token"] = exclude_current_token
-    return Matches(frame=frame, receipt=Receipt((), notes))
+    check = Check("share of a head of every bank from its dense picture", error, 1e-4)
+    return Matches(frame=frame, receipt=Receipt((check,), notes))
 
 
 def probe_or(
@@ -255,7 +266,30 @@ def probe_or(
     return batch, {"tokens": f"{int(batch.real.sum())} given", "sequences": len(batch), "dtype": dtype}
 
 
-def _dense_check(model: AttentionOnlyModel, batch: Batch, cache: Cache, sums: Sums) -> Check:
+def _dense_error(
+    model: AttentionOnlyModel,
+    batch: Batch,
+    cache: Cache,
+    pairs: Sequence[Tensor],
+    sums: Sequence[Tensor],
+) -> float:
+    """How far the mean attention on pairs is from that of dense pictures, for the first heads of banks.
+
+    Args:
+        pairs: query by key, ``[batch, pos, pos]``, one after the other.
+        sums: of the attention on them, by bank, each ``[pairs, head]``.
+    """
+    error = 0.0
+    for bank, own in zip(model.banks, sums, strict=True):
+        pictures = [bank.dense_pattern(bank.cached_pattern(cache, b), 0) for b in range(len(batch))]
+        dense = torch.stack(pictures).double()[:, :, :-1]
+        for wanted, total in zip(pairs, own, strict=True):
+            difference = (dense * wanted).sum() - total[0]
+            error = max(error, float(difference.abs()) / max(int(wanted.sum()), 1))
+    return error
+
+
+def dense_check(model: AttentionOnlyModel, batch: Batch, cache: Cache, sums: Sums) -> Check:
     """The first head of every bank again, from its dense picture."""
     error, at = 0.0, 0
     for bank in model.banks:

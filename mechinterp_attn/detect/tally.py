@@ -64,17 +64,18 @@ class Place:
     """The last window that was counted, where a pass goes on.
 
     Attributes:
-        document, start, mark: as in ``Window``; the mark tells whether the texts up to here are still
-            the ones that were counted.
+        document, start, mark, so_far: as in ``Window``; the mark tells whether the texts up to here
+            are still the ones that were counted.
     """
 
     document: int
     start: int
     mark: str
+    so_far: int
 
     @classmethod
     def of(cls, window: Window) -> Place:
-        return cls(window.document, window.start, window.mark)
+        return cls(window.document, window.start, window.mark, window.so_far)
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,12 +31,14 @@ class Window:
         document: its number;  start: of the piece, in tokens of the document.
         tokens: ``[pos]``, BOS in front where there is one.
         mark: the fingerprint of this window and all windows before it.
+        so_far: how many next tokens there are in this window and all windows before it.
     """
 
     document: int
     start: int
     tokens: Int[Tensor, " pos"]
     mark: str
+    so_far: int
 
 
 def windows(
@@ -59,7 +61,7 @@ def windows(
     """
     bos = model.bos_token_id
     step = length if bos is None else length - 1
-    mark = ""
+    mark, so_far = "", 0
     for number, document in enumerate(documents(texts, field=field)):
         if number == limit:
             return
@@ -70,7 +72,8 @@ def windows(
                 window = torch.cat([torch.tensor([bos]), window])
             if len(window) > 1:
                 mark = fingerprint(mark, number, start, window)
-                yield Window(number, start, window, mark)
+                so_far += len(window) - 1
+                yield Window(number, start, window, mark, so_far)
 
 
 def documents(texts: Texts, *, field: str = "text") -> Iterator[Document]:

@@ -163,13 +163,13 @@ def test_plots_are_plotly_in_one_style(results):
 
 def test_receipts_unfold(results):
     for name, result in results.items():
-        assert result.receipt.ok, (name, str(result.receipt))
+        assert result.receipt.ok is not False, (name, str(result.receipt))
     failed = Receipt((Check("a < b", 2.0, 1.0), Check("fine", 0.0, 1.0)), {"seed": 0})
     text = failed._repr_html_()
     assert "1 of 2 checks FAILED" in text
     assert "<details open" in text
     assert "a &lt; b" in text
-    assert Receipt()._repr_html_() == ""
+    assert "not checked" in Receipt()._repr_html_()
 
 
 def test_tables_keep_text_as_text():
