@@ -78,9 +78,6 @@ LEFT = {
 CIRCLES_LEFT = {
     "detect.cluster",
     "detect.corpus",
-    "model.attention_only",
-    "model.generation",
-    "model.virtual",
     "paths.export",
     "paths.graph",
     "theorems.literal",

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mechinterp_attn as mia
-from mechinterp_attn.model.heads import LowRank
+from mechinterp_attn.model.low_rank import LowRank
 from tests.conftest import random_tokens, tiny_bridge
 
 
@@ -35,10 +35,84 @@ def test_an_unknown_head_is_told_which_exist(model, label):
 
 
 @pytest.mark.usefixtures("as_users_run_it")
-@pytest.mark.parametrize("label", ["", "H3", "l0h3", "L0H3 ", 3])
+@pytest.mark.parametrize("label", ["", "H3", "head 3", "L0H", 3])
 def test_a_malformed_label_is_told_the_form(model, label):
     with pytest.raises(mia.MechInterpError, match="not a head label; write L<layer>H<head>"):
         model[label]
+
+
+@pytest.mark.parametrize(
+    ("heads", "labels"),
+    [
+        ("L1H*", ["L1H0", "L1H1", "L1H2", "L1H3"]),
+        ("l0n10-12", ["L0N10", "L0N11", "L0N12"]),
+        ("L0-1H3", ["L0H3", "L1H3"]),
+        ("L*N23", ["L0N23", "L1N23"]),
+        (["L1H2", "L1H2 ", ("L0H1", "L1H2"), "l0h1>L0N3"], ["L1H2", "L0H1 > L1H2", "L0H1 > L0N3"]),
+        ("L0*", [f"L0H{i}" for i in range(4)] + [f"L0N{i}" for i in range(24)]),
+        ("attention", [f"L{layer}H{i}" for layer in range(2) for i in range(4)]),
+        ({"L1N2": "a dictionary's keys"}, ["L1N2"]),
+    ],
+)
+def test_heads_are_chosen_by_labels_patterns_and_kinds(model, heads, labels):
+    assert model.heads.labels(heads) == labels
+    assert [head.label for head in model.heads.select(heads)] == labels
+    assert all(head.model is model for head in model.heads.select(heads))
+
+
+def test_a_model_gives_heads_by_label_number_and_pattern(model):
+    assert model["l1h2"].label == model[1, 2].label == model[-1, -2].label == "L1H2"
+    assert [head.label for head in model["L1H2-3"]] == ["L1H2", "L1H3"]
+    chain = model["L0H1 > L1H2"]
+    assert [head.label for head in chain.chain] == ["L0H1", "L1H2"]
+    assert model["L0N3"].chain[0].index == 3
+    assert {"L0H0", "L1N23", "mlp"} <= set(model._ipython_key_completions_())
+    given = model["L1H0"]
+    assert model.heads.select([given]) == [given]
+    mixture = mia.convert(tiny_bridge(), mlp="mixture", components=2)
+    assert mixture.heads.labels("L0N3-4") == ["L0N3.0", "L0N3.1", "L0N4.0", "L0N4.1"]
+    assert mixture.heads.labels("L*N0.1") == ["L0N0.1", "L1N0.1"]
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        ("L7H*", r"no head matches 'L7H\*'; this model has L0H0\.\.L0H3"),
+        ([], "no heads selected"),
+        (["L1H9", "nonsense"], r"no head L1H9.*near it: L1.*; 'nonsense' is not a head label"),
+        (("L1H0", "L0H1"), None),
+        ([("L1H0", "L0H1")], "L0H1 does not read what L1H0 writes"),
+        ("L1H0 > L0H1", "L0H1 does not read what L1H0 writes"),
+    ],
+)
+def test_what_cannot_be_chosen_is_said_at_once(model, heads, message):
+    if message is None:  # a tuple at the top is a list, not a virtual head
+        assert model.heads.labels(heads) == list(heads)
+        return
+    with pytest.raises(mia.MechInterpError, match=message):
+        model.heads.select(heads)
+
+
+def test_a_kind_that_a_model_has_not_is_named():
+    model = mia.convert(tiny_bridge(attn_only=True))
+    with pytest.raises(mia.MechInterpError, match="no heads of kind 'mlp'"):
+        model.heads.select("mlp")
+    with pytest.raises(mia.MechInterpError, match="no head 4 in layer 0"):
+        model[0, 4]
+
+
+@pytest.mark.parametrize("label", ["L0H1", "L1N7"])
+def test_what_a_head_holds_has_the_same_axes_for_every_kind(model, label):
+    """``by_head`` is a view: what is written into it stands in the hook's own tensor."""
+    bank = model[label].bank
+    tokens = random_tokens(model)
+    _, cache = model.run_with_cache(tokens)
+    z = cache[f"{bank.path}.hook_z"]
+    by_head = bank.by_head(z)
+    assert by_head.shape == (*tokens.shape, bank.n_heads, bank.d_head)
+    by_head[:, :, 0] = 7
+    assert bool((z[:, :, 0] == 7).all())
 
 
 def test_head_weights_are_those_of_a_folded_bridge():

@@ -85,8 +85,9 @@ def rows_within(model: AttentionOnlyModel, positions: int, max_bytes: int) -> in
     Raises:
         MechInterpError: not even one; says what one needs.
     """
-    mixing = sum(bank.n_heads for bank in model.banks if bank.mixes_positions)
-    per_position = mixing * positions + sum(3 * bank.n_heads * bank.d_head for bank in model.banks)
+    per_position = len(model.heads.between_positions) * positions + sum(
+        3 * bank.n_heads * bank.d_head for bank in model.banks
+    )
     need = 4 * positions * (per_position + 3 * model.spec.d_vocab_out)
     if need > max_bytes:
         raise MechInterpError(

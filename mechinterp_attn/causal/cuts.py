@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -17,9 +17,10 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.frozen.prompt import freeze
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Head, HeadBank
-from mechinterp_attn.model.virtual import VirtualHead, resolve_head, virtual_head
+from mechinterp_attn.model.index import Heads, One
+from mechinterp_attn.model.select import resolve_head, virtual_head
 
-Target = str | Head | tuple[str | Head, ...]
+Target = One  # a head of any kind, or an edge such as "L0H1 -K-> L1H2"
 Replace = Literal["zero", "mean"]
 ByPath = Mapping[str, Tensor]
 EDGE = re.compile(r"\s*(\S+)\s*-([QKV])->\s*(\S+)\s*")
@@ -51,6 +52,21 @@ class Cut:
         return path in self.whole or any(own == path for own, _ in self.parts)
 
 
+def targets_of(model: AttentionOnlyModel, heads: Heads | Iterable[Target]) -> list[Target]:
+    """What to cut, one by one: edges as they are, heads by their labels, kinds and patterns spelt out.
+
+    Raises:
+        MechInterpError: no such heads.
+    """
+    found: list[Target] = []
+    for item in [heads] if isinstance(heads, str | Head) else heads:
+        if isinstance(item, str) and EDGE.fullmatch(item):
+            found.append(item)
+        else:
+            found += model.heads.labels([item])
+    return list(dict.fromkeys(found))
+
+
 def cut_of(model: AttentionOnlyModel, target: Target, batch: Batch) -> Cut:
     """The cut that a head, a chain of heads (a virtual head) or an edge stands for.
 
@@ -62,14 +78,13 @@ def cut_of(model: AttentionOnlyModel, target: Target, batch: Batch) -> Cut:
         src, side, dst = edge.groups()
         ends = virtual_head(model, src, dst).heads  # checks them
         (first, i), (last, index) = (model.heads.find(head.label) for head in ends)
-        if side == "K" and not bool(ends[-1].W_K.any()):
+        if side not in last.sides:
             raise MechInterpError(f"{dst} has a constant key, which nothing can change; give Q or V")
         part = through(model, (first, i), side, (last, index), batch)
         name, kind = f"{src} -{side}-> {dst}", "edge"
     else:
-        head = virtual_head(model, *target) if isinstance(target, tuple) else resolve_head(model, target)
-        labels = [one.label for one in head.heads] if isinstance(head, VirtualHead) else [head.label]
-        chain = [model.heads.find(label) for label in labels]
+        head = resolve_head(model, target)
+        chain = [model.heads.find(one.label) for one in head.chain]
         last, index = chain[-1]
         if len(chain) == 1:
             return Cut(head.label, last.kind, last.layer, index, whole={last.path: [index]})
@@ -134,8 +149,7 @@ def through(
             model(batch.tokens, return_type=None, **padded)
     if not seen:
         return torch.zeros(*batch.tokens.shape, bank.d_head)
-    change = (seen["whole"] - seen["cut"])[:, :, index]
-    return change.reshape(*batch.tokens.shape, bank.d_head)
+    return bank.by_head(seen["whole"] - seen["cut"])[:, :, index]
 
 
 def brought(
@@ -260,4 +274,4 @@ def _cutting(path: str, cuts: Sequence[Cut], replacement: ByPath | None) -> Call
 
 
 def _holding(pattern: Tensor, n: int) -> Callable[..., Tensor]:
-    return lambda own, hook: pattern.repeat(n, *[1] * (pattern.ndim - 1))
+    return lambda own, hook: torch.cat([pattern] * n)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.causal.bound import Bound
-from mechinterp_attn.causal.cuts import Cut, Target, cut_of, cut_of_all
+from mechinterp_attn.causal.cuts import Cut, Target, cut_of, cut_of_all, targets_of
 from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of, some
 from mechinterp_attn.causal.runs import (
     MAX_BYTES,
@@ -104,8 +104,10 @@ def effects(
     )
     found = standing(model, bound, max_bytes)
     each = positions == "each"
-    if isinstance(heads, str | Head):
-        heads = [heads]
+    if heads is not None:  # groups stay together; kinds and patterns are spelt out
+        given = [heads] if isinstance(heads, str | Head) else heads
+        named = [targets_of(model, [item]) if isinstance(item, str | Head) else [item] for item in given]
+        heads = [one for some_heads in named for one in some_heads]
     estimates = _estimates(model, bound, fill, each, max_bytes, direction)
     frame = model.heads.frame[["head", "layer", "index", "kind"]]
     if each:

@@ -22,7 +22,8 @@ from mechinterp_attn.circuits.rank_one import ReadsAndWrites, reads_and_writes
 from mechinterp_attn.circuits.spectrum import SingularDirections, singular_directions
 from mechinterp_attn.circuits.trigrams import FactoringBugs, SkipTrigrams, factoring_bugs, skip_trigrams
 from mechinterp_attn.circuits.vocabulary import TokenPairs, ov_top, qk_top
-from mechinterp_attn.model.virtual import VirtualHead, resolve_head, virtual_head
+from mechinterp_attn.model.select import resolve_head, virtual_head
+from mechinterp_attn.model.virtual import VirtualHead
 
 __all__ = [
     "Bigrams",

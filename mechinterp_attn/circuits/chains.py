@@ -17,7 +17,8 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-from mechinterp_attn.model.virtual import JOIN, virtual_head
+from mechinterp_attn.model.select import virtual_head
+from mechinterp_attn.model.virtual import JOIN
 
 BATCH = 64  # chains lengthened at a time
 

@@ -21,7 +21,8 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Head
-from mechinterp_attn.model.virtual import VirtualHead, resolve_head
+from mechinterp_attn.model.select import resolve_head
+from mechinterp_attn.model.virtual import VirtualHead
 
 Which = Literal["OV", "QK"]
 Tokens = Sequence[str | int] | str | int

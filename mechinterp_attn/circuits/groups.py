@@ -20,10 +20,11 @@ from torch import Tensor
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Head, HeadBank, Side
-from mechinterp_attn.model.virtual import VirtualHead, resolve_head
+from mechinterp_attn.model.index import KINDS, Heads
+from mechinterp_attn.model.select import resolve_head
 
 Composition = Literal["Q", "K", "V"]
-Select = str | Iterable[str | Head] | None
+Select = Heads | None
 KEPT = 2**18  # numbers of a group's Gram matrices that are kept
 # The other factor of the circuit that a head reads with.
 OTHER: dict[Composition, Side] = {"Q": "K", "K": "Q", "V": "O"}
@@ -208,18 +209,14 @@ def groups_of(model: AttentionOnlyModel, select: Select) -> list[HeadGroup]:
         MechInterpError: no such head, none selected, or a model without heads.
     """
     model.heads.required()
-    if select is None or isinstance(select, str):
-        banks = [bank for bank in model.banks if select in (None, bank.kind)]
-        if banks:
-            return [_group(bank, slice(None)) for bank in banks]
-        select = [str(select)]
-    heads = [resolve_head(model, head) for head in select]
-    if not heads:
-        raise MechInterpError("no heads selected; give labels, 'attention', 'mlp' or None for all")
+    kind = "all" if select is None else select
+    if isinstance(kind, str) and kind in KINDS and (banks := model.heads.of(kind).banks):
+        return [_group(bank, slice(None)) for bank in banks]
+    heads = model.heads.select(kind)
     plain: dict[HeadBank, set[int]] = {}
     groups = []
     for head in heads:
-        if isinstance(head, VirtualHead):
+        if len(head.chain) > 1:
             groups.append(_alone(head))
         else:
             plain.setdefault(head.bank, set()).add(head.index)
@@ -252,7 +249,7 @@ def finite_head(model: AttentionOnlyModel, head: str | Head) -> Head:
         MechInterpError: no such head, or weights that are not finite.
     """
     one = resolve_head(model, head)
-    refuse_non_finite(model, (part.bank for part in (one.heads if isinstance(one, VirtualHead) else [one])))
+    refuse_non_finite(model, (part.bank for part in one.chain))
     return one
 
 
@@ -263,7 +260,7 @@ def _group(bank: HeadBank, heads: slice | Tensor) -> HeadGroup:
     return HeadGroup(f"L{bank.layer}{bank.letter}", bank.layer, bank.kind, n, *ends, *ranks, bank, heads)
 
 
-def _alone(head: VirtualHead) -> HeadGroup:
+def _alone(head: Head) -> HeadGroup:
     """A virtual head as a group of its own."""
     sides: dict[Side, Tensor] = {"Q": head.W_Q, "K": head.W_K, "V": head.W_V, "O": head.W_O}
     weights = Weights(

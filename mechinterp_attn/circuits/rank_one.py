@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,8 +14,7 @@ from mechinterp_attn.circuits.streaming import top_of_rows
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-from mechinterp_attn.model.heads import Head
-from mechinterp_attn.model.virtual import resolve_head
+from mechinterp_attn.model.index import Heads
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -39,9 +37,7 @@ class ReadsAndWrites(Result):
 
 
 @torch.no_grad()
-def reads_and_writes(
-    model: AttentionOnlyModel, heads: Sequence[str | Head], *, top_k: int = 8
-) -> ReadsAndWrites:
+def reads_and_writes(model: AttentionOnlyModel, heads: Heads, *, top_k: int = 8) -> ReadsAndWrites:
     """Which tokens make heads fire, and whose logits they move (Huben & Morris 2023).
 
     From the weights alone: embeddings go in as they are, positions and the layers between are left
@@ -54,12 +50,13 @@ def reads_and_writes(
     Raises:
         MechInterpError: no heads, no such head, one of a larger inner dimension, or top_k out of range.
     """
-    chosen = [resolve_head(model, head) for head in heads]
+    chosen = model.heads.select(heads)
     wide = [head.label for head in chosen if head.W_Q.shape[1] != 1 or head.W_V.shape[1] != 1]
     most = min(model.spec.d_vocab, model.spec.d_vocab_out)
-    if wide or not chosen or not 1 <= top_k <= most:
+    if wide or not 1 <= top_k <= most:
+        given = wide or [head.label for head in chosen]
         raise MechInterpError(
-            f"heads={wide or list(heads)}, top_k={top_k}; expected some heads, all of inner dimension "
+            f"heads={given}, top_k={top_k}; expected some heads, all of inner dimension "
             f"1 (ov_top and qk_top read the others), and top_k from 1 to {most}"
         )
     dtype = torch.promote_types(model.W_E.dtype, torch.float32)

@@ -9,7 +9,6 @@ crossings are implied too (keep ... in mind and keep ... at bay imply keep ... i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,6 +27,7 @@ from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Head
+from mechinterp_attn.model.index import Heads
 
 WIDTH = 24  # destinations and outputs of a source among which factoring bugs are sought
 SOURCES = 4096  # source tokens searched at a time
@@ -77,7 +77,7 @@ class _Lists:
 @torch.no_grad()
 def skip_trigrams(
     model: AttentionOnlyModel,
-    head: str | Head | Sequence[str | Head] | None = None,
+    head: Heads | None = None,
     *,
     sources: Tokens | None = None,
     top_k: int = 10,
@@ -194,10 +194,9 @@ def factoring_bugs(
     return FactoringBugs(frame=frame, receipt=Receipt((check,), notes))
 
 
-def _heads(model: AttentionOnlyModel, head: str | Head | Sequence[str | Head] | None) -> list[Head]:
-    if head is None:
-        head = [b.label(i) for b in model.banks if b.mixes_positions for i in range(b.n_heads)]
-    return [finite_head(model, h) for h in ([head] if isinstance(head, str | Head) else head)]
+def _heads(model: AttentionOnlyModel, head: Heads | None) -> list[Head]:
+    chosen = list(model.heads.between_positions) if head is None else head
+    return [finite_head(model, one) for one in model.heads.select(chosen)]
 
 
 _Halves = tuple[Tensor, Tensor, Tensor, Tensor]

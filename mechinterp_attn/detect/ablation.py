@@ -22,13 +22,14 @@ from mechinterp_attn.causal.cuts import (
     next_token,
     run_cuts,
     saved_patterns,
+    targets_of,
 )
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.estimates import estimated_changes, rank_correlation
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-from mechinterp_attn.model.heads import Head
+from mechinterp_attn.model.index import Heads
 
 MAX_BYTES = 2**30
 
@@ -59,7 +60,7 @@ class Ablations(Result):
 def ablate(
     model: AttentionOnlyModel,
     tokens: Input,
-    heads: Sequence[Target] | None = None,
+    heads: Heads | None = None,
     *,
     together: bool = False,
     replace: Replace = "zero",
@@ -107,7 +108,7 @@ def ablate(
         ranked = estimates.abs().sort_values(ascending=False, kind="stable").index
         chosen: list[Target] = list(ranked[: max(exact, 0)])
     else:
-        chosen = [heads] if isinstance(heads, str | Head) else list(dict.fromkeys(heads))
+        chosen = targets_of(model, heads)
     if together and len(chosen) > 1:
         cuts = [cut_of_all(model, chosen, batch)]
     else:

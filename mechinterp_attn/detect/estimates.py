@@ -56,11 +56,11 @@ def estimated_changes(
     paths = [bank.path for bank in model.banks]
     gradients = torch.autograd.grad(total, [held[path] for path in paths])
     sums = []
-    for path, gradient in zip(paths, gradients, strict=True):
+    for bank, gradient in zip(model.banks, gradients, strict=True):
+        path = bank.path
         z = held[path].detach()
         other = -z if replacement is None else replacement[path].to(z.dtype) - z
-        change = (other * gradient).double()
-        change = change if change.ndim == 3 else change.sum(-1)  # [batch, pos, head]
+        change = bank.by_head((other * gradient).double()).sum(-1)  # [batch, pos, head]
         sums.append((change + change.square() / 2).sum((0, 1)))
     return torch.cat(sums).cpu()
 

@@ -118,7 +118,7 @@ def induction(
     scores = score_heads(model, seed=seed, draws=draws, max_bytes=max_bytes)
     weights = score_weights(model, seed=seed)
     estimate = ablate(model, probe.tokens, exact=0, where=probe.repeated, max_bytes=max_bytes).frame
-    mixing = [label for bank in model.banks if bank.mixes_positions for label in bank.labels()]
+    mixing = list(model.heads.between_positions)
     others = estimate[~estimate["head"].isin(mixing)].head(neurons)["head"]
     cut = [*mixing, *others]
     ablations = ablate(model, probe.tokens, heads=cut, where=probe.repeated, max_bytes=max_bytes)

@@ -65,7 +65,7 @@ def _turned_out(model: AttentionOnlyModel, label: str, turns: Tensor) -> list[tu
     W_O, held = model[label].W_O, {}
 
     def keep(z: Tensor, hook: Any) -> None:
-        held["z"] = z[:, :, index].reshape(*z.shape[:2], -1)
+        held["z"] = bank.by_head(z)[:, :, index]
 
     def remove(x: Tensor, hook: Any) -> Tensor:
         written = (held["z"] @ W_O).unflatten(0, (len(turns), -1))

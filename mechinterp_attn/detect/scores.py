@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -20,8 +19,9 @@ from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.measures import HOOKS, Sums, hooks_of, sums_of, sums_of_chain
 from mechinterp_attn.detect.probes import pairs_by_role, random_repeats
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-from mechinterp_attn.model.heads import Cache, Head
-from mechinterp_attn.model.virtual import VirtualHead, resolve_head
+from mechinterp_attn.model.heads import Cache
+from mechinterp_attn.model.index import Heads
+from mechinterp_attn.model.virtual import VirtualHead
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -54,7 +54,7 @@ class HeadScores(Result):
 @torch.no_grad()
 def score_heads(
     model: AttentionOnlyModel,
-    heads: Sequence[str | Head] | None = None,
+    heads: Heads | None = None,
     *,
     seed: int = 0,
     draws: int = 10,
@@ -83,7 +83,7 @@ def score_heads(
         MechInterpError: context or vocabulary too small for repeated tokens; unusable tokens; no
             such head.
     """
-    chosen = None if heads is None else resolve_all(model, heads)
+    chosen = None if heads is None else model.heads.select(heads)
     chains = [head for head in chosen or () if isinstance(head, VirtualHead)]
     extra = set[str]().union(*(hooks_of(model, head) for head in chains))
     batch, notes = probe_or(model, tokens, draws=draws, seed=seed)
@@ -106,14 +106,6 @@ def score_heads(
         frame = frame.set_index("head", drop=False).loc[[head.label for head in chosen]]
         frame = frame.reset_index(drop=True)
     return HeadScores(frame=frame, receipt=Receipt(checks, notes), probe=batch)
-
-
-def resolve_all(model: AttentionOnlyModel, heads: Sequence[str | Head]) -> list[Head]:
-    """Heads, virtual ones too, from labels or heads, each once."""
-    heads = [heads] if isinstance(heads, str | Head) else heads
-    if not heads:
-        raise MechInterpError("heads is empty; give labels or heads, or None for all")
-    return list({head.label: head for head in (resolve_head(model, one) for one in heads)}.values())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -7,7 +7,6 @@ positions are left out. float64 throughout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -21,9 +20,9 @@ from mechinterp_attn.circuits.copying import CopyingScores, copying_scores
 from mechinterp_attn.circuits.groups import HeadGroup, groups_of
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
-from mechinterp_attn.detect.scores import resolve_all
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-from mechinterp_attn.model.heads import Head, HeadBank
+from mechinterp_attn.model.heads import HeadBank
+from mechinterp_attn.model.index import Heads
 
 NULL_DRAWS = 100
 PAIR_COLUMNS = ("src", "dst", "composition", "trace", "trace_z", "matching", "matching_z")
@@ -57,7 +56,7 @@ class WeightScores(Result):
 @torch.no_grad()
 def score_weights(
     model: AttentionOnlyModel,
-    heads: Sequence[str | Head] | None = None,
+    heads: Heads | None = None,
     *,
     seed: int = 0,
     draws: int = 10,
@@ -85,7 +84,7 @@ def score_weights(
     """
     W_E, W_U = model.W_E.detach().double(), model.W_U.detach().double()
     generator = torch.Generator().manual_seed(seed)
-    chosen = None if heads is None else resolve_all(model, heads)
+    chosen = None if heads is None else model.heads.select(heads)
     copying = cast(CopyingScores, copying_scores(model, chosen, seed=seed))
     columns = {"copying_score": "copying", "z": "copying_z", "size": "copying_size"}
     frame = copying.frame[["head", "layer", "kind", *columns]].rename(columns=columns)
@@ -136,7 +135,7 @@ def _pure_copying(
 
 def _pairs(model: AttentionOnlyModel, W_E: Tensor, generator: Generator) -> tuple[pd.DataFrame, Check]:
     gram = W_E.T @ W_E
-    banks = [bank for bank in model.banks if bank.mixes_positions]
+    banks = model.heads.between_positions.banks
     parts: list[pd.DataFrame] = []
     error = 0.0
     for late in Progress(banks, desc="pairs of heads"):
@@ -169,7 +168,7 @@ def _pairs(model: AttentionOnlyModel, W_E: Tensor, generator: Generator) -> tupl
     check = Check("a trace of every pair of layers summed over the vocabulary, relative", error, 1e-8)
     if not parts:
         return pd.DataFrame(columns=list(PAIR_COLUMNS)), check
-    mixing = [label for bank in banks for label in bank.labels()]
+    mixing = list(model.heads.between_positions)
     composed = cast(CompositionScores, composition(model, "K", mixing, mixing)).frame
     composed = composed[["src", "dst", "score"]].rename(columns={"score": "composition"})
     pairs = pd.concat(parts, ignore_index=True).merge(composed, on=["src", "dst"], how="left")

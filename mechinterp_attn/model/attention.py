@@ -180,6 +180,9 @@ class AttentionBank(HeadBank):
     def turned(self, x: Tensor, position: int) -> Tensor:
         return x if self.rotary is None else self.rotary.turn(x, position)
 
+    def by_head(self, z: Tensor) -> Float[Tensor, "*batch pos head d_head"]:
+        return z
+
     def cached_pattern(self, cache: Cache, batch: int) -> Float[Tensor, "head query key"]:
         pattern = cache[f"{self.path}.hook_pattern"]
         return pattern[batch] if pattern.ndim == 4 else pattern

@@ -7,7 +7,6 @@ and the runtime protocols ``TransformerLensModel`` and ``TransformerLensModelWit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -22,7 +21,8 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.model.block import Block, Embed, PosEmbed, PredictionHead, Sublayer, Unembed
 from mechinterp_attn.model.gates import GATES, rule_for
 from mechinterp_attn.model.generation import Generates
-from mechinterp_attn.model.heads import Head, HeadBank, HeadIndex
+from mechinterp_attn.model.heads import HeadBank
+from mechinterp_attn.model.index import KINDS, HeadIndex
 from mechinterp_attn.model.norm import Norm
 from mechinterp_attn.model.rotary import Rotary
 from mechinterp_attn.model.spec import Spec
@@ -338,16 +338,28 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
 
     @property
     def heads(self) -> HeadIndex:
-        return HeadIndex(self.banks)
+        return HeadIndex(self.banks, self)
 
     @property
     def n_heads(self) -> int:
         """Heads of every kind, MLP-derived ones included."""
         return len(self.heads)
 
-    def __getitem__(self, label: str) -> Head:
-        bank, index = self.heads.find(label)
-        return replace(bank.head(index), model=self)
+    def __getitem__(self, which: str | tuple[int, int]) -> Any:
+        """A head: ``model["L0H3"]``, ``model["L0N152"]``, ``model["L0H1 > L1H4"]`` or, by layer and number
+        of an attention head, ``model[0, 3]``. A pattern or a kind gives a list: ``model["L1H*"]``.
+
+        Raises:
+            MechInterpError: no such head; the message names near ones.
+        """
+        if isinstance(which, tuple):
+            return self.heads.at(*which)
+        many = isinstance(which, str) and self.heads.is_many(which)
+        return self.heads.select(which) if many else self.heads.one(which)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        """What Jupyter offers after ``model["``."""
+        return [*KINDS, *self.heads]
 
     @property
     def mode(self) -> str:

@@ -9,19 +9,17 @@ Row vectors multiply from the left: a head reads ``x @ W_V`` and writes ``z @ W_
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-import pandas as pd
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import Page, draw
+from mechinterp_attn.model.low_rank import LowRank
 
 Kind = Literal["attention", "mlp", "virtual"]
 Side = Literal["Q", "K", "V", "O"]
@@ -32,47 +30,6 @@ class Cache(Protocol):
     """Activations by hook name: a TransformerLens ActivationCache or a dict."""
 
     def __getitem__(self, name: str, /) -> Any: ...
-
-
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """A matrix kept as the product ``A @ B``; never multiplied out unless ``dense()`` is asked for.
-
-    Attributes:
-        A: left factor ``[rows, rank]``.
-        B: right factor ``[rank, columns]``.
-    """
-
-    A: Float[Tensor, "rows rank"]
-    B: Float[Tensor, "rank columns"]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.A.shape[0], self.B.shape[1]
-
-    @property
-    def rank(self) -> int:
-        """The bound on the rank that the factors give: their inner dimension."""
-        return self.A.shape[1]
-
-    @property
-    def T(self) -> LowRank:
-        return LowRank(self.B.T, self.A.T)
-
-    def dense(self) -> Float[Tensor, "rows columns"]:
-        return self.A @ self.B
-
-    def norm(self) -> float:
-        """Frobenius norm, from the two rank x rank Gram matrices (float64)."""
-        A, B = self.A.double(), self.B.double()
-        return float(((A.T @ A) * (B @ B.T)).sum().clamp_min(0).sqrt())
-
-    def eigenvalues(self) -> Tensor:
-        """The ``rank`` eigenvalues that can differ from zero: eig(AB) = eig(BA) (complex128)."""
-        return torch.linalg.eigvals(self.B.double() @ self.A.double())
-
-    def __repr__(self) -> str:
-        return f"LowRank({self.shape[0]} x {self.shape[1]}, rank <= {self.rank})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +69,11 @@ class Head:
     def QK(self) -> LowRank:
         """``W_Q @ W_K.T`` (unscaled): which token attends to which, read on the residual stream."""
         return LowRank(self.W_Q, self.W_K.T)
+
+    @property
+    def chain(self) -> tuple[Head, ...]:
+        """The heads that act one after the other: this one alone, or those of a virtual head."""
+        return (self,)
 
     @property
     def reads_at(self) -> int:
@@ -221,6 +183,10 @@ class HeadBank(nn.Module, ABC):
     def z_constant(self) -> Shaped[Tensor, head * d_head]:
         """What every head holds (``z``) whatever it looks at, in the shape that ``hook_z`` gives it."""
 
+    def of(self, kind: str) -> bool:
+        """Whether the heads are of a kind, "attention" or "mlp"; all are of the kind "all"."""
+        return kind in ("all", self.kind)
+
     def label(self, index: int) -> str:
         return f"L{self.layer}{self.letter}{index}"
 
@@ -280,6 +246,11 @@ class HeadBank(nn.Module, ABC):
         return x
 
     @abstractmethod
+    def by_head(self, z: Tensor) -> Float[Tensor, "*batch pos head d_head"]:
+        """What ``hook_z`` (or, without grouped values, ``hook_v``) holds, with the axes of every kind: a
+        view, in which a neuron's number is a vector of length one."""
+
+    @abstractmethod
     def cached_pattern(self, cache: Cache, batch: int) -> Tensor:
         """The bank's compact pattern for one sequence, out of a cache."""
 
@@ -323,85 +294,3 @@ class HeadBank(nn.Module, ABC):
     @abstractmethod
     def query_read(self, index: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
         """The query side of a head's QK circuit for residual vectors ``x``."""
-
-
-_LABEL = re.compile(r"L(\d+)([A-Z])(\d+)(?:\.(\d+))?")
-
-
-@dataclass(frozen=True, eq=False)
-class HeadIndex(Sequence[str]):
-    """The heads of a model in order: labels, a table, and lookup by label."""
-
-    banks: tuple[HeadBank, ...]
-
-    def __len__(self) -> int:
-        return sum(bank.n_heads for bank in self.banks)
-
-    def __iter__(self) -> Iterator[str]:
-        return (label for bank in self.banks for label in bank.labels())
-
-    def __getitem__(self, index: Any) -> Any:
-        return list(iter(self))[index]
-
-    def required(self) -> None:
-        """For analyses of heads, which have nothing to say about a model without any.
-
-        Raises:
-            MechInterpError: there is no head.
-        """
-        if not self.banks:
-            raise MechInterpError(
-                "this model has no layers and so no heads to analyse; circuits.bigrams reads its table"
-            )
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """One row per head: ``head, layer, kind, index``."""
-        parts = [
-            pd.DataFrame(
-                {
-                    "head": bank.labels(),
-                    "layer": bank.layer,
-                    "kind": bank.kind,
-                    "index": range(bank.n_heads),
-                }
-            )
-            for bank in self.banks
-        ]
-        none = pd.DataFrame({"head": [], "layer": [], "kind": [], "index": []})  # a model of no layers
-        return pd.concat(parts, ignore_index=True) if parts else none
-
-    def find(self, label: str) -> tuple[HeadBank, int]:
-        """The bank and index behind a label such as ``L0H3``, ``L1N152`` or, where a neuron is several
-        heads, ``L1N152.0``.
-
-        Raises:
-            MechInterpError: the label is malformed or names no head; the message says which exist.
-        """
-        match = _LABEL.fullmatch(label) if isinstance(label, str) else None
-        if match is None:
-            raise MechInterpError(
-                f"{label!r} is not a head label; write L<layer>H<head> for an attention head or "
-                f"L<layer>N<neuron> for an MLP-derived head; this model has {self._ranges()}"
-            )
-        layer, letter, number = int(match[1]), match[2], int(match[3])
-        part = None if match[4] is None else int(match[4])
-        for bank in self.banks:
-            if bank.layer == layer and bank.letter == letter:
-                index = number * bank.parts + (part or 0)
-                if (part is not None) == (bank.parts > 1) and (part or 0) < bank.parts:
-                    if index < bank.n_heads:
-                        return bank, index
-                elif part is None and index < bank.n_heads:
-                    first, last = bank.label(index), bank.label(index + bank.parts - 1)
-                    raise MechInterpError(f"neuron {label} is {bank.parts} heads: {first}..{last}")
-        raise MechInterpError(f"no head {label}; this model has {self._ranges()}")
-
-    def _ranges(self) -> str:
-        return ", ".join(f"{b.label(0)}..{b.label(b.n_heads - 1)}" for b in self.banks) or "none"
-
-    def _repr_html_(self) -> str:
-        return self.frame.to_html(max_rows=12, index=False)
-
-    def __repr__(self) -> str:
-        return f"{len(self)} heads: {self._ranges()}"

@@ -143,6 +143,9 @@ class NeuronBank(HeadBank):
             return torch.ones(n, 1, 1, dtype=torch.float64, device=self.W_in.device)
         return super().gram(side, heads, dtype)
 
+    def by_head(self, z: Tensor) -> Float[Tensor, "*batch pos head d_head"]:
+        return z[..., None]
+
     def cached_pattern(self, cache: Cache, batch: int) -> Float[Tensor, "pos head"]:
         pattern = cache[f"{self.path}.hook_pattern"]
         return pattern[batch] if pattern.ndim == 3 else pattern

@@ -6,12 +6,10 @@ of their patterns (Elhage et al. 2021, "virtual attention heads"). A ``VirtualHe
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.model.heads import Cache, Head, LowRank, Side
-
-if TYPE_CHECKING:
-    from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.heads import Cache, Head, Side
+from mechinterp_attn.model.low_rank import LowRank
 
 JOIN = " > "  # L0H1 > L1H4: first L0H1 acts, then L1H4 on what it wrote
 
@@ -41,6 +37,10 @@ class VirtualHead(Head):
     """
 
     heads: tuple[Head, ...] = field(repr=False)
+
+    @property
+    def chain(self) -> tuple[Head, ...]:
+        return self.heads
 
     @property
     def reads_at(self) -> int:
@@ -75,22 +75,19 @@ class VirtualHead(Head):
 
 
 @torch.no_grad()
-def virtual_head(model: AttentionOnlyModel, *heads: str | Head) -> VirtualHead:
+def compose(heads: Sequence[Head]) -> VirtualHead:
     """Several heads in a row as one head (Elhage et al. 2021, "virtual attention heads").
 
     Args:
-        heads: two or more labels or heads, in the order in which they act.
+        heads: two or more, in the order in which they act; virtual ones are taken apart.
 
     Raises:
-        MechInterpError: fewer than two, no such head, or one that does not read what the one before
-            it writes.
+        MechInterpError: fewer than two, or one that does not read what the one before it writes.
     """
     if len(heads) < 2:
-        raise MechInterpError(f"a virtual head needs at least 2 heads, got {len(heads)}: {list(heads)}")
-    parts: list[Head] = []
-    for given in heads:
-        head = resolve_head(model, given)
-        parts += head.heads if isinstance(head, VirtualHead) else [head]
+        names = [head.label for head in heads]
+        raise MechInterpError(f"a virtual head needs at least 2 heads, got {len(heads)}: {names}")
+    parts = [part for head in heads for part in head.chain]
     for one, two in pairwise(parts):
         if one.writes_at >= two.reads_at:
             raise MechInterpError(
@@ -116,7 +113,7 @@ def virtual_head(model: AttentionOnlyModel, *heads: str | Head) -> VirtualHead:
         b_K=last.b_K,
         b_V=torch.zeros_like(before[0]),
         bank=last.bank,
-        model=model,
+        model=last.model,
         heads=tuple(parts),
     )
 
@@ -129,22 +126,3 @@ def _product(circuits: Sequence[LowRank], end: Tensor, *, left: bool) -> Tensor:
     else:
         wide = reduce(lambda x, ov: (x @ ov.A.double()) @ ov.B.double(), circuits, wide)
     return wide.to(end.dtype)
-
-
-def resolve_head(model: AttentionOnlyModel, head: str | Head) -> Head:
-    """A head from what a user may give: a ``Head``, a label, or a virtual head's label such as
-    ``L0H1 > L1H4``.
-
-    Raises:
-        MechInterpError: no such head; the message names near ones.
-    """
-    if isinstance(head, Head):
-        return head
-    if isinstance(head, str) and JOIN.strip() in head:
-        return virtual_head(model, *(part.strip() for part in head.split(JOIN.strip())))
-    try:
-        return model[head]
-    except MechInterpError as error:
-        near = difflib.get_close_matches(str(head).upper(), list(model.heads), n=3, cutoff=0.6)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise MechInterpError(f"{error}{hint}") from None

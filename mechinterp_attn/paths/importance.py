@@ -24,6 +24,7 @@ from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank
 from mechinterp_attn.frozen.prompt import Frozen, freeze, sum_tolerance
+from mechinterp_attn.model.index import Heads
 from mechinterp_attn.paths.orders import counted, order_names
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def term_importance(
     tokens: str | Sequence[str] | Tensor,
     *,
     max_order: int = 4,
-    heads: int | Sequence[str] = 32,
+    heads: int | Heads = 32,
     max_bytes: int = 4 << 30,
     progress: bool = True,
 ) -> TermImportance:
@@ -283,14 +284,10 @@ def _prompts(model: AttentionOnlyModel, tokens: str | Sequence[str] | Tensor) ->
     return prompts
 
 
-def _chosen(
-    model: AttentionOnlyModel, heads: int | Sequence[str], sums: _Sums, top: int
-) -> list[tuple[int, str]]:
+def _chosen(model: AttentionOnlyModel, heads: int | Heads, sums: _Sums, top: int) -> list[tuple[int, str]]:
     """(order, label) pairs to measure exactly."""
     if not isinstance(heads, int):
-        for label in heads:
-            model.heads.find(label)
-        return [(order, label) for order in range(1, top + 1) for label in heads]
+        return [(order, label) for order in range(1, top + 1) for label in model.heads.labels(heads)]
     labels = list(model.heads)
     chosen = []
     for order in range(1, top + 1):

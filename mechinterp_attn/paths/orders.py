@@ -96,7 +96,7 @@ def order_names(n_orders: int, top: int) -> list[str]:
 
 def counted(bank: FrozenBank, count: Count) -> bool:
     """Whether passing through this bank adds one to the order of a path."""
-    return count == "all" or bank.bank.kind == count
+    return bank.bank.of(count)
 
 
 def _n_streams(frozen: Frozen, max_order: int | None, count: Count) -> tuple[int, int]:

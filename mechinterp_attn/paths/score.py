@@ -25,6 +25,7 @@ from mechinterp_attn.core.tolerance import TOLERANCE
 from mechinterp_attn.frozen.bank import FrozenBank, ScoreSides
 from mechinterp_attn.frozen.goals import resolve_position
 from mechinterp_attn.frozen.prompt import Frozen
+from mechinterp_attn.model.heads import Head
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -62,7 +63,7 @@ class ScoreExpansion(Result):
 @torch.no_grad()
 def expand_score(
     frozen: Frozen,
-    head: str,
+    head: str | Head,
     query: int,
     key: int | None = None,
     *,
@@ -77,7 +78,7 @@ def expand_score(
     that the head may look at, and a position expands the difference to that key.
 
     Args:
-        head: a label. For an MLP-derived head (``L1N7``) leave ``key`` out: it sees its own token.
+        head: a label or head. For an MLP-derived head (``L1N7``) leave ``key`` out: it sees its own token.
         query, key: positions; negative counts from the end.
         against: None for the score itself, "others", or another key's position.
         by_source: tell an earlier head's output apart by what it moved: "embed > L0H0" is what L0H0
@@ -89,6 +90,7 @@ def expand_score(
             that the mask hides, no other key to compare with, keep below 0.
     """
     q = resolve_position(frozen, query)
+    head = frozen.model.heads.one(head).label
     place = frozen.locate(head)
     sublayer, bank, index = place.depth, frozen.bank_at(place), place.head
     x = frozen.residuals[sublayer]
@@ -286,7 +288,7 @@ def _receipt(
 def _about(frozen: Frozen, head: str, q: int, k: int, against: Contrast) -> str:
     tokens = frozen.str_tokens
     text = f"score of {head} from {tokens[q]!r} ({q})"
-    if q == k and against is None and frozen.model.heads.find(head)[0].kind == "mlp":
+    if "K" not in frozen.bank_at(frozen.locate(head)).bank.sides:
         return f"pre-activation of {head} at {tokens[q]!r} ({q})"
     text += f" to {tokens[k]!r} ({k})"
     if against is None:

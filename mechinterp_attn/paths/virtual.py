@@ -19,6 +19,7 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.goals import Target, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
+from mechinterp_attn.model.index import One
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -49,7 +50,7 @@ class VirtualTerm(Result):
 @torch.no_grad()
 def virtual_head(
     frozen: Frozen,
-    *heads: str,
+    *heads: One,
     target: Target | None = None,
     position: int = -1,
     against: Target | None = None,
@@ -57,7 +58,8 @@ def virtual_head(
     """The term of the path expansion that goes from the embeddings through these very heads.
 
     Args:
-        heads: labels, earliest first; attention heads and neurons alike.
+        heads: labels or heads, earliest first, attention heads and neurons alike; or a virtual head
+            such as ``"L0H3 > L1H0"``.
         target, position, against: the logit (difference) that ``frame`` breaks down by source
             position; by default the model's top prediction at the last position.
 
@@ -66,9 +68,10 @@ def virtual_head(
     """
     if not heads:
         raise MechInterpError("give at least one head, such as virtual_head(frozen, 'L0H3', 'L1H0')")
-    found = [frozen.locate(head) for head in heads]
+    labels = tuple(part.label for head in heads for part in frozen.model.heads.one(head).chain)
+    found = [frozen.locate(label) for label in labels]
     late = [
-        f"{heads[i]} is not earlier than {heads[i + 1]}"
+        f"{labels[i]} is not earlier than {labels[i + 1]}"
         for i in range(len(found) - 1)
         if found[i].depth >= found[i + 1].depth
     ]
@@ -111,7 +114,7 @@ def virtual_head(
     return VirtualTerm(
         frame=frame,
         receipt=Receipt((check,), frozen.receipt.notes),
-        heads=heads,
+        heads=labels,
         pattern=pattern,
         logits=logits,
         loss_change=loss,

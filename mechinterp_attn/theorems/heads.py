@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.model.heads import LowRank
+from mechinterp_attn.model.low_rank import LowRank
 from mechinterp_attn.theorems.masks import MaskRule, check_rows, everything, forbidding
 from mechinterp_attn.theorems.stream import Layout
 

@@ -29,7 +29,6 @@ from mechinterp_attn.core.pictures import draws
 from mechinterp_attn.core.table import html_table, text_table
 from mechinterp_attn.core.text import inert_json, number, shown
 from mechinterp_attn.model.heads import Head
-from mechinterp_attn.model.virtual import VirtualHead, resolve_head
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,10 +120,7 @@ def show(
     Raises:
         MechInterpError: no such head, an unusable prompt, or more than 64 tokens to show.
     """
-    chosen = [heads] if isinstance(heads, str | Head) else list(heads)
-    found = [resolve_head(model, head) for head in chosen]
-    if not found:
-        raise MechInterpError("no head to show; give at least one, such as 'L0H3'")
+    found = model.heads.select(heads)
     ids = model.as_tokens(torch.tensor(prompt) if isinstance(prompt, list) else prompt)
     if len(ids) > 1:
         raise MechInterpError(f"show takes one prompt, got a batch of {len(ids)}")
@@ -134,7 +130,7 @@ def show(
             f"{len(places)} of {ids.shape[1]} tokens to show; expected 1 to {MAX_TOKENS} in a row: choose "
             f"them with positions=, such as positions=slice(-{MAX_TOKENS}, None)"
         )
-    parts = [part for head in found for part in (head.heads if isinstance(head, VirtualHead) else (head,))]
+    parts = [part for head in found for part in head.chain]
     hooks = {f"{part.bank.path}.hook_pattern" for part in parts}
     _, cached = model.run_with_cache(ids, names_filter=lambda name: name in hooks)
     tokens = [shown(text) for text in model.to_str_tokens(ids[0, places.start : places.stop])]

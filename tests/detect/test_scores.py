@@ -293,5 +293,5 @@ def test_heads_that_do_not_exist_are_refused():
     model = mia.convert(tiny_bridge())
     with pytest.raises(MechInterpError, match="no head L0H9"):
         mia.detect.score_heads(model, ["L0H9"])
-    with pytest.raises(MechInterpError, match="heads is empty"):
+    with pytest.raises(MechInterpError, match="no heads selected"):
         mia.detect.score_heads(model, [])

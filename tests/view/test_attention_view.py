@@ -61,7 +61,7 @@ def test_says_what_cannot_be_shown(model):
         model["L0H1"].show(PROMPT, positions=slice(3, 3))
     with pytest.raises(MechInterpError, match="no head L7H1"):
         mia.show(model, "L7H1", PROMPT)
-    with pytest.raises(MechInterpError, match="no head to show"):
+    with pytest.raises(MechInterpError, match="no heads selected"):
         mia.show(model, [], PROMPT)
 
 

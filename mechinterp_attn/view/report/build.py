@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
+    from mechinterp_attn.model.index import Heads
 
 
 FORMAT = "mechinterp_attn.report"
@@ -106,7 +107,7 @@ def report(
     position: int = -1,
     preset: str = "overview",
     sections: Sequence[str] | None = None,
-    heads: Sequence[str] = (),
+    heads: Heads = (),
     compare: AttentionOnlyModel | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -137,7 +138,7 @@ def report(
     if unknown or not names:
         raise MechInterpError(f"no section {unknown}; there are {', '.join(SECTIONS)}")
     frozen = paths.freeze(model, tokens_of(model, prompt))
-    chosen = tuple(dict.fromkeys(model[label].label for label in heads))
+    chosen = tuple(model.heads.labels(heads)) if heads else ()
     study = Study(model, frozen, target=target, position=position, seed=seed, chosen=chosen)
     study.attribution  # noqa: B018  (a bad target or position stops here, not in every section)
     makers: dict[str, Callable[[], Block | None]] = {name: partial(SECTIONS[name], study) for name in names}

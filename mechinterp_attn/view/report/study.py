@@ -205,7 +205,7 @@ class Study:
 
     @property
     def n_attention(self) -> int:
-        return sum(bank.n_heads for bank in self.model.banks if bank.kind == "attention")
+        return len(self.model.heads.of("attention"))
 
 
 def tokens_of(model: AttentionOnlyModel, prompt: str | list[int] | Tensor) -> Tensor:
