@@ -28,7 +28,7 @@ from transformer_lens import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 import mechinterp_attn as mia
-from mechinterp_attn.sources.folder import read_tokenizer
+from mechinterp_attn.sources.tokenizer import read_tokenizer
 from mechinterp_attn.view.report import presets
 
 SHAPE = dict(d_model=768, d_head=64, n_heads=12, n_layers=12, n_ctx=1024, d_vocab=50257, d_mlp=3072)

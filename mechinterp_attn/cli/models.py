@@ -101,7 +101,7 @@ def read_text(file: Path) -> str:
     from mechinterp_attn.core.errors import MechInterpError
 
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise MechInterpError(f"cannot read the text {file}: {error}") from error
     if not text.strip():

@@ -114,13 +114,20 @@ def _build(
 
     def made(spec: Spec) -> AttentionOnlyModel:
         return AttentionOnlyModel(
-            spec, weights, tokenizer=checkpoint.tokenizer, provenance=provenance, shared=shared
+            spec,
+            weights,
+            tokenizer=checkpoint.tokenizer,
+            provenance=provenance,
+            shared=shared,
+            default_prepend_bos=checkpoint.prepends_bos,
         )
 
     fidelity = check_conversion(made(spec), source) if check else None
     model = made(replace(spec, mixtures=mixtures))
     if check and mixtures:
         fidelity = verify(model, source, random_tokens(model))
+    if model.tokenizer is not None:
+        model.provenance["special_tokens"] = model.added_text
     if fidelity is not None:
         model.provenance["fidelity"] = fidelity.summary()
     return model

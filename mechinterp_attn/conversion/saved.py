@@ -18,14 +18,14 @@ from mechinterp_attn.core.fields import wrong_fields
 from mechinterp_attn.core.files import write_folder
 from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.sources.checkpoint import Shapes, expected_shapes, wrong_tensors
-from mechinterp_attn.sources.folder import read_config, read_tensors, read_tokenizer
+from mechinterp_attn.sources.folder import read_config, read_tensors
+from mechinterp_attn.sources.tokenizer import read_tokenizer, settings_of
 
 if TYPE_CHECKING:
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 FORMAT = "mechinterp_attn.model.attention_only"
 VERSION = 2
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def save(model: AttentionOnlyModel, folder: str | os.PathLike[str]) -> None:
@@ -49,7 +49,8 @@ def save(model: AttentionOnlyModel, folder: str | os.PathLike[str]) -> None:
         "version": VERSION,
         "spec": model.spec.to_json(),
         "provenance": model.provenance,
-        "special_tokens": {name: getattr(model.tokenizer, name, None) for name in _SPECIAL},
+        "default_prepend_bos": model.cfg.default_prepend_bos,
+        "special_tokens": settings_of(model.tokenizer),
     }
 
     def write_config(path: Path) -> None:
@@ -88,6 +89,7 @@ def load_saved(folder: Path, dtype: torch.dtype | None = None) -> AttentionOnlyM
         {name: t.to(dtype) if dtype else t for name, t in weights.items()},
         tokenizer=tokenizer,
         provenance=config["provenance"],
+        default_prepend_bos=config["default_prepend_bos"],
     )
 
 
@@ -112,6 +114,7 @@ class _Config(TypedDict):
     version: int
     spec: dict[str, Any]
     provenance: dict[str, Any]
+    default_prepend_bos: bool
     special_tokens: dict[str, Any]
     sha256: dict[Literal["model.safetensors", "tokenizer.json", "config.json"], str]
 

@@ -72,7 +72,7 @@ class CorpusScores(Result):
         """
         self.model.heads.find(head)
         best, row = self.tally.best, list(self.model.heads).index(head)
-        bos = self.model.bos_token_id is not None
+        front = len(self.model.added_tokens[0])
         rows = []
         for rank, value in enumerate(best.value[row].tolist()):
             if value == -float("inf"):
@@ -83,7 +83,7 @@ class CorpusScores(Result):
             parts = (ids[:middle], ids[middle : middle + 1], ids[middle + 1 :])
             texts = ["".join(self._texts(part)) for part in parts]
             inside = norms[ids >= 0].tolist()
-            place = document, start + position - bos
+            place = document, start + position - front
             rows.append((rank + 1, value, *place, *texts, self._texts(ids), inside))
         names = ["rank", "norm", "document", "position", "before", "token", "after", "tokens", "norms"]
         return pd.DataFrame(rows, columns=names)

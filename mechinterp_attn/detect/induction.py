@@ -123,7 +123,7 @@ def induction(
     cut = [*mixing, *others]
     ablations = ablate(model, probe.tokens, heads=cut, where=probe.repeated, max_bytes=max_bytes)
     losses = token_losses(model, probe.batch, max_bytes=max_bytes)
-    gain, gain_z = _gain(losses[:, : probe.period - 1 + probe.bos], losses[probe.repeated])
+    gain, gain_z = _gain(losses[:, : probe.period - 1 + probe.front], losses[probe.repeated])
     null = random_removals(
         model, next(probe.batch.split(NULL_SEQUENCES)), probe.repeated[:NULL_SEQUENCES], cut, seed=seed,
         max_bytes=max_bytes,

@@ -22,20 +22,25 @@ ROLES = ("previous_token", "current_token", "first_token", "duplicate_token", "i
 
 @dataclass(frozen=True)
 class Probe:
-    """Random tokens repeated: ``[BOS] t1 .. tp t1 .. tp ...``, the t all different.
+    """Random tokens repeated: ``[BOS] t1 .. tp t1 .. tp ...``, the t all different, none of them special.
 
     Attributes:
         tokens: ``[draw, pos]``.
         period: how many tokens until they repeat;  repeats: how often they stand there.
-        bos: whether a BOS stands in front.
+        front: how many special tokens stand in front: a BOS where the model's texts have one.
         seed: of the draws.
     """
 
     tokens: Int[Tensor, "draw pos"]
     period: int
     repeats: int
-    bos: bool
+    front: int
     seed: int
+
+    @property
+    def bos(self) -> bool:
+        """Whether a BOS (or another special token) stands in front."""
+        return self.front > 0
 
     @property
     def batch(self) -> Batch:
@@ -45,7 +50,7 @@ class Probe:
     def repeated(self) -> Bool[Tensor, "draw pos_minus_1"]:
         """Of the tokens after the first, those that induction predicts: all after the first pass but
         the first of the second, of which nobody can know that it starts over."""
-        later = torch.arange(1, self.tokens.shape[1]) > self.bos + self.period
+        later = torch.arange(1, self.tokens.shape[1]) > self.front + self.period
         return later.to(self.tokens.device).expand(len(self.tokens), -1)
 
     def __str__(self) -> str:
@@ -63,27 +68,24 @@ def random_repeats(model: AttentionOnlyModel, *, draws: int, seed: int) -> Probe
     """
     if draws < 1:
         raise MechInterpError(f"draws={draws}; expected at least 1")
-    bos = model.bos_token_id
-    start = 0 if bos is None else 1
-    room, choices = model.spec.n_ctx - start, model.spec.d_vocab - start
-    period = min(PERIOD, room // 2, choices)
+    front = torch.tensor(model.added_tokens[0], dtype=torch.long)
+    choices = model.text_ids
+    room = model.spec.n_ctx - len(front)
+    period = min(PERIOD, room // 2, len(choices))
     if period < 2:
         raise MechInterpError(
-            f"induction needs 2 different tokens said twice: a context of at least {4 + start} and "
-            f"{2 + start} tokens in the vocabulary; this model has {model.spec.n_ctx} and "
-            f"{model.spec.d_vocab}"
+            f"induction needs 2 different tokens said twice: a context of at least "
+            f"{4 + len(front)} and 2 tokens in the vocabulary; this model has {model.spec.n_ctx} and "
+            f"{len(choices)} (special tokens left out)"
         )
     repeats = min(REPEATS, room // period)
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(draws):
-        chosen = torch.randperm(choices, generator=generator)[:period]
-        if bos is not None:
-            chosen = chosen + (chosen >= bos).long()  # every token but BOS
-        row = chosen.repeat(repeats)
-        rows.append(row if bos is None else torch.cat([torch.tensor([bos]), row]))
+        chosen = choices[torch.randperm(len(choices), generator=generator)[:period]]
+        rows.append(torch.cat([front, chosen.repeat(repeats)]))
     tokens = torch.stack(rows).to(model.W_E.device)
-    return Probe(tokens, period, repeats, bos is not None, seed)
+    return Probe(tokens, period, repeats, len(front), seed)
 
 
 def pairs_by_role(batch: Batch) -> dict[str, Bool[Tensor, "batch query key"]]:

@@ -29,7 +29,7 @@ class Window:
 
     Attributes:
         document: its number;  start: of the piece, in tokens of the document.
-        tokens: ``[pos]``, BOS in front where there is one.
+        tokens: ``[pos]``, between the special tokens that the model's texts have (``added_tokens``).
         mark: the fingerprint of this window and all windows before it.
         so_far: how many next tokens there are in this window and all windows before it.
     """
@@ -49,7 +49,8 @@ def windows(
     field: str = "text",
     limit: int | None = None,
 ) -> Iterator[Window]:
-    """The windows of all documents in order, each of at most ``length`` tokens, BOS included.
+    """The windows of all documents in order, each of at most ``length`` tokens, BOS and other
+    special tokens included.
 
     The last window of a document may be short, and is left out if it has no next token.
 
@@ -59,17 +60,15 @@ def windows(
     Raises:
         MechInterpError: as for ``documents``; tokens outside the vocabulary.
     """
-    bos = model.bos_token_id
-    step = length if bos is None else length - 1
+    front, behind = map(torch.tensor, model.added_tokens)
+    step = length - len(front) - len(behind)
     mark, so_far = "", 0
     for number, document in enumerate(documents(texts, field=field)):
         if number == limit:
             return
         ids = _ids(model, document, f"document {number}")
         for start in range(0, len(ids), step):
-            window = ids[start : start + step]
-            if bos is not None:
-                window = torch.cat([torch.tensor([bos]), window])
+            window = torch.cat([front.long(), ids[start : start + step], behind.long()])
             if len(window) > 1:
                 mark = fingerprint(mark, number, start, window)
                 so_far += len(window) - 1
@@ -102,7 +101,7 @@ def documents(texts: Texts, *, field: str = "text") -> Iterator[Document]:
     if not path.is_file():
         raise MechInterpError(f"no text file {path}; give a .txt or .jsonl file, or an iterable of texts")
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             if path.suffix in (".jsonl", ".ndjson"):
                 yield from _json_lines(path, lines, field)
             else:
@@ -155,7 +154,7 @@ def _document(one: Any, field: str, where: str) -> Document:
 
 
 def _ids(model: AttentionOnlyModel, document: Document, where: str) -> Int[Tensor, " ids"]:
-    """A document's tokens, on the CPU, without BOS."""
+    """A document's tokens, on the CPU, without the special tokens in front."""
     if isinstance(document, str):
         if not document.strip():
             return torch.zeros(0, dtype=torch.long)
@@ -164,4 +163,5 @@ def _ids(model: AttentionOnlyModel, document: Document, where: str) -> Int[Tenso
     if len(outside) or document.ndim != 1:
         what = f"token id {int(outside[0])}" if len(outside) else f"shape {tuple(document.shape)}"
         raise MechInterpError(f"{where} has {what}; expected [pos], ids 0..{model.spec.d_vocab - 1}")
-    return document[1:] if len(document) and document[0] == model.bos_token_id else document
+    front, _ = model.added_tokens
+    return document[len(front) :] if front and document[: len(front)].tolist() == front else document

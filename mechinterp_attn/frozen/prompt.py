@@ -213,7 +213,8 @@ class Frozen:
 
     @property
     def str_tokens(self) -> list[str]:
-        return self.model.to_str_tokens(self.tokens)
+        """The tokens' texts; those that share a character all show it."""
+        return self.model.to_readable_tokens(self.tokens)
 
     def __repr__(self) -> str:
         return f"Frozen({len(self.tokens)} tokens, {len(self.banks)} banks; {self.receipt})"
@@ -261,7 +262,11 @@ def freeze(model: AttentionOnlyModel, tokens: str | Tensor) -> Frozen:
         logits=logits[0],
         receipt=Receipt(),
     )
-    return _with_receipt(_with_cap(frozen))
+    frozen = _with_receipt(_with_cap(frozen))
+    if not isinstance(tokens, str):
+        return frozen
+    notes = dict(frozen.receipt.notes) | {"special tokens": model.added_text}
+    return replace(frozen, receipt=replace(frozen.receipt, notes=notes))
 
 
 def _parts(model: AttentionOnlyModel, cache: dict[str, Tensor]) -> dict[str, Tensor]:

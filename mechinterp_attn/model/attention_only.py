@@ -55,10 +55,12 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
         tokenizer: Any = None,
         provenance: Mapping[str, Any] | None = None,
         shared: bool = False,
+        default_prepend_bos: bool = True,
     ):
         """Takes the tensors over as they are (no copy); names as ``state_dict()`` gives them.
 
         ``shared``: somebody else holds some of them as well, so that training must copy them first.
+        ``default_prepend_bos``: whether texts begin with a BOS, where the tokenizer has one.
         """
         super().__init__()
         self._shared = False  # set at the end: ``eval`` below calls ``train``
@@ -84,7 +86,7 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
         self.ln_final = Norm(spec.final_norm, spec.eps)
         self.unembed = Unembed(weights["unembed.W_U"], weights["unembed.b_U"])
         self._rotary = Rotary(spec) if spec.positions == "rotary" else None
-        self._cfg = _transformer_lens_config(spec, self.provenance, tokenizer)
+        self._cfg = _transformer_lens_config(spec, self.provenance, default_prepend_bos)
         self.eval()
         self.setup()
         self._shared = shared
@@ -99,7 +101,7 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
 
     def forward(
         self,
-        input: str | list[str] | Tensor | None = None,
+        input: str | list[str] | Tensor | Sequence[Any] | None = None,
         return_type: ReturnType = "logits",
         *,
         loss_per_token: bool = False,
@@ -115,10 +117,11 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
         """Logits, the mean next-token loss (nats), both, or nothing (to fill a cache).
 
         Args:
-            input: tokens ``[pos]`` or ``[batch, pos]``, or text; with ``start_at_layer`` a residual stream.
+            input: tokens ``[pos]`` or ``[batch, pos]``, a text, or texts (or a list of tensors ``[pos]``) of
+                any lengths, which are padded and masked; with ``start_at_layer`` a residual stream.
             return_type: "logits", "loss", "both" or None.
             loss_per_token: give the losses ``[batch, pos - 1]`` instead of their mean.
-            prepend_bos: for text only; by default a BOS is put in front where the tokenizer has one.
+            prepend_bos: for text only; as for ``to_tokens``.
             attention_mask: ``[batch, pos]``, 0 on padding, left or right; positions of a causal model
                 count the real tokens, and losses leave the padding out. With ``past_kv_cache``, ``[batch,
                 past + pos]`` or the new tokens' part.
@@ -145,9 +148,15 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
         layers = self._layers(start_at_layer, stop_at_layer)
         tokens = None
         if start_at_layer is None:
-            tokens = self.as_tokens(
-                cast(Any, input if input_ids is None else input_ids), prepend_bos=prepend_bos
-            )
+            given = cast(Any, input if input_ids is None else input_ids)
+            if isinstance(given, list):
+                batch = self.to_batch(given, prepend_bos=prepend_bos)
+                tokens, attention_mask = (
+                    batch.tokens,
+                    batch.mask if attention_mask is None else attention_mask,
+                )
+            else:
+                tokens = self.as_tokens(given, prepend_bos=prepend_bos)
             step, positions = self._step(tokens, attention_mask, past_kv_cache)
             x = self._embedded(tokens, positions)
         else:
@@ -427,7 +436,7 @@ def _nested(weights: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, T
 
 
 def _transformer_lens_config(
-    spec: Spec, provenance: Mapping[str, Any], tokenizer: Any
+    spec: Spec, provenance: Mapping[str, Any], default_prepend_bos: bool
 ) -> TransformerBridgeConfig:
     """The folded norms are TransformerLens's LNPre and RMSPre."""
     cfg = TransformerBridgeConfig(
@@ -454,5 +463,5 @@ def _transformer_lens_config(
         tokenizer_prepends_bos=False,
         init_weights=False,
     )
-    cfg.default_prepend_bos = getattr(tokenizer, "bos_token_id", None) is not None
+    cfg.default_prepend_bos = default_prepend_bos
     return cfg

@@ -220,11 +220,8 @@ class Generates:
         if isinstance(input, str) or not (isinstance(input, list) and isinstance(input[0], str)):
             tokens = door.as_tokens(input, prepend_bos=prepend_bos)
             return tokens, None if mask is None else torch.as_tensor(mask, device=tokens.device).bool()
-        rows = [door.as_tokens(text, prepend_bos=prepend_bos)[0] for text in input]
-        width = max(len(row) for row in rows)
-        tokens = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
-        real = torch.stack([torch.arange(width) >= width - len(row) for row in rows]).to(tokens.device)
-        return tokens, None if bool(real.all()) else real
+        batch = door.to_batch(input, prepend_bos=prepend_bos, padding_side="left")
+        return batch.tokens, batch.mask
 
     def _as_given(
         self, tokens: Int[Tensor, "batch pos"], input: Any, return_type: Given, pads: Sequence[int]

@@ -15,6 +15,7 @@ from torch import Tensor
 from mechinterp_attn.core.errors import UnsupportedModelError
 from mechinterp_attn.sources.checkpoint import Checkpoint
 from mechinterp_attn.sources.huggingface import config_of, tensors_of
+from mechinterp_attn.sources.tokenizer import as_before_booting
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -41,7 +42,7 @@ def read_bridge(bridge: TransformerBridge) -> Checkpoint:
     return Checkpoint(
         cfg=cfg,
         state_dict={key: tensor.detach() for key, tensor in tensors.items()},
-        tokenizer=getattr(bridge, "tokenizer", None),
+        tokenizer=as_before_booting(getattr(bridge, "tokenizer", None)),
         name=name,
     )
 

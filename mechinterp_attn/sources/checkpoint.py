@@ -46,6 +46,12 @@ class Checkpoint:
         named = {_GROUPED.sub(r"attn.\1_\2", name): t for name, t in self.state_dict.items()}
         object.__setattr__(self, "state_dict", named)
 
+    @property
+    def prepends_bos(self) -> bool:
+        """Whether texts begin with a BOS: the config's ``default_prepend_bos``, as in TransformerLens
+        True where it says nothing."""
+        return self.cfg.get("default_prepend_bos") is not False
+
     def spec(self) -> Spec:
         """The model's shapes and rules, after checking that it can be converted at all.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from mechinterp_attn.core.errors import CheckpointError
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.sources.checkpoint import Checkpoint
+from mechinterp_attn.sources.tokenizer import read_tokenizer
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -70,37 +71,6 @@ def _weight_files(folder: Path) -> list[str]:
     if reasons:
         raise CheckpointError(str(folder), reasons)
     return names
-
-
-def read_tokenizer(
-    file: Path,
-    bos_token: str | None = None,
-    eos_token: str | None = None,
-    pad_token: str | None = None,
-    unk_token: str | None = None,
-) -> Any:
-    """A Hugging Face tokenizer from a ``tokenizer.json``, or None where there is no such file.
-
-    Args:
-        bos_token: the text of the BOS token, where the folder's config names one; it ends and pads
-            texts as well where ``eos_token`` and ``pad_token`` are not given.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    if not file.is_file():
-        return None
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(file),
-        bos_token=bos_token,
-        eos_token=bos_token,
-        pad_token=bos_token,
-        # A bridge looks these two up, and would go to the hub for a tokenizer that adds no BOS.
-        name_or_path=file.parent.name,
-        add_bos_token=bos_token is not None,
-    )
 
 
 def read_checkpoint(folder: Path, dtype: torch.dtype | None = None) -> Checkpoint:

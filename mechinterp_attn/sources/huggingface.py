@@ -7,6 +7,7 @@ bridge's config is not right for every family (GPT-Neo's scale, OPT's width, rot
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import math
 import struct
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.sources.tokenizer import give_tokenizer
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -296,13 +298,13 @@ def boot(
     except (OSError, ValueError, KeyError):
         tokenizer = None
     try:
-        with some_tokenizer(tokenizer, config.vocab_size) as needed:
+        with some_tokenizer(copy.deepcopy(tokenizer), config.vocab_size) as needed:
             bridge = TransformerBridge.boot_transformers(
                 place, hf_model=model, tokenizer=needed, device="cpu", dtype=dtype or wide
             )
     except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
         raise MechInterpError(f"TransformerLens has no bridge for {name!r} ({kind}): {error}") from error
-    bridge.tokenizer = tokenizer
+    give_tokenizer(bridge, tokenizer)
     if is_gguf:
         bridge.cfg.model_name = Path(name).stem
     return bridge

@@ -80,7 +80,8 @@ def _corpus() -> dict[str, Tensor]:
 
 def read_bundled(name: str, dtype: torch.dtype | None = None) -> Checkpoint:
     """A bundled model as a Checkpoint, with the tokenizer that the bundled models share."""
-    from mechinterp_attn.sources.folder import read_checkpoint, read_tokenizer
+    from mechinterp_attn.sources.folder import read_checkpoint
+    from mechinterp_attn.sources.tokenizer import read_tokenizer
 
     folder = _known_folder(name)
     checkpoint = read_checkpoint(folder, dtype)

@@ -64,7 +64,11 @@ class LiteralModel(AttentionOnlyModel):
         if omega is not None:
             check_precision(model.W_E.dtype)
         super().__init__(
-            model.spec, model.state_dict(), tokenizer=model.tokenizer, provenance=model.provenance
+            model.spec,
+            model.state_dict(),
+            tokenizer=model.tokenizer,
+            provenance=model.provenance,
+            default_prepend_bos=model.cfg.default_prepend_bos,
         )
         self._built = {
             bank.path: Neurons.of(bank, str(model.spec.act_fn), activation)
@@ -179,7 +183,12 @@ class LiteralModel(AttentionOnlyModel):
             )
         if return_type not in ("logits", "loss", "both", None):
             raise MechInterpError(f"return_type={return_type!r}; expected 'logits', 'loss', 'both' or None")
-        tokens = self.as_tokens(input, prepend_bos=prepend_bos)
+        batch = self.to_batch(input, prepend_bos=prepend_bos)
+        if batch.mask is not None:
+            raise MechInterpError(
+                "texts of different lengths; the literal model runs whole unpadded sequences"
+            )
+        tokens = batch.tokens
         X = self.start(tokens)
         for module in self.blocks:
             block = cast(Block, module)

@@ -16,7 +16,7 @@ PROMPT = "It was the best of times, it was the"
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from mechinterp_attn.sources.folder import read_tokenizer
+    from mechinterp_attn.sources.tokenizer import read_tokenizer
 
     return read_tokenizer(
         files("mechinterp_attn") / "sources" / "weights" / "tokenizer.json", "<|endoftext|>"

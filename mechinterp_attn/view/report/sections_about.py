@@ -209,6 +209,7 @@ def provenance(study: Study) -> Block:
     model, spec, origin = study.model, study.model.spec, study.model.provenance
     versions = ", ".join(f"{name} {v}" for name, v in origin.get("versions", {}).items())
     mlp = f"{spec.d_mlp:,} {spec.act_fn} neurons a layer" if spec.d_mlp else "no MLPs"
+    added = "" if model.tokenizer is None else f"; a text gets {model.added_text}"
     attention = f"{spec.n_heads} attention heads of {spec.d_head} a layer, {mlp}"
     items = facts(
         fact("Model", origin.get("name", "unnamed")),
@@ -219,7 +220,7 @@ def provenance(study: Study) -> Block:
             spec.d_model,
             f"norm {spec.norm or 'none'}, positions {spec.positions or 'none'}",
         ),
-        fact("Vocabulary", f"{spec.d_vocab:,}", f"context {spec.n_ctx:,} tokens"),
+        fact("Vocabulary", f"{spec.d_vocab:,}", f"context {spec.n_ctx:,} tokens{added}"),
         fact("Prompt", _plural(len(study.frozen.tokens), "token")),
         fact("Numbers", str(model.W_E.dtype).removeprefix("torch."), f"on {model.W_E.device.type}"),
         fact("Seed", study.seed, "of the random tokens that heads are scored on"),
