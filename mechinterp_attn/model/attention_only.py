@@ -117,8 +117,8 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
         """Logits, the mean next-token loss (nats), both, or nothing (to fill a cache).
 
         Args:
-            input: tokens ``[pos]`` or ``[batch, pos]``, a text, or texts (or a list of tensors ``[pos]``) of
-                any lengths, which are padded and masked; with ``start_at_layer`` a residual stream.
+            input: tokens ``[pos]`` or ``[batch, pos]``, a text, or texts (or a list of tensors ``[pos]``)
+                of any lengths, which are padded and masked; with ``start_at_layer`` a residual stream.
             return_type: "logits", "loss", "both" or None.
             loss_per_token: give the losses ``[batch, pos - 1]`` instead of their mean.
             prepend_bos: for text only; as for ``to_tokens``.
