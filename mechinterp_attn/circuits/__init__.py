@@ -1,6 +1,7 @@
 """What can be read from weights alone."""
 
 from mechinterp_attn.circuits.bigram import Bigrams, bigrams
+from mechinterp_attn.circuits.bugs import FactoringBugs, factoring_bugs
 from mechinterp_attn.circuits.chains import VirtualHeads, virtual_heads
 from mechinterp_attn.circuits.circuit import (
     CircuitStatistics,
@@ -20,7 +21,7 @@ from mechinterp_attn.circuits.positions import (
 )
 from mechinterp_attn.circuits.rank_one import ReadsAndWrites, reads_and_writes
 from mechinterp_attn.circuits.spectrum import SingularDirections, singular_directions
-from mechinterp_attn.circuits.trigrams import FactoringBugs, SkipTrigrams, factoring_bugs, skip_trigrams
+from mechinterp_attn.circuits.trigrams import SkipTrigrams, skip_trigrams
 from mechinterp_attn.circuits.vocabulary import TokenPairs, ov_top, qk_top
 from mechinterp_attn.model.select import resolve_head, virtual_head
 from mechinterp_attn.model.virtual import VirtualHead

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechinterp_attn.circuits.circuit import Tokens, token_ids, token_texts
+from mechinterp_attn.circuits.ends import LOGITS, as_read, average_unembedding
 from mechinterp_attn.circuits.groups import refuse_non_finite
 from mechinterp_attn.circuits.plan import Plan
 from mechinterp_attn.circuits.streaming import plan_product, top_of_rows
@@ -55,7 +56,7 @@ def bigrams(
     """The table ``W_E W_U`` (Elhage et al. 2021, "zero-layer transformers"), row by row.
 
     The final norm's gain (and centring) is folded into ``W_U``; its scale, which stretches a row
-    without changing its order, is left out.
+    without changing its order, is left out. Logits are taken against their average.
 
     Args:
         top_k: followers per source token.
@@ -114,7 +115,11 @@ def bigrams(
     if correlations is not None:
         known = correlations.dropna()
         overall = float((known["spearman"] * known["count"]).sum() / known["count"].sum())
-    notes = {"norms": "final gain folded, scale left out", "b_U": "added" if bias else "left out"}
+    notes = {
+        "norms": "final gain folded, scale left out",
+        "b_U": "added" if bias else "left out",
+        "logits": LOGITS,
+    }
     return Bigrams(
         frame=frame,
         receipt=Receipt((check,), notes),
@@ -124,10 +129,12 @@ def bigrams(
 
 
 def _table(model: AttentionOnlyModel, ids: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    left, right = model.W_E.detach()[ids], model.W_U.detach()
+    left, right = as_read(model, model.W_E.detach()[ids], bias=bias), model.W_U.detach()
+    right = right - average_unembedding(model)[:, None].to(right)
     if bias:
+        b_U = model.b_U.detach()[None].to(right)
         left = torch.cat([left, left.new_ones(len(left), 1)], 1)
-        right = torch.cat([right, model.b_U.detach()[None].to(right)])
+        right = torch.cat([right, b_U - b_U.mean()])
     return left, right
 
 

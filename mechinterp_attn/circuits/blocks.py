@@ -57,6 +57,8 @@ class Job:
 
     Attributes:
         sources, readers: groups of writing and of reading heads, in order.
+        width: how many dimensions of the residual stream its readers see (``ends.seen_width``).
+        norms: what is made of the model's norms, for the receipt.
         block: how many vectors of either side are multiplied at once.
         vectors_per_unit: at most so many vectors of a reading group are held at a time.
         cache_bytes: how much of the writing side may be held between units.
@@ -68,6 +70,8 @@ class Job:
     readers: tuple[HeadGroup, ...]
     kind: Composition
     d_model: int
+    width: int
+    norms: str
     dtype: torch.dtype
     precision: Precision
     block: tuple[int, int]
@@ -133,11 +137,11 @@ class Job:
         return 2 * rows * (unit.last - unit.first) * reader.reading_rank(self.kind) * self.d_model
 
     def null(self, rank: int, reader: int) -> tuple[float, float]:
-        return shape_null(self.d_model, rank, self.readers[reader].reading_rank(self.kind))
+        return shape_null(self.width, rank, self.readers[reader].reading_rank(self.kind))
 
     def edges(self) -> Tensor:
         """Edges of the histogram: 64 bins up to 8 / sqrt(d_model), the last one up to 1."""
-        edges = torch.linspace(0, 8 / self.d_model**0.5, BINS + 1, dtype=torch.float64)
+        edges = torch.linspace(0, 8 / self.width**0.5, BINS + 1, dtype=torch.float64)
         edges[-1] = max(1.0, float(edges[-1]))
         return edges
 

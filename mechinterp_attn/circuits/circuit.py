@@ -1,14 +1,17 @@
 """One head's circuit over the vocabulary, as two thin factors (Elhage et al. 2021).
 
-``OV``: ``W_E W_OV W_U``, what attending to a token does to the logits. ``QK``: ``W_E W_QK W_E^T``, which
-token attends to which. Gains of the norms are folded into the head and into ``W_U``; their
-per-position scales, the positions and the layers between are left out.
+``OV``: ``W_E W_OV W_U``, what attending to a token does to the logits, each against the average logit.
+``QK``: ``(W_E W_Q + b_Q) W_K^T W_E^T``, which token attends to which. The query's bias decides between keys
+as a token's query does; what shifts all scores of a query alike, such as the key's bias, is left out.
+Gains of the norms, in front of the head and behind it, are folded in; their per-position scales, the
+positions and the layers between are left out (``ends.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import pandas as pd
@@ -16,18 +19,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp_attn.circuits.ends import BIASES, CHUNK, LOGITS, as_read, average_unembedding, norms_note
 from mechinterp_attn.circuits.streaming import top_of_rows
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Head
 from mechinterp_attn.model.select import resolve_head
-from mechinterp_attn.model.virtual import VirtualHead
 
 Which = Literal["OV", "QK"]
 Tokens = Sequence[str | int] | str | int
-NORMS = "gains folded, scales left out"
-CHUNK = 4096  # tokens whose embedding is widened to float64 at a time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -88,8 +89,7 @@ class VocabularyCircuit:
     @property
     def own_token(self) -> bool:
         """Whether every query has one key only, its own token."""
-        virtual = isinstance(self.head, VirtualHead)
-        return self.which == "QK" and not self.head.bank.mixes_positions and not virtual
+        return self.which == "QK" and not self.head.mixes_positions
 
     def left(
         self, ids: Tensor | None = None, dtype: torch.dtype = torch.float64
@@ -106,13 +106,29 @@ class VocabularyCircuit:
 
     def _left(self, x: Tensor) -> Tensor:
         if self.which == "OV":
-            return x @ self.head.W_V.to(x.dtype)
-        return self._turned(self.head.query_read(x), self.offset)
+            return as_read(self.model, x) @ self.head.W_V.to(x.dtype)
+        return self._turned(self.head.query_read(as_read(self.model, x, bias=True)), self.offset)
 
     def _right(self, x: Tensor) -> Tensor:
         if self.which == "OV":
-            return x @ self.head.W_O.to(x.dtype).T
-        return self._turned(self.head.key_read(x), 0)
+            x = x - self._average_unembedding.to(x.dtype)
+            return x @ self.head.bank.behind(self.head.W_O.to(x.dtype)).T
+        return self._turned(self.head.key_read(as_read(self.model, x)), 0)
+
+    @cached_property
+    def _average_unembedding(self) -> Tensor:
+        return average_unembedding(self.model)
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What the entries hold and what they leave out, for a receipt."""
+        about = {"logits": LOGITS} if self.which == "OV" else {"biases": BIASES}
+        return {
+            "head": self.head.label,
+            "circuit": self.which,
+            "norms": norms_note(self.model),
+            **about,
+        }
 
     def _turned(self, x: Tensor, position: int | None) -> Tensor:
         if self.offset is None or position is None:
@@ -156,7 +172,7 @@ class VocabularyCircuit:
         again = self.at(rows[:1], columns[-1:])[0]
         error = float((again - values[0, -1]).abs())
         check = Check("a corner computed on its own", error, 1e-10 * max(1.0, float(values.abs().max())))
-        notes = {"head": self.head.label, "circuit": self.which, "dtype": "float64", "norms": NORMS}
+        notes = self.notes | {"dtype": "float64"}
         return TokenBlock(
             frame=frame,
             receipt=Receipt((check,), notes),
@@ -167,7 +183,8 @@ class VocabularyCircuit:
 
     @torch.no_grad()
     def statistics(self, *, tokens: int | None = 2048, seed: int = 0) -> CircuitStatistics:
-        """Norms, how much stands on the diagonal, and the copying score.
+        """Norms, how much stands on the diagonal, and the copying score, of what softmax sees: logits
+        against the average logit, keys against the average key.
 
         Args:
             tokens: how many source tokens, drawn at random, ``top1_on_diagonal`` looks at; None for
@@ -175,6 +192,8 @@ class VocabularyCircuit:
             seed: of that draw.
         """
         left, right = self.left(), self.right()
+        if self.which == "QK" and self.head.compares_keys:
+            right = right - right.mean(1, keepdim=True)
         rows, columns = self.shape
         singular = singular_values(left, right)
         norm = float(singular.pow(2).sum().sqrt())
@@ -201,7 +220,9 @@ class VocabularyCircuit:
         check = Check(
             "norm by singular values and by Gram matrices", abs(gram - norm), 1e-6 * max(1.0, norm)
         )
-        notes = {"head": self.head.label, "circuit": self.which, "dtype": "float64", "norms": NORMS}
+        notes = self.notes | {"dtype": "float64"}
+        if self.which == "QK" and self.head.compares_keys:
+            notes["keys"] = "against the average key, which softmax does not see"
         if tokens is not None and tokens < rows:
             notes["top1_on_diagonal"] = f"over {tokens} random tokens, seed {seed}"
         return CircuitStatistics(
@@ -218,7 +239,7 @@ class VocabularyCircuit:
 
 
 def ov_circuit(model: AttentionOnlyModel, head: str | Head) -> VocabularyCircuit:
-    """A head's ``W_E W_OV W_U``: entries, blocks and statistics of it.
+    """A head's ``W_E W_OV W_U``, logits against their average: entries, blocks and statistics of it.
 
     Raises:
         MechInterpError: no such head.
@@ -229,7 +250,8 @@ def ov_circuit(model: AttentionOnlyModel, head: str | Head) -> VocabularyCircuit
 def qk_circuit(
     model: AttentionOnlyModel, head: str | Head, *, offset: int | None = None
 ) -> VocabularyCircuit:
-    """A head's ``W_E W_QK W_E^T`` (unscaled): entries, blocks and statistics of it.
+    """A head's ``(W_E W_Q + b_Q) W_K^T W_E^T`` (unscaled): entries, blocks and statistics of it. For a
+    neuron, its pre-activation.
 
     Args:
         offset: the key stands this many tokens before the query (rotary heads turn with it).

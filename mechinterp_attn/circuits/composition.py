@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.circuits.blocks import SAMPLED, Dense, Job, RankBy, Top, Unit, run_unit
+from mechinterp_attn.circuits.ends import norms_note, seen_width
 from mechinterp_attn.circuits.groups import Composition, HeadGroup, Select, groups_of, refuse_non_finite
 from mechinterp_attn.circuits.lifted import lifted_cost, lifted_scores, lifts
 from mechinterp_attn.circuits.null import mean_and_spread, shape_null
@@ -165,6 +166,8 @@ def _job(
         readers=tuple(readers),
         kind=kind,
         d_model=d,
+        width=seen_width(model),
+        norms=norms_note(model),
         dtype=dtype,
         precision=precision,
         block=block,
@@ -301,8 +304,8 @@ def _frame(job: Job, row: Tensor, column: Tensor, score: Tensor) -> pd.DataFrame
     for r1 in rank1.unique().tolist():
         for r2 in rank2.unique().tolist():
             both = (rank1 == r1) & (rank2 == r2)
-            null[:, both] = null.new_tensor(shape_null(job.d_model, r1, r2))[:, None]
-    own = torch.stack(mean_and_spread(p1, p2, job.d_model))
+            null[:, both] = null.new_tensor(shape_null(job.width, r1, r2))[:, None]
+    own = torch.stack(mean_and_spread(p1, p2, job.width))
     # A K-composition into the constant key is 0 whatever the weights: no null either (p2 is NaN).
     null[1], own[1] = (x.masked_fill((p1 + p2).isnan(), torch.nan) for x in (null[1], own[1]))
     score, null, own = (x.double().cpu() for x in (score, null, own))
@@ -371,7 +374,8 @@ def _result(
     notes: dict[str, Any] = {
         "null": "random heads of the same shapes, closed form",
         "dtype": _used(job) if scores is not None else f"values float64, search {_used(job)}",
-        "norms": "gains folded, scales left out",
+        "norms": job.norms,
+        "biases": "left out: a score is about what the earlier head writes",
     }
     if histograms is not None:
         notes |= {

@@ -1,7 +1,8 @@
 """Which heads copy: eigenvalues of the OV circuit over the vocabulary (Elhage et al. 2021).
 
-``W_E W_OV W_U`` has at most d_head eigenvalues that differ from zero, those of the d_head x d_head product
-``W_O (W_U W_E) W_V``. Where they are positive the head raises what it attends to.
+``W_E W_OV W_U``, logits against their average, has at most d_head eigenvalues that differ from zero, those
+of the d_head x d_head product ``W_O (W_U W_E) W_V``. Where they are positive the head raises what it
+attends to.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechinterp_attn.circuits.circuit import CHUNK, ov_circuit, positive_share
+from mechinterp_attn.circuits.circuit import ov_circuit, positive_share
+from mechinterp_attn.circuits.ends import CHUNK, LOGITS, norms_note, seen_width, unembed_embed
 from mechinterp_attn.circuits.groups import HeadGroup, Select, groups_of, refuse_non_finite
+from mechinterp_attn.circuits.null import largest_by_chance
 from mechinterp_attn.circuits.plan import Plan, make_plan
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import draw
@@ -88,9 +91,10 @@ def copying_scores(
     if plan:
         return _plan(model, groups, diagonals)
     refuse_non_finite(model, (group.bank for group in groups))
-    middle = _unembed_embed(model)
-    scale = float(middle.norm()) / spec.d_model  # spread of u @ middle @ w for random unit u and w
+    middle = unembed_embed(model)
+    scale = float(middle.norm()) / seen_width(model)  # spread of u @ middle @ w for random unit u and w
     eigenvalues: dict[str, Tensor] = {}
+    nulls: dict[int, tuple[float, float]] = {}
     parts, error, biggest = [], 0.0, 1.0
     for group in groups:
         found = _eigenvalues(group, middle)  # [head, rank]
@@ -106,7 +110,9 @@ def copying_scores(
                 "z": (value / torch.where(norm > 0, norm, torch.nan)).cpu(),
             }
         else:
-            mean, spread = _null(middle, group.rank, seed)
+            if group.rank not in nulls:
+                nulls[group.rank] = _null(middle, group.rank, seed)
+            mean, spread = nulls[group.rank]
             numbers["z"] = ((score - mean) / spread).cpu()
             eigenvalues |= dict(zip(group.labels, found.cpu(), strict=True))
         trace = _traces(group, middle)
@@ -119,7 +125,13 @@ def copying_scores(
     if diagonals:
         frame = _with_diagonals(model, frame, groups, seed)
     check = Check("eigenvalues sum to the trace of the circuit", error, 1e-9 * biggest)
-    notes = {"dtype": "float64", "null": f"{NULL_DRAWS} random heads, seed {seed}", "norms": "gains folded"}
+    notes = {
+        "dtype": "float64",
+        "null": f"{NULL_DRAWS} random heads, seed {seed}; of rank 1, closed form",
+        **largest_by_chance(int(frame["z"].notna().sum())),
+        "norms": norms_note(model),
+        "logits": LOGITS,
+    }
     return CopyingScores(frame=frame, receipt=Receipt((check,), notes), eigenvalues=eigenvalues)
 
 
@@ -141,19 +153,10 @@ def _plan(model: AttentionOnlyModel, groups: list[HeadGroup], diagonals: bool) -
     )
 
 
-def _unembed_embed(model: AttentionOnlyModel) -> Float[Tensor, "d_model d_model"]:
-    """``W_U @ W_E`` in float64, a few thousand tokens at a time."""
-    W_U, W_E = model.W_U.detach(), model.W_E.detach()
-    out = W_E.new_zeros(model.spec.d_model, model.spec.d_model, dtype=torch.float64)
-    for a in range(0, len(W_E), CHUNK):
-        out += W_U[:, a : a + CHUNK].double() @ W_E[a : a + CHUNK].double()
-    return out
-
-
 def _eigenvalues(group: HeadGroup, middle: Tensor) -> Tensor:
     if group.rank == 1:
         return _traces(group, middle)[:, None].to(torch.complex128)
-    W_V, W_O = (group.stacked(side).double() for side in ("V", "O"))
+    W_V, W_O = (group.stacked(side, dtype=torch.float64) for side in ("V", "O"))
     return torch.linalg.eigvals(W_O @ (middle @ W_V))
 
 
@@ -162,19 +165,27 @@ def _traces(group: HeadGroup, middle: Tensor) -> Float[Tensor, " head"]:
     traces = []
     for a in range(0, len(group), BATCH):
         part = slice(a, a + BATCH)
-        W_V, W_O = group.stacked("V", part).double(), group.stacked("O", part).double()
+        W_V, W_O = (group.stacked(side, part, torch.float64) for side in ("V", "O"))
         held = (W_O.flatten(0, 1) @ middle).view_as(W_O)
         traces.append((held * W_V.mT).sum((1, 2)))
     return torch.cat(traces)
 
 
 def _null(middle: Tensor, rank: int, seed: int) -> tuple[float, float]:
-    """Mean and spread of the score of random heads of a rank in this vocabulary."""
+    """Mean and spread of the score of random heads of a rank in this vocabulary.
+
+    Gaussian heads are Gaussian in every basis, so ``W_O middle W_V`` is drawn from the singular values of
+    ``middle`` alone: the same draws however the residual stream is turned.
+    """
     generator = torch.Generator().manual_seed(seed)
+    singular = torch.linalg.svdvals(middle)[:, None]
     scores = []
     for _ in range(NULL_DRAWS):
-        W_V, W_O = (torch.randn(len(middle), rank, generator=generator).to(middle) for _ in range(2))
-        scores.append(positive_share(torch.linalg.eigvals(W_O.T @ (middle @ W_V))))
+        W_V, W_O = (
+            torch.randn(len(middle), rank, generator=generator, dtype=torch.float64).to(middle)
+            for _ in range(2)
+        )
+        scores.append(positive_share(torch.linalg.eigvals(W_O.T @ (singular * W_V))))
     drawn = torch.tensor(scores, dtype=torch.float64)
     return float(drawn.mean()), float(drawn.std())
 

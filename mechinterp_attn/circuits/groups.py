@@ -43,8 +43,10 @@ class Weights:
     sides: Mapping[Side, Tensor]
     grams: Mapping[Side, Tensor]
 
-    def stacked(self, side: Side, heads: slice | Tensor = slice(None)) -> Tensor:
-        return self.sides[side][heads]
+    def stacked(
+        self, side: Side, heads: slice | Tensor = slice(None), dtype: torch.dtype | None = None
+    ) -> Tensor:
+        return self.sides[side][heads].to(dtype)
 
     def gram(
         self, side: Side, heads: slice | Tensor = slice(None), dtype: torch.dtype = torch.float64
@@ -113,7 +115,7 @@ class HeadGroup:
         if self.rank == 1:
             return self._direction("O", "V", part, dtype)
         root = _root(self._gram("V", part)).mT.to(dtype)
-        return _unit(root @ self.stacked("O", part).to(dtype))
+        return _unit(root @ self.stacked("O", part, dtype))
 
     def reads(
         self, kind: Composition, part: slice | Tensor = slice(None), dtype: torch.dtype = torch.float64
@@ -123,7 +125,7 @@ class HeadGroup:
             return self._direction(kind, OTHER[kind], part, dtype)
         root = _root(self._gram(OTHER[kind], part)).mT.to(dtype)
         # Made the other way round: d_model stands last in memory, as it does in ``writes``.
-        return _unit(root @ self.stacked(kind, part).to(dtype).mT).mT
+        return _unit(root @ self.stacked(kind, part, dtype).mT).mT
 
     def squared(
         self, kind: Composition | None, dtype: torch.dtype
@@ -134,7 +136,7 @@ class HeadGroup:
         # Products of Gram matrices in float64: those of small weights have no float32.
         middle = self._gram(OTHER[kind] if kind else "V", slice(None), dtype).double()
         trace = (self._gram(side, slice(None), dtype) * middle).sum((1, 2), keepdim=True)
-        X = self.stacked(side).to(dtype)
+        X = self.stacked(side, dtype=dtype)
         return X.mT if side == "O" else X, (middle / trace.where(trace > 0, 1)).to(dtype)
 
     def _direction(self, side: Side, other: Side, part: slice | Tensor, dtype: torch.dtype) -> Tensor:
@@ -143,7 +145,7 @@ class HeadGroup:
         squares = self._gram(side, part)
         nothing = (squares == 0) | (self._gram(other, part) == 0)
         scale = squares.rsqrt().clamp_max(torch.finfo(dtype).max).masked_fill(nothing, 0)
-        return self.stacked(side, part).to(dtype) * scale.to(dtype)
+        return self.stacked(side, part, dtype) * scale.to(dtype)
 
     def reading_rank(self, kind: Composition) -> int:
         """Inner dimension of what ``reads`` gives."""
@@ -183,9 +185,11 @@ class HeadGroup:
         """Whether these heads read the residual stream at all on this side."""
         return bool((self.stacked(kind, slice(0, 1)) != 0).any())
 
-    def stacked(self, side: Side, part: slice | Tensor = slice(None)) -> Tensor:
+    def stacked(
+        self, side: Side, part: slice | Tensor = slice(None), dtype: torch.dtype | None = None
+    ) -> Tensor:
         """``W_Q``, ``W_K``, ``W_V`` or ``W_O`` of the heads, as ``HeadBank.stacked``."""
-        return self.bank.stacked(side, self._places(part))
+        return self.bank.stacked(side, self._places(part), dtype)
 
     def _gram(self, side: Side, part: slice | Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         few = isinstance(part, Tensor) and 4 * len(part) <= len(self)
@@ -262,7 +266,8 @@ def _group(bank: HeadBank, heads: slice | Tensor) -> HeadGroup:
 
 def _alone(head: Head) -> HeadGroup:
     """A virtual head as a group of its own."""
-    sides: dict[Side, Tensor] = {"Q": head.W_Q, "K": head.W_K, "V": head.W_V, "O": head.W_O}
+    written = head.bank.seen(head.W_O.double()).to(head.W_O.dtype)
+    sides: dict[Side, Tensor] = {"Q": head.W_Q, "K": head.W_K, "V": head.W_V, "O": written}
     weights = Weights(
         {side: W[None] for side, W in sides.items()}, {side: head.gram(side)[None] for side in sides}
     )

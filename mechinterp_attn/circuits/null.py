@@ -10,6 +10,7 @@ and variance; for two rank-1 heads it is one, the squared cosine of random vecto
 from __future__ import annotations
 
 from functools import cache
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -53,3 +54,13 @@ def shape_null(d_model: int, rank1: int, rank2: int) -> tuple[float, float]:
     p1, p2 = (torch.tensor(random_participation(d_model, r), dtype=torch.float64) for r in (rank1, rank2))
     mean, spread = mean_and_spread(p1, p2, d_model)
     return float(mean), float(spread)
+
+
+def expected_maximum(n: int) -> float:
+    """What the largest of ``n`` independent standard normal numbers is expected to be (Blom 1958)."""
+    return NormalDist().inv_cdf((n - 0.375) / (n + 0.25)) if n > 1 else 0.0
+
+
+def largest_by_chance(n: int) -> dict[str, float | int]:
+    """For a receipt: of how many comparisons a z is one, and how large the largest is by chance alone."""
+    return {"compared": n, "largest z by chance": round(expected_maximum(n), 2)}

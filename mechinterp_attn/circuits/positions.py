@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.circuits.circuit import CHUNK, qk_circuit, token_texts
+from mechinterp_attn.circuits.circuit import qk_circuit, token_texts
+from mechinterp_attn.circuits.ends import BIASES, CHUNK, as_read, norms_note
 from mechinterp_attn.circuits.groups import finite_head
 from mechinterp_attn.circuits.streaming import top_entries
 from mechinterp_attn.core.errors import MechInterpError
@@ -29,8 +30,8 @@ class PositionCircuit(Result):
     """A head's attention by position, tokens left out.
 
     Attributes:
-        scores: learned positions: ``W_pos W_QK W_pos^T``, unscaled, ``[query, key]``; rotary ones: the
-            score of the average query with the average key, ``[offset]``.
+        scores: learned positions: ``(W_pos W_Q + b_Q) W_K^T W_pos^T``, unscaled, ``[query, key]``; rotary
+            ones: the score of the average query with the average key, ``[offset]``.
         pattern: the attention that the scores alone give, ``[query, key]``; learned positions are
             divided by the size that the norm typically gives them beside a token.
         frame: one row per ``offset`` (how many tokens before the query the key stands): mean
@@ -46,7 +47,8 @@ class PositionCircuit(Result):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class TokenPositions(Result):
-    """Which tokens attend to which positions, or positions to tokens, by weights.
+    """Which tokens attend to which positions, or positions to tokens, by weights, the query's bias
+    included.
 
     Attributes:
         frame: ``token, token_id, position, value`` (against the average key, unscaled), ``rank``.
@@ -84,11 +86,12 @@ def position_circuit(
         error = abs(float(tested - curve[-1]))
     else:
         P = model.W_pos.detach()[:n].double()
-        scores = one.query_read(P) @ one.key_read(P).T
-        size = _typical_size(model, n)
-        bias = one.key_read(P) @ one.b_Q.double() if one.bank.mixes_positions else 0.0
-        shown = (scores / size**2 + bias / size) / scale
-        error = float((P[-1] @ one.QK.A.double() @ (one.QK.B.double() @ P[0]) - scores[-1, 0]).abs())
+        keys, size = as_read(model, P), _typical_size(model, n)
+        queries = as_read(model, P, bias=True)
+        scores = one.query_read(queries) @ one.key_read(keys).T
+        shown = one.query_read(queries / size) @ one.key_read(keys / size).T / scale
+        query = queries[-1] @ one.W_Q.double() + one.b_Q.double()
+        error = float((query @ one.key_read(keys[:1])[0] - scores[-1, 0]).abs())
     allowed = torch.ones_like(shown, dtype=torch.bool)
     allowed = allowed.tril() if model.spec.causal else allowed
     pattern = shown.masked_fill(~allowed, -torch.inf).softmax(-1)
@@ -114,7 +117,8 @@ def token_positions(
     query: Literal["token", "position"] = "token",
     top_k: int = 10,
 ) -> TokenPositions:
-    """Strongest pairs of a token with a position: ``W_E W_QK W_pos^T``, or ``W_pos W_QK W_E^T``.
+    """Strongest pairs of a token with a position: ``(W_E W_Q + b_Q) W_K^T W_pos^T``, or with ``W_E`` and
+    ``W_pos`` exchanged.
 
     Args:
         query: which of the two asks; the other one is the key. Entries are taken against the
@@ -131,13 +135,15 @@ def token_positions(
     if query not in ("token", "position"):
         raise MechInterpError(f"query={query!r}; expected 'token' or 'position'")
     circuit, P = qk_circuit(model, one), model.W_pos.detach().double()
+    asking, asked = as_read(model, P, bias=True), as_read(model, P)
     if not 1 <= top_k <= model.spec.d_vocab * len(P):
         raise MechInterpError(f"top_k={top_k} is out of range; expected 1 to {model.spec.d_vocab * len(P)}")
     if query == "token":
-        left, keys = circuit.left(), one.key_read(P)
+        left, keys = circuit.left(), one.key_read(asked)
     else:
-        left, keys = one.query_read(P), circuit.right().T
-    keys = keys - keys.mean(0)
+        left, keys = one.query_read(asking), circuit.right().T
+    if one.compares_keys:
+        keys = keys - keys.mean(0)
     found = top_entries(left, keys.T.contiguous(), top_k)
     token, position = (found.row, found.column) if query == "token" else (found.column, found.row)
     again = (left[found.row] * keys[found.column]).sum(-1)
@@ -152,7 +158,7 @@ def token_positions(
             "rank": range(1, top_k + 1),
         }
     )
-    notes = {"dtype": "float64", "query": query, "norms": "gains folded, scales left out"}
+    notes = {"dtype": "float64", "query": query, "norms": norms_note(model), "biases": BIASES}
     return TokenPositions(frame=frame, receipt=Receipt((check,), notes), head=one.label)
 
 
@@ -172,9 +178,9 @@ def _by_offset(table: Float[Tensor, "query key"]) -> list[float]:
 def _average(model: AttentionOnlyModel, head: Head) -> tuple[Tensor, Tensor]:
     """The average token's query and key, biases included ``[d_head]``."""
     mean = torch.stack([x.double().sum(0) for x in model.W_E.detach().split(CHUNK)]).sum(0)
-    mean = (mean / model.spec.d_vocab)[None]
-    bias = [b.double() if head.bank.mixes_positions else 0.0 for b in (head.b_Q, head.b_K)]
-    return head.query_read(mean)[0] + bias[0], head.key_read(mean)[0] + bias[1]
+    mean = as_read(model, mean / model.spec.d_vocab, bias=True)
+    query, key = (mean @ W.double() + b.double() for W, b in ((head.W_Q, head.b_Q), (head.W_K, head.b_K)))
+    return query, key
 
 
 def _rotary_curve(model: AttentionOnlyModel, head: Head, n: int) -> Float[Tensor, " offset"]:

@@ -9,7 +9,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mechinterp_attn.circuits.circuit import NORMS, token_texts
+from mechinterp_attn.circuits.circuit import token_texts
+from mechinterp_attn.circuits.ends import LOGITS, as_read, average_unembedding, norms_note
 from mechinterp_attn.circuits.streaming import top_of_rows
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
@@ -60,10 +61,12 @@ def reads_and_writes(model: AttentionOnlyModel, heads: Heads, *, top_k: int = 8)
             f"1 (ov_top and qk_top read the others), and top_k from 1 to {most}"
         )
     dtype = torch.promote_types(model.W_E.dtype, torch.float32)
-    W_E, W_U = model.W_E.detach().to(dtype), model.W_U.detach().to(dtype)
+    average = average_unembedding(model)[:, None]
+    W_E, W_U = as_read(model, model.W_E.detach().to(dtype), bias=True), model.W_U.detach().to(dtype)
+    W_U = W_U - average.to(dtype)
     query = torch.stack([head.W_Q[:, 0] for head in chosen]).to(dtype)  # [head, d_model]
     value = torch.stack([head.W_V[:, 0] for head in chosen]).to(dtype)
-    output = torch.stack([head.W_O[0] for head in chosen]).to(dtype)
+    output = torch.stack([head.bank.seen(head.W_O[0].to(dtype)) for head in chosen])
     other = ~(_unit(query) * _unit(value)).sum(-1).isclose(query.new_ones(()))
     none = query.new_zeros(len(chosen))
     sides = (
@@ -90,7 +93,8 @@ def reads_and_writes(model: AttentionOnlyModel, heads: Heads, *, top_k: int = 8)
         )
         parts.append(frame if side != "value" else frame[other[found.row].cpu().numpy()])
     check = Check("tokens found against the same entries in float64", error, 1e-4 * scale)
-    notes = {"dtype": f"values float64, search {str(dtype).removeprefix('torch.')}", "norms": NORMS}
+    notes = {"dtype": f"values float64, search {str(dtype).removeprefix('torch.')}"}
+    notes |= {"norms": norms_note(model), "logits": LOGITS}
     return ReadsAndWrites(frame=pd.concat(parts, ignore_index=True), receipt=Receipt((check,), notes))
 
 

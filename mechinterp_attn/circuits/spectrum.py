@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.circuits.circuit import token_texts
+from mechinterp_attn.circuits.ends import CHUNK, LOGITS, as_read, average_unembedding, norms_note
 from mechinterp_attn.circuits.groups import finite_head
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-from mechinterp_attn.model.heads import Head
+from mechinterp_attn.model.heads import Head, LowRank
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -49,6 +50,7 @@ def singular_directions(
         MechInterpError: no such head, non-finite weights, or components or top_k out of range.
     """
     one = finite_head(model, head)
+    write, average = one.bank.seen(one.W_O.double()), average_unembedding(model)[:, None]
     spec = model.spec
     rank = min(one.W_V.shape)
     if not 1 <= components <= rank or not 1 <= top_k <= min(spec.d_vocab, spec.d_vocab_out):
@@ -57,11 +59,13 @@ def singular_directions(
             f"{min(spec.d_vocab, spec.d_vocab_out)} tokens"
         )
     left = torch.linalg.qr(one.W_V.double())
-    right = torch.linalg.qr(one.W_O.double().T)
+    right = torch.linalg.qr(write.T)
     U, S, V = torch.linalg.svd(left.R @ right.R.T)
     read, written = left.Q @ U[:, :components], V[:components] @ right.Q.T
-    tokens_in = torch.cat([x.double() @ read for x in model.W_E.detach().split(4096)]).T
-    tokens_out = torch.cat([written @ x.double() for x in model.W_U.detach().split(4096, 1)], 1)
+    tokens_in = torch.cat([as_read(model, x.double()) @ read for x in model.W_E.detach().split(CHUNK)]).T
+    tokens_out = torch.cat(
+        [written @ (x.double() - average) for x in model.W_U.detach().split(CHUNK, 1)], 1
+    )
     strongest = tokens_in.gather(1, tokens_in.abs().argmax(1, keepdim=True))
     sign = torch.where(strongest < 0, -1.0, 1.0).to(tokens_in)
     parts = []
@@ -81,11 +85,12 @@ def singular_directions(
                     }
                 )
             )
-    error = abs(float(S.square().sum().sqrt()) - one.OV.norm())
-    check = Check("singular values give the norm of the circuit", error, 1e-9 * max(1.0, one.OV.norm()))
+    norm = LowRank(one.W_V.double(), write).norm()
+    error = abs(float(S.square().sum().sqrt()) - norm)
+    check = Check("singular values give the norm of the circuit", error, 1e-9 * max(1.0, norm))
     return SingularDirections(
         frame=pd.concat(parts, ignore_index=True),
-        receipt=Receipt((check,), {"dtype": "float64", "norms": "gains folded, scales left out"}),
+        receipt=Receipt((check,), {"dtype": "float64", "norms": norms_note(model), "logits": LOGITS}),
         head=one.label,
         singular_values=S,
     )

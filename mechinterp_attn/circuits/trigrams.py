@@ -3,8 +3,7 @@
 A head that moves information by QK and OV circuits knows a trigram only in two halves: how much the
 destination attends to the source, and what the source then does to the logits. The strength of a
 trigram is the product of the halves, so the strongest ones need two lists per source token and no
-vocabulary^3 table. The same factoring makes mistakes: where two trigrams share a source, their
-crossings are implied too (keep ... in mind and keep ... at bay imply keep ... in bay).
+vocabulary^3 table.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp_attn.circuits.circuit import Tokens, ov_circuit, qk_circuit, token_ids, token_texts
+from mechinterp_attn.circuits.ends import BIASES, norms_note
 from mechinterp_attn.circuits.groups import finite_head
 from mechinterp_attn.circuits.plan import Plan
 from mechinterp_attn.circuits.streaming import plan_product, top_of_rows
@@ -29,9 +29,7 @@ from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Head
 from mechinterp_attn.model.index import Heads
 
-WIDTH = 24  # destinations and outputs of a source among which factoring bugs are sought
 SOURCES = 4096  # source tokens searched at a time
-REACH = 64  # tokens between source and destination within which a text's trigrams count
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -49,22 +47,8 @@ class SkipTrigrams(Result):
     title: ClassVar[str] = "Skip-trigrams"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class FactoringBugs(Result):
-    """Pairs of good trigrams of one source whose crossings a head implies as well.
-
-    Attributes:
-        frame: one row per pair: ``source, destination, token, other_destination, other_token``;
-            ``strength`` and ``other_strength`` of the two good trigrams, ``crossing`` (destination ->
-            other token) and ``other_crossing`` of the implied ones, ``value``, the weaker crossing,
-            and ``rank``.
-    """
-
-    title: ClassVar[str] = "Bugs of factoring: crossings that good trigrams imply"
-
-
 @dataclass(frozen=True, eq=False)
-class _Lists:
+class Lists:
     """For every source token: its best destinations and outputs, largest first."""
 
     source: Int[Tensor, " source"]
@@ -110,16 +94,16 @@ def skip_trigrams(
         raise MechInterpError(f"top_k={top_k} is out of range; expected 1 to {limit}")
     ids = None if sources is None else token_ids(model, sources, spec.d_vocab)
     if plan:
-        return _plan(model, heads, spec.d_vocab if ids is None else len(ids))
+        return plan_of(model, heads, spec.d_vocab if ids is None else len(ids))
     frames: list[pd.DataFrame] = []
     error, floor = 0.0, -1.0
     bar = Progress(heads, desc="skip-trigrams", unit="head", show=len(heads) * spec.d_vocab > 2e5)
     for one in bar:
-        halves = _halves(model, one)
+        halves = halves_of(model, one)
         if ids is None:
             found = _strongest(model, one, halves, top_k, floor)
         else:
-            lists = _lists(one, halves, ids, top_k)
+            lists = lists_of(one, halves, ids, top_k)
             found = [_frame(model, one, lists, *_best_of_each(lists, top_k))]
         if found:
             frames += found
@@ -136,62 +120,8 @@ def skip_trigrams(
     table = table.drop(columns="_order", errors="ignore").reset_index(drop=True)
     scale = max(1.0, float(table["qk"].abs().max()), float(table["ov"].abs().max()))
     check = Check("halves computed one by one from the circuits", error, 1e-8 * scale)
-    notes = {"dtype": "float64", "norms": "gains folded, scales left out", "heads searched": len(heads)}
+    notes = {"dtype": "float64", "norms": norms_note(model), "biases": BIASES, "heads searched": len(heads)}
     return SkipTrigrams(frame=table, receipt=Receipt((check,), notes))
-
-
-@torch.no_grad()
-def factoring_bugs(
-    model: AttentionOnlyModel,
-    head: str | Head,
-    *,
-    sources: Tokens | None = None,
-    text: str | Tensor | None = None,
-    top_k: int = 10,
-    plan: bool = False,
-) -> FactoringBugs | Plan:
-    """Crossings of good skip-trigrams that a head implies although they are not good themselves.
-
-    For a source, every pair of its strong destinations and outputs gets the product of the halves.
-    Of two trigrams ``source ... d1 -> o1`` and ``source ... d2 -> o2`` that something else supports,
-    the crossings ``d1 -> o2`` and ``d2 -> o1`` are bugs where the support lacks. The support is how often
-    the trigram stands in ``text`` (destination and output side by side, the source at most 64 tokens
-    before), or, without a text, the model's own direct path from destination to output.
-
-    Args:
-        sources: only these source tokens; by default the 50 with the strongest trigrams.
-        text: a text or token ids ``[pos]`` that says which trigrams are good.
-        plan: say what it would cost instead of doing it.
-
-    Raises:
-        MechInterpError: no such head or token, top_k below 1, or a head that sees only its own token.
-    """
-    one = finite_head(model, head)
-    if not one.bank.mixes_positions:
-        raise MechInterpError(f"{one.label} sees only its own token; it has no skip-trigrams to cross")
-    if top_k < 1:
-        raise MechInterpError(f"top_k={top_k}; expected at least 1")
-    spec = model.spec
-    ids = None if sources is None else token_ids(model, sources, spec.d_vocab)
-    if plan:
-        return _plan(model, [one], spec.d_vocab if ids is None else len(ids))
-    searched = torch.arange(spec.d_vocab, device=model.W_E.device) if ids is None else ids
-    width = min(WIDTH, spec.d_vocab, spec.d_vocab_out)
-    lists = _lists(one, _halves(model, one), searched, width)
-    best = lists.qk[:, 0].clamp_min(0) * lists.ov[:, 0].clamp_min(0)
-    counts = None if text is None else _trigram_counts(model, text)
-    parts = [
-        _crossings(model, lists, int(i), counts) for i in best.topk(min(50, len(best))).indices.tolist()
-    ]
-    frame = pd.concat(parts, ignore_index=True)
-    frame = frame.sort_values("value", ascending=False, kind="stable").head(top_k).reset_index(drop=True)
-    frame["rank"] = range(1, len(frame) + 1)
-    products = frame["strength"] * frame["other_strength"] - frame["crossing"] * frame["other_crossing"]
-    scale = max(1.0, float((frame["strength"] * frame["other_strength"]).max())) if len(frame) else 1.0
-    error = float(products.abs().max()) if len(frame) else 0.0
-    check = Check("crossings multiply to what the good trigrams multiply to", error, 1e-9 * scale)
-    notes = {"head": one.label, "support": "the direct path" if text is None else "trigrams of the text"}
-    return FactoringBugs(frame=frame, receipt=Receipt((check,), notes))
 
 
 def _heads(model: AttentionOnlyModel, head: Heads | None) -> list[Head]:
@@ -199,21 +129,20 @@ def _heads(model: AttentionOnlyModel, head: Heads | None) -> list[Head]:
     return [finite_head(model, one) for one in model.heads.select(chosen)]
 
 
-_Halves = tuple[Tensor, Tensor, Tensor, Tensor]
+Halves = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _halves(model: AttentionOnlyModel, head: Head) -> _Halves:
+def halves_of(model: AttentionOnlyModel, head: Head) -> Halves:
     """Query and key sides (keys against their average, scaled) and both sides of OV (outputs against
     their average)."""
     qk, ov = qk_circuit(model, head), ov_circuit(model, head)
     query, key = qk.left() / head.bank.score_scale, qk.right().T
-    if head.bank.mixes_positions:  # a neuron's only key is its own: nothing to compare with
+    if head.compares_keys:
         key = key - key.mean(0)
-    write = ov.right()
-    return query, key, ov.left(), write - write.mean(1, keepdim=True)
+    return query, key, ov.left(), ov.right()
 
 
-def _plan(model: AttentionOnlyModel, heads: list[Head], sources: int) -> Plan:
+def plan_of(model: AttentionOnlyModel, heads: list[Head], sources: int) -> Plan:
     spec, widest = model.spec, max(head.W_Q.shape[1] for head in heads)
     return plan_product(
         f"skip-trigrams of {len(heads):,} heads and {sources:,} source tokens, at most",
@@ -224,16 +153,16 @@ def _plan(model: AttentionOnlyModel, heads: list[Head], sources: int) -> Plan:
     )
 
 
-def _lists(head: Head, halves: _Halves, source: Tensor, width: int) -> _Lists:
+def lists_of(head: Head, halves: Halves, source: Tensor, width: int) -> Lists:
     query, key, read, write = halves
     outputs = top_of_rows(read[source], write, width)
-    if head.bank.mixes_positions:
+    if head.mixes_positions:
         found = top_of_rows(key[source], query.T.contiguous(), width)
         destination, attended = found.column.view(-1, width), found.value.view(-1, width)
     else:
         destination = source[:, None]
         attended = (query[source] * key[source]).sum(-1, keepdim=True)
-    return _Lists(
+    return Lists(
         source,
         destination,
         attended,
@@ -243,19 +172,19 @@ def _lists(head: Head, halves: _Halves, source: Tensor, width: int) -> _Lists:
 
 
 def _strongest(
-    model: AttentionOnlyModel, head: Head, halves: _Halves, k: int, floor: float
+    model: AttentionOnlyModel, head: Head, halves: Halves, k: int, floor: float
 ) -> list[pd.DataFrame]:
     """Tables that hold the ``k`` strongest trigrams of a head, as far as they are stronger than
     ``floor``."""
     query, key, read, write = halves
     attended = key.norm(dim=1) * query.norm(dim=1).max()
-    if not head.bank.mixes_positions:
+    if not head.mixes_positions:
         attended = (query * key).sum(-1).clamp_min(0)
     bound, order = (attended * read.norm(dim=1) * write.norm(dim=0).max()).sort(descending=True)
     found: list[pd.DataFrame] = []
     first, size = 0, 256  # few at first: they lift the floor
     while first < len(order) and float(bound[first]) > floor:
-        lists = _lists(head, halves, order[first : first + size], k)
+        lists = lists_of(head, halves, order[first : first + size], k)
         found.append(_frame(model, head, lists, *_best(lists, k)))
         floor = max(floor, _last_of(k, found))
         first, size = first + size, SOURCES
@@ -268,7 +197,7 @@ def _last_of(k: int, found: list[pd.DataFrame]) -> float:
     return -1.0 if len(values) < k else float(values.iloc[-1])
 
 
-def _products(lists: _Lists, rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _products(lists: Lists, rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Products of the sorted halves of some sources: places (i, j) with (i + 1)(j + 1) <= k are all
     that can be among the k largest; value ``[row, place]``."""
     m, n = lists.qk.shape[1], lists.ov.shape[1]
@@ -279,7 +208,7 @@ def _products(lists: _Lists, rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tens
     return qk[:, i] * ov[:, j], i, j
 
 
-def _best(lists: _Lists, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _best(lists: Lists, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Places (source, destination, output) of the k largest products over all sources."""
     best = lists.qk[:, 0].clamp_min(0) * lists.ov[:, 0].clamp_min(0)
     rows = best.topk(min(k, len(best))).indices  # no other source can hold one of the k largest
@@ -288,7 +217,7 @@ def _best(lists: _Lists, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return rows[flat // len(i)], i[flat % len(i)], j[flat % len(i)]
 
 
-def _best_of_each(lists: _Lists, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _best_of_each(lists: Lists, k: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = torch.arange(len(lists.source), device=lists.source.device)
     value, i, j = _products(lists, rows, k)
     places = value.topk(min(k, value.shape[1])).indices
@@ -296,7 +225,7 @@ def _best_of_each(lists: _Lists, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _frame(
-    model: AttentionOnlyModel, head: Head, lists: _Lists, row: Tensor, i: Tensor, j: Tensor
+    model: AttentionOnlyModel, head: Head, lists: Lists, row: Tensor, i: Tensor, j: Tensor
 ) -> pd.DataFrame:
     source, destination = lists.source[row].tolist(), lists.destination[row, i].tolist()
     token = lists.token[row, j].tolist()
@@ -319,80 +248,20 @@ def _frame(
 
 def _error(model: AttentionOnlyModel, head: Head, frame: pd.DataFrame) -> float:
     """The first trigrams' halves, out of the full circuits' rows."""
-    first = frame.head(3)
-    qk, ov = qk_circuit(model, head), ov_circuit(model, head)
     off = 0.0
-    for _, row in first.iterrows():
-        ids = [torch.tensor([row[n]], device=model.W_E.device) for n in ("destination_id", "source_id")]
-        scores = (qk.left(ids[0]) @ qk.right())[0] / head.bank.score_scale
-        centre = scores.mean() if head.bank.mixes_positions else 0.0
-        logits = (ov.left(ids[1]) @ ov.right())[0]
-        off = max(off, abs(float(scores[row["source_id"]] - centre) - row["qk"]))
-        off = max(off, abs(float(logits[row["token_id"]] - logits.mean()) - row["ov"]))
+    for _, row in frame.head(3).iterrows():
+        qk, ov = again(model, head, row["source_id"], row["destination_id"], row["token_id"])
+        off = max(off, abs(qk - row["qk"]), abs(ov - row["ov"]))
     return off
 
 
-def _trigram_counts(model: AttentionOnlyModel, text: str | Tensor) -> Tensor:
-    tokens = model.to_tokens(text, prepend_bos=False)[0] if isinstance(text, str) else torch.as_tensor(text)
-    return tokens.flatten()
-
-
-def _support(
-    model: AttentionOnlyModel, source: int, destination: Tensor, token: Tensor, tokens: Tensor | None
-) -> Float[Tensor, "destination token"]:
-    """How well each (destination, output) is backed: counts in a text, or the direct path's logits
-    against their row."""
-    if tokens is None:
-        rows = model.W_E.detach()[destination].double()
-        table = rows @ model.W_U.detach()[:, token].double()
-        mean = rows @ model.W_U.detach().double().mean(1)
-        return table - mean[:, None]
-    out = torch.zeros(len(destination), len(token), dtype=torch.float64)
-    stands = (tokens == source).long().cumsum(0)
-    place = torch.arange(len(tokens))
-    before = torch.where(place >= REACH, stands[(place - REACH).clamp_min(0)], 0)
-    near = torch.zeros(len(tokens), dtype=torch.bool)
-    near[1:] = (stands[:-1] - before[1:]) > 0  # the source stands at most REACH tokens before
-    where = near[:-1].nonzero().flatten()
-    pairs = torch.stack([tokens[where], tokens[where + 1]], 1)
-    columns = {t: b for b, t in enumerate(token.tolist())}
-    rows_of = {d: a for a, d in enumerate(destination.tolist())}
-    for d, t in pairs[torch.isin(pairs[:, 0], destination.cpu())].tolist():
-        if t in columns:
-            out[rows_of[d], columns[t]] += 1
-    return out
-
-
-def _crossings(model: AttentionOnlyModel, lists: _Lists, row: int, tokens: Tensor | None) -> pd.DataFrame:
-    source = int(lists.source[row])
-    destination, token = lists.destination[row], lists.token[row]
-    strength = lists.qk[row].clamp_min(0)[:, None] * lists.ov[row].clamp_min(0)
-    support = _support(model, source, destination, token, tokens).to(strength)
-    good = torch.minimum(support[:, None, :, None], support[None, :, None, :])  # [d1, d2, o1, o2]
-    crossed = torch.maximum(support[:, None, None, :], support[None, :, :, None].expand_as(good))
-    weaker = torch.minimum(strength[:, None, None, :], strength[None, :, :, None].expand_as(good))
-    once = torch.arange(len(destination), device=support.device)
-    once = (once[:, None] < once)[:, :, None, None]
-    bug = once & (good > 0) & (good > crossed) & (weaker > 0)
-    if tokens is not None:
-        bug &= crossed == 0
-    value = weaker.where(bug, 0)
-    best = value.flatten().topk(min(50, value.numel()))
-    flat = best.indices[best.values > 0]
-    n, m = len(destination), len(token)
-    d1, d2, o1, o2 = flat // (n * m * m), flat // (m * m) % n, flat // m % m, flat % m
-    return pd.DataFrame(
-        {
-            "source": token_texts(model, [source])[0],
-            "source_id": source,
-            "destination": token_texts(model, destination[d1].tolist()),
-            "token": token_texts(model, token[o1].tolist(), output=True),
-            "other_destination": token_texts(model, destination[d2].tolist()),
-            "other_token": token_texts(model, token[o2].tolist(), output=True),
-            "strength": strength[d1, o1].cpu().numpy(),
-            "other_strength": strength[d2, o2].cpu().numpy(),
-            "crossing": strength[d1, o2].cpu().numpy(),
-            "other_crossing": strength[d2, o1].cpu().numpy(),
-            "value": value.flatten()[flat].cpu().numpy(),
-        }
-    )
+def again(
+    model: AttentionOnlyModel, head: Head, source: int, destination: int, token: int
+) -> tuple[float, float]:
+    """Both halves of one trigram from whole rows of the circuits, each against its row's mean."""
+    qk, ov = qk_circuit(model, head), ov_circuit(model, head)
+    asking, attended = (torch.tensor([i], device=model.W_E.device) for i in (destination, source))
+    scores = (qk.left(asking) @ qk.right())[0] / head.bank.score_scale
+    logits = (ov.left(attended) @ ov.right())[0]
+    centre = scores.mean() if head.compares_keys else 0.0
+    return float(scores[source] - centre), float(logits[token] - logits.mean())

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mechinterp_attn.circuits.circuit import (
-    NORMS,
     Tokens,
     VocabularyCircuit,
     Which,
@@ -76,7 +75,8 @@ def ov_top(
     precision: Precision = "float32",
     plan: bool = False,
 ) -> TokenPairs | Plan:
-    """Strongest (attended token -> output token) pairs of a head's OV circuit ``W_E W_OV W_U``.
+    """Strongest (attended token -> output token) pairs of a head's OV circuit ``W_E W_OV W_U``, each logit
+    against the average over the vocabulary.
 
     Args:
         head: label such as ``L1H2``, ``L0N7`` or ``L0H1 > L1H4``, or a ``Head`` (virtual ones too).
@@ -109,12 +109,14 @@ def qk_top(
     precision: Precision = "float32",
     plan: bool = False,
 ) -> TokenPairs | Plan:
-    """Strongest (query token, key token) pairs of a head's QK circuit ``W_E W_QK W_E^T`` (unscaled).
+    """Strongest (query token, key token) pairs of a head's QK circuit ``(W_E W_Q + b_Q) W_K^T W_E^T``
+    (unscaled).
 
     Entries are comparable within one query token: softmax does not see what a whole row shares. For
     an MLP-derived head the key is the same for every token and the value is the neuron's
     pre-activation: which tokens make it fire. For a virtual head the keys are read through the
-    earlier heads (see ``VirtualHead``).
+    earlier heads (see ``VirtualHead``); where it ends in a neuron the value is the pre-activation on
+    the query token after the earlier heads have moved the key token to it.
 
     Args: as for ``ov_top``; ``sources`` are query tokens.
         offset: the key stands this many tokens before the query, for rotary heads; None leaves
@@ -193,12 +195,7 @@ def _top(
             "rank": np.arange(len(other_ids)) % top_k + 1,
         }
     )
-    notes = {
-        "head": circuit.head.label,
-        "circuit": circuit.which,
-        "dtype": f"values float64, search {used}",
-        "norms": NORMS,
-    }
+    notes = circuit.notes | {"dtype": f"values float64, search {used}"}
     return TokenPairs(
         frame=frame,
         receipt=Receipt((check,), notes),

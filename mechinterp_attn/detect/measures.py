@@ -111,7 +111,7 @@ def sums_of_chain(model: AttentionOnlyModel, batch: Batch, cache: Cache, head: V
         sublayer = model.sublayer_of(one.bank)
         if sublayer.out is not None or any(post.kind is not None for post, _ in sublayer.posts):
             flow = flow * torch.nan
-    norms = (x @ head.W_V.double() @ head.W_O.double() + bias).norm(dim=-1)
+    norms = head.bank.seen(x @ head.W_V.double() @ head.W_O.double() + bias).norm(dim=-1)
     flow = flow * norms[:, None, :]
     pairs = list(pairs_by_role(batch).values())
     real = batch.real[:, :, None] & batch.real[:, None, :]

@@ -13,15 +13,16 @@ from typing import ClassVar, cast
 import pandas as pd
 import torch
 from jaxtyping import Complex, Float
-from torch import Generator, Tensor
+from torch import Tensor
 
 from mechinterp_attn.circuits.composition import CompositionScores, composition
 from mechinterp_attn.circuits.copying import CopyingScores, copying_scores
+from mechinterp_attn.circuits.ends import embedding, seen_width
 from mechinterp_attn.circuits.groups import HeadGroup, groups_of
+from mechinterp_attn.circuits.null import expected_maximum
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-from mechinterp_attn.model.heads import HeadBank
 from mechinterp_attn.model.index import Heads
 
 NULL_DRAWS = 100
@@ -43,9 +44,11 @@ class WeightScores(Result):
             with which the trace stands out most, and which that is.
         pairs: one row per pair of an earlier and a later head that move between positions:
             ``src, dst``; ``composition``: the K-composition score (``circuits.composition``); ``trace``: of
-            ``W_E W_QK W_OV^T W_E^T`` divided by the vocabulary: how much a token's score rises on
-            what it preceded; ``matching``: trace over the sum of the eigenvalues' sizes, in
-            [-1, 1]; ``trace_z, matching_z``: against random heads in the place of ``src``.
+            ``W_E W_QK W_OV^T W_E^T`` with a query's scores taken against their average, by the
+            vocabulary less one: how much higher a token's score is on what it preceded than on
+            what other tokens did; ``matching``: trace over the sum of the eigenvalues' sizes, in
+            [-1, 1]; ``trace_z``: in standard deviations of the trace with ``src`` turned at random
+            (exact); ``matching_z``: against random heads in the place of ``src``.
     """
 
     title: ClassVar[str] = "What the weights of heads say"
@@ -82,8 +85,7 @@ def score_weights(
         MechInterpError: inputs and outputs have different vocabularies, so nothing can be copied; no
             such head.
     """
-    W_E, W_U = model.W_E.detach().double(), model.W_U.detach().double()
-    generator = torch.Generator().manual_seed(seed)
+    W_E, W_U = embedding(model), model.W_U.detach().double()
     chosen = None if heads is None else model.heads.select(heads)
     copying = cast(CopyingScores, copying_scores(model, chosen, seed=seed))
     columns = {"copying_score": "copying", "z": "copying_z", "size": "copying_size"}
@@ -102,11 +104,17 @@ def score_weights(
     if chosen is not None:
         frame = frame.set_index("head", drop=False).loc[[head.label for head in chosen]]
         frame = frame.reset_index(drop=True)
-    pairs, check = _pairs(model, W_E, generator)
+    pairs, check = _pairs(model, W_E - W_E.mean(0), seed)
     best = pairs.sort_values("trace_z", ascending=False).drop_duplicates("dst").set_index("dst")
     for column, source in (("induction", "matching"), ("induction_z", "trace_z"), ("from_head", "src")):
         frame[column] = frame["head"].map(best[source])
-    notes = {"dtype": "float64", "null": f"{NULL_DRAWS} random heads of the same shape", "seed": seed}
+    notes = {
+        "dtype": "float64",
+        "null": f"{NULL_DRAWS} random heads of the same shape; of trace, closed form",
+        "seed": seed,
+        "pairs compared": len(pairs),
+        "largest trace_z by chance": round(expected_maximum(len(pairs)), 2),
+    }
     return WeightScores(frame=frame, receipt=Receipt((*copying.receipt.checks, check), notes), pairs=pairs)
 
 
@@ -120,7 +128,7 @@ def _pure_copying(
     group: HeadGroup, W_E: Tensor, W_U: Tensor, *, draws: int, seed: int
 ) -> Float[Tensor, " head"]:
     generator = torch.Generator().manual_seed(seed)  # the same tokens for every group
-    W_V, W_O = group.stacked("V").double(), group.stacked("O").double()
+    W_V, W_O = (group.stacked(side, dtype=torch.float64) for side in ("V", "O"))
     n = min(COPY_TOKENS, len(W_E))
     shares = []
     for _ in range(draws):
@@ -133,28 +141,33 @@ def _pure_copying(
     return 2 * torch.stack(shares).mean((0, 2)).cpu() - 1
 
 
-def _pairs(model: AttentionOnlyModel, W_E: Tensor, generator: Generator) -> tuple[pd.DataFrame, Check]:
-    gram = W_E.T @ W_E
+def _pairs(model: AttentionOnlyModel, W_E: Tensor, seed: int) -> tuple[pd.DataFrame, Check]:
+    """All pairs, from embeddings against their average: with those a query's scores are against its
+    average score, and neither what all keys share nor the query's bias is left in a trace."""
+    gram, width = W_E.T @ W_E, seen_width(model)
     banks = model.heads.between_positions.banks
     parts: list[pd.DataFrame] = []
     error = 0.0
     for late in Progress(banks, desc="pairs of heads"):
-        W_Q, W_K = late.stacked("Q").double(), late.stacked("K").double()
+        W_Q, W_K = (late.stacked(side, dtype=torch.float64) for side in ("Q", "K"))
         seen = gram @ W_Q  # [head, d_model, d_head]
         earlier = [bank for bank in banks if bank.step < late.step]
-        null = _null_pairs(late, seen, W_K, generator) if earlier else ()
+        # What an earlier head's OV, turned at random, meets: trace = <OV, seen W_K^T>.
+        singular = torch.linalg.svdvals(torch.linalg.qr(seen).R @ torch.linalg.qr(W_K).R.mT)
+        spread = singular.norm(dim=-1) / width
+        mean, deviation = _null_matching(singular, seed) if earlier else (spread, spread)
         for early in earlier:
-            W_V, W_O = early.stacked("V").double(), early.stacked("O").double()
+            W_V, W_O = (early.stacked(side, dtype=torch.float64) for side in ("V", "O"))
             ov = ((W_V.mT @ W_V) * (W_O @ W_O.mT)).sum((1, 2)).sqrt()
             for i in range(early.n_heads):
                 # W_E W_Q (W_K^T W_O^T) W_V^T W_E^T, turned round: [head, d_head, d_head]
                 eigenvalues = torch.linalg.eigvals((W_O[i] @ W_K).mT @ (W_V[i].T @ seen))
                 score, trace = eigenvalue_score(eigenvalues), eigenvalues.real.sum(-1)
                 columns = {
-                    "trace": trace / len(W_E),
-                    "trace_z": (trace / ov[i].clamp_min(1e-300) - null[0]) / null[1],
+                    "trace": trace / (len(W_E) - 1),
+                    "trace_z": trace / (ov[i] * spread).clamp_min(1e-300),
                     "matching": score,
-                    "matching_z": (score - null[2]) / null[3],
+                    "matching_z": (score - mean) / deviation,
                 }
                 parts.append(
                     pd.DataFrame(
@@ -163,7 +176,7 @@ def _pairs(model: AttentionOnlyModel, W_E: Tensor, generator: Generator) -> tupl
                     )
                 )
             again = torch.einsum("vd,dk,ka,ab,bc,vc->", W_E, W_Q[0], W_K[0].T, W_O[-1].T, W_V[-1].T, W_E)
-            mine = float(parts[-1]["trace"][0]) * len(W_E)
+            mine = float(parts[-1]["trace"][0]) * (len(W_E) - 1)
             error = max(error, float((again - mine).abs() / again.abs().clamp_min(1e-300)))
     check = Check("a trace of every pair of layers summed over the vocabulary, relative", error, 1e-8)
     if not parts:
@@ -175,16 +188,21 @@ def _pairs(model: AttentionOnlyModel, W_E: Tensor, generator: Generator) -> tupl
     return pairs[list(PAIR_COLUMNS)], check
 
 
-def _null_pairs(
-    late: HeadBank, seen: Tensor, W_K: Tensor, generator: Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean and deviation of trace (for an OV of norm 1) and matching with random earlier heads."""
-    traces, scores = [], []
+def _null_matching(
+    singular: Float[Tensor, "head rank"], seed: int
+) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
+    """Mean and deviation of matching with random earlier heads of the same inner dimension.
+
+    With Gaussian ``W_V`` and ``W_O`` the eigenvalues of the K-composed circuit are those of ``A^T B S``, A
+    and B Gaussian, S the singular values of what the later head makes of the embeddings: the same draws
+    for every head, and however the residual stream is turned.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rank, scores = singular.shape[1], []
     for _ in range(NULL_DRAWS):
-        V, out = (torch.randn(W_K.shape[1:], generator=generator, dtype=W_K.dtype).to(W_K) for _ in "VO")
-        norm = ((V.T @ V) * (out.T @ out)).sum().sqrt()
-        eigenvalues = torch.linalg.eigvals((out.T @ W_K).mT @ (V.T @ seen))
-        traces.append(eigenvalues.real.sum(-1) / norm)
-        scores.append(eigenvalue_score(eigenvalues))
-    trace, score = torch.stack(traces), torch.stack(scores)
-    return trace.mean(0), trace.std(0), score.mean(0), score.std(0)
+        A, B = (
+            torch.randn(rank, rank, generator=generator, dtype=torch.float64).to(singular) for _ in "AB"
+        )
+        scores.append(eigenvalue_score(torch.linalg.eigvals((A.T @ B) * singular[:, None])))
+    drawn = torch.stack(scores)
+    return drawn.mean(0), drawn.std(0)

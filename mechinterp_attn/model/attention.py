@@ -153,7 +153,7 @@ class AttentionBank(HeadBank):
             "b_V": self.b_V[kv],
         }
 
-    def stacked(self, side: Side, heads: slice | Tensor = slice(None)) -> Tensor:
+    def _stacked(self, side: Side, heads: slice | Tensor) -> Tensor:
         W = {"Q": self.W_Q, "K": self.W_K, "V": self.W_V, "O": self.W_O}[side].detach()
         if self.normed and side in "QK":
             W = W * cast(Tensor, (self.q_norm if side == "Q" else self.k_norm).w).detach()
@@ -214,12 +214,6 @@ class AttentionBank(HeadBank):
         """Norms of ``z @ W_O``."""
         squares = torch.einsum("bphd,hde->bphe", z, self.gram("O").to(z.dtype)) * z
         return squares.sum(-1).clamp_min(0).sqrt()
-
-    def query_read(self, index: int, x: Tensor) -> Tensor:
-        return x @ self.weights(index)["W_Q"].detach().to(x.dtype)
-
-    def key_read(self, index: int, x: Tensor) -> Tensor:
-        return x @ self.weights(index)["W_K"].detach().to(x.dtype)
 
 
 def _project(

@@ -141,6 +141,11 @@ class Block(nn.Module):
             self.ln2_post = post("ln2_post")
             self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
+        for sublayer in self.sublayers():
+            for bank, (post, _) in zip(sublayer.banks, sublayer.posts, strict=True):
+                behind = post if sublayer.out is None else sublayer.out[0]
+                bank.norms_behind = () if behind.kind is None else (behind,)
+                bank.mean_unseen = spec.mean_unseen
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], step: Step

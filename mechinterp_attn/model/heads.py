@@ -10,6 +10,7 @@ Row vectors multiply from the left: a head reads ``x @ W_V`` and writes ``z @ W_
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import Page, draw
 from mechinterp_attn.model.low_rank import LowRank
+from mechinterp_attn.model.norm import Norm
 
 Kind = Literal["attention", "mlp", "virtual"]
 Side = Literal["Q", "K", "V", "O"]
@@ -62,8 +64,9 @@ class Head:
 
     @property
     def OV(self) -> LowRank:
-        """``W_V @ W_O``: what moves from a source token to the residual stream it is read into."""
-        return LowRank(self.W_V, self.W_O)
+        """``W_V @ W_O``: what moves from a source token to the residual stream it is read into. The gain of
+        a norm behind the sublayer (Gemma 2) is in it, as those of norms in front are in ``W_V``."""
+        return LowRank(self.W_V, self.bank.behind(self.W_O))
 
     @property
     def QK(self) -> LowRank:
@@ -85,13 +88,27 @@ class Head:
         """The step at which the head writes; heads with a later ``reads_at`` see it."""
         return self.bank.step
 
+    @property
+    def mixes_positions(self) -> bool:
+        """Whether the head can bring anything to a token from other tokens."""
+        return self.bank.mixes_positions
+
+    @property
+    def compares_keys(self) -> bool:
+        """Whether the head's pattern is a softmax over tokens, which sets keys against one another: what
+        all keys share then makes no difference. A neuron's score is compared with 0 instead, so all
+        of it counts."""
+        return self.bank.mixes_positions
+
     def query_read(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
-        """The query side of the QK circuit for residual vectors ``x``."""
-        return self.bank.query_read(self.index, x)
+        """The query side of the QK circuit for residual vectors: ``x @ W_Q + b_Q``, whatever the head."""
+        return x @ self.W_Q.to(x.dtype) + self.b_Q.to(x.dtype)
 
     def key_read(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
-        """The key side of the QK circuit for residual vectors ``x``."""
-        return self.bank.key_read(self.index, x)
+        """The key side of the QK circuit for residual vectors: ``x @ W_K``, and ``b_K`` where it makes a
+        difference. A softmax over tokens does not see what all keys share; a neuron's key is its bias."""
+        keys = x @ self.W_K.to(x.dtype)
+        return keys if self.compares_keys else keys + self.b_K.to(x.dtype)
 
     def gram(self, side: Side) -> Float[Tensor, "d_head d_head"]:
         """``W.T @ W`` of one side's weights in float64 (``W @ W.T`` for O); see ``HeadBank.gram``."""
@@ -145,6 +162,8 @@ class HeadBank(nn.Module, ABC):
         mixes_positions: whether heads can attend to tokens other than their own.
         parts: how many heads stand for one attention head or neuron of the source.
         sides: what the heads read from the stream; a neuron's key is constant.
+        norms_behind: the norms that what the heads write passes before it is read (Gemma 2, BERT).
+        mean_unseen: nothing reads the mean of what they write: every norm of the model centres.
     """
 
     kind: ClassVar[Kind]
@@ -155,6 +174,8 @@ class HeadBank(nn.Module, ABC):
     parallel: bool = False
     parts: int = 1
     sides: ClassVar[tuple[Side, ...]] = ("Q", "V")
+    norms_behind: tuple[Norm, ...] = ()
+    mean_unseen: bool = False
 
     layer: int
     n_heads: int
@@ -209,12 +230,40 @@ class HeadBank(nn.Module, ABC):
     def weights(self, index: int) -> dict[str, Tensor]:
         """``W_Q W_K W_V W_O b_Q b_K b_V`` of one head, as views."""
 
-    @abstractmethod
     def stacked(
-        self, side: Side, heads: slice | Int[Tensor, " head"] = slice(None)
+        self,
+        side: Side,
+        heads: slice | Int[Tensor, " head"] = slice(None),
+        dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "head rows columns"]:
         """``W_Q``, ``W_K``, ``W_V`` ``[head, d_model, d_head]`` or ``W_O`` ``[head, d_head, d_model]``
-        of many heads at once, detached; shared keys and values (GQA) are given to every head."""
+        of many heads at once, detached; shared keys and values (GQA) are given to every head.
+
+        ``W_O`` is taken as the rest of the model sees it (``seen``), the others as they are.
+
+        Args:
+            dtype: of the result; by default the model's.
+        """
+        W = self._stacked(side, heads)
+        W = W if dtype is None else W.to(dtype)
+        return self.seen(W) if side == "O" else W
+
+    @abstractmethod
+    def _stacked(self, side: Side, heads: slice | Tensor) -> Tensor:
+        """The weights themselves."""
+
+    def behind(self, W: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
+        """What heads write, through the norms behind the sublayer: their gain (and centring) folded in as
+        that of the norm in front is in what heads read, their scale left out."""
+        for norm in self.norms_behind:
+            W = norm.freeze(None).turn(W)
+        return W
+
+    def seen(self, W: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
+        """What heads write, as far as anything reads it: ``behind``, and without its mean where all
+        readers of the stream take the mean out."""
+        W = self.behind(W)
+        return W - W.mean(-1, keepdim=True) if self.mean_unseen else W
 
     def gram(
         self,
@@ -228,12 +277,12 @@ class HeadBank(nn.Module, ABC):
         A neuron's key is the constant coordinate of the bias-token construction (Huben & Morris
         2023), which is not part of d_model: its key Gram is 1 although its ``W_K`` is zero.
         """
-        W = self.stacked(side, heads)
         if self.d_head == 1:
             # Some at a time: a bank of vectors in float64 may be larger than all that is kept of it.
-            parts = (part.flatten(1).double() for part in W.split(256))
+            parts = (part.flatten(1).double() for part in self._stacked(side, heads).split(256))
+            parts = (self.seen(part) if side == "O" else part for part in parts)
             return torch.cat([torch.linalg.vecdot(part, part) for part in parts])[:, None, None]
-        W = W.to(dtype)
+        W = self.stacked(side, heads, dtype)
         return W @ W.mT if side == "O" else W.mT @ W
 
     @property
@@ -287,10 +336,12 @@ class HeadBank(nn.Module, ABC):
     def written(self, cache: Cache) -> Float[Tensor, "batch pos head"]:
         """Norm of what every head writes at every position, out of a cache with ``hook_z``."""
 
-    @abstractmethod
-    def key_read(self, index: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
-        """The key side of a head's QK circuit for residual vectors ``x``, without key biases."""
+    def after(self, index: int, moved: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """``W_Q W_K b_Q b_K`` of a head at the end of a chain, whose score is about what the chain moved.
 
-    @abstractmethod
-    def query_read(self, index: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
-        """The query side of a head's QK circuit for residual vectors ``x``."""
+        Args:
+            moved: takes a side of this head ``[d_model, d_head]`` to what it reads of the tokens that
+                the chain started from: ``OV_1 OV_2 ... @ side``.
+        """
+        w = {name: t.detach() for name, t in self.weights(index).items()}
+        return {"W_Q": w["W_Q"], "W_K": moved(w["W_K"]), "b_Q": w["b_Q"], "b_K": w["b_K"]}

@@ -9,7 +9,7 @@ is made for one head on demand and never held for the bank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -123,7 +123,7 @@ class NeuronBank(HeadBank):
             "b_V": b1 if value == 1.0 else value * b1,
         }
 
-    def stacked(self, side: Side, heads: slice | Tensor = slice(None)) -> Tensor:
+    def _stacked(self, side: Side, heads: slice | Tensor) -> Tensor:
         index = torch.arange(self.n_heads, device=self.W_in.device)[heads]
         neuron, k = (heads, 0) if self.rule.n == 1 else (index // self.rule.n, index % self.rule.n)
         if side == "O":
@@ -180,12 +180,18 @@ class NeuronBank(HeadBank):
         """Norms of ``z @ W_O``."""
         return z.abs() * self.stacked("O")[:, 0].norm(dim=-1).to(z.dtype)
 
-    def query_read(self, index: int, x: Tensor) -> Tensor:
-        w = self.weights(index)
-        return x @ w["W_Q"].detach().to(x.dtype) + w["b_Q"].detach().to(x.dtype)
-
-    def key_read(self, index: int, x: Tensor) -> Tensor:
-        return torch.ones_like(x[:, :1])
+    def after(self, index: int, moved: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """A neuron's key is a constant: it reads what was moved to its token with its query, beside what
+        stands there. Its pre-activation ``x . w + b + y . moved(w)`` is the product of the query side
+        ``(x . w + b, 1)`` and the key side ``(1, y . moved(w))``, a head of inner dimension 2."""
+        w = {name: t.detach() for name, t in self.weights(index).items()}
+        read, one = moved(w["W_Q"]), torch.ones_like(w["b_Q"])
+        return {
+            "W_Q": torch.cat([w["W_Q"], torch.zeros_like(read)], 1),
+            "W_K": torch.cat([torch.zeros_like(read), read], 1),
+            "b_Q": torch.cat([w["b_Q"], one]),
+            "b_K": torch.cat([one, torch.zeros_like(one)]),
+        }
 
 
 class MLPNames(nn.Module):

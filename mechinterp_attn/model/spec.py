@@ -87,6 +87,11 @@ class Spec:
     rotary_factor: float = 1.0
     mixtures: tuple[Mixture, ...] = ()
 
+    @property
+    def mean_unseen(self) -> bool:
+        """Whether nothing that reads the residual stream sees its mean over d_model: all norms centre."""
+        return self.norm == self.final_norm == "LN" and self.stream_norm is None
+
     def window(self, layer: int) -> int | None:
         """How many tokens back a layer sees, itself included; None for all."""
         return self.windows[layer] if self.windows else None

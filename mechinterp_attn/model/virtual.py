@@ -30,7 +30,9 @@ class VirtualHead(Head):
     ``OV`` is the product of their OV circuits, in the order in which they act. ``QK`` is what the
     last head's score makes of what the earlier heads moved: its keys are read through their OV
     circuits (the K-composition term; for a previous-token head followed by an induction head, the
-    circuit that matches tokens). ``pattern`` is the product of the patterns on a cache.
+    circuit that matches tokens). A neuron at the end has no key to read with: its score is its
+    pre-activation, with what the earlier heads moved to its token beside the token itself
+    (``NeuronBank.after``). ``pattern`` is the product of the patterns on a cache.
 
     Attributes:
         heads: the heads, first to last.
@@ -50,15 +52,16 @@ class VirtualHead(Head):
     def writes_at(self) -> int:
         return self.heads[-1].writes_at
 
-    def query_read(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
-        return self.heads[-1].query_read(x)
-
-    def key_read(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
-        return x @ self.W_K.to(x.dtype)
+    @property
+    def mixes_positions(self) -> bool:
+        return any(head.mixes_positions for head in self.heads)
 
     def gram(self, side: Side) -> Float[Tensor, "d_head d_head"]:
         W = {"Q": self.W_Q, "K": self.W_K, "V": self.W_V, "O": self.W_O}[side].double()
-        return W @ W.T if side == "O" else W.T @ W
+        if side == "O":
+            W = self.bank.seen(W)
+            return W @ W.T
+        return W.T @ W
 
     def pattern(self, cache: Cache, batch: int = 0) -> Float[Tensor, "query key_plus_bias"]:
         """The product of the heads' patterns; the last column is what ends on the bias token.
@@ -97,24 +100,24 @@ def compose(heads: Sequence[Head]) -> VirtualHead:
     # The product of all OVs, cut at the narrowest head: [d_model, r] and [r, d_model].
     cut = min(range(len(parts)), key=lambda i: parts[i].W_V.shape[1])
     before = _product([*(h.OV for h in parts[:cut])], parts[cut].W_V, left=True)
-    after = _product([*(h.OV for h in parts[cut + 1 :])], parts[cut].W_O, left=False)
-    last = parts[-1]
-    W_K = _product([h.OV for h in parts[:-1]], last.W_K, left=True)
+    last, moves = parts[-1], [h.OV for h in parts[:-1]]
+    after = last.W_O  # as any head's: what stands behind its sublayer is not in it yet
+    if cut < len(parts) - 1:
+        circuits = [*moves[cut + 1 :], LowRank(last.W_V, last.W_O)]
+        after = _product(circuits, parts[cut].bank.behind(parts[cut].W_O), left=False)
+    scores = last.bank.after(last.index, lambda side: _product(moves, side, left=True))
     return VirtualHead(
         label=JOIN.join(head.label for head in parts),
         kind="virtual",
         layer=last.layer,
         index=last.index,
-        W_Q=last.W_Q,
-        W_K=W_K,
         W_V=before,
         W_O=after,
-        b_Q=last.b_Q,
-        b_K=last.b_K,
         b_V=torch.zeros_like(before[0]),
         bank=last.bank,
         model=last.model,
         heads=tuple(parts),
+        **scores,
     )
 
 

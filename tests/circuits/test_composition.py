@@ -58,7 +58,8 @@ def test_every_pair_equals_the_dense_matrices(model, kind):
 def test_neurons_have_cosines_and_no_keys(model):
     values = C.composition(model, "V", "mlp", "mlp").frame.set_index(["src", "dst"])["score"]
     one, two = model["L0N3"], model["L1N7"]
-    cosine = torch.nn.functional.cosine_similarity(one.W_O[0], two.W_V[:, 0], dim=0).abs()
+    written = one.W_O[0] - one.W_O[0].mean()  # all norms of the model take the mean out
+    cosine = torch.nn.functional.cosine_similarity(written, two.W_V[:, 0], dim=0).abs()
     assert values["L0N3", "L1N7"] == pytest.approx(float(cosine))
     queries = C.composition(model, "Q", "mlp", "mlp").frame["score"]
     assert queries.to_numpy() == pytest.approx(values.to_numpy())  # not gated: query and value are one
@@ -253,7 +254,7 @@ def test_a_real_circuit_can_lie_below_the_random_mean(data):
     assert scores["K"]["z"] < -20
     copying = C.copying_scores(model).frame.set_index("head")["copying_score"]
     assert copying["L1H0"] == pytest.approx(1.00, abs=5e-3)
-    assert copying["L0H0"] == pytest.approx(0.02, abs=5e-3)
+    assert copying["L0H0"] == pytest.approx(0.028, abs=5e-3)
     matching = C.qk_circuit(model, "L0H0 > L1H0").statistics()
     assert matching["copying_score"] == pytest.approx(1.00, abs=5e-3)
     positions = C.position_circuit(model, "L0H0").frame.set_index("offset")["attention"]

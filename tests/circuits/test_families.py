@@ -30,7 +30,7 @@ def test_vocabulary_circuits(model, heads):
         head = C.resolve_head(model, label)
         for which, top, circuit in (("OV", C.ov_top, C.ov_circuit), ("QK", C.qk_top, C.qk_circuit)):
             table = dense.over_vocabulary(model, head, which)
-            if which == "OV" or head.kind != "mlp":
+            if which == "OV" or head.kind != "mlp":  # a neuron's own QK: one key per query
                 found = top(model, label, top_k=6)
                 assert found.frame["value"].to_numpy() == pytest.approx(
                     table.flatten().topk(6).values.numpy(), rel=FLOAT64, abs=FLOAT64
@@ -39,8 +39,9 @@ def test_vocabulary_circuits(model, heads):
             rows, columns = [3, 30], [4, 9, 5]
             block = circuit(model, label).block(rows, columns).values
             torch.testing.assert_close(block, table[rows][:, columns], rtol=FLOAT64, atol=FLOAT64)
+            seen = table - table.mean(1, keepdim=True) if which == "QK" and head.compares_keys else table
             norm = circuit(model, label).statistics()["frobenius_norm"]
-            assert norm == pytest.approx(float(table.norm()), rel=1e-8)
+            assert norm == pytest.approx(float(seen.norm()), rel=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["Q", "K", "V"])
@@ -88,7 +89,8 @@ def test_trigrams_and_bigrams(model, heads):
     assert found.receipt.ok
     assert C.skip_trigrams(model, top_k=3).receipt.ok
     assert C.factoring_bugs(model, heads[0], top_k=3).receipt.ok
-    table = model.W_E.detach().double() @ model.W_U.detach().double()
+    table = dense.embedded(model, model.W_E) @ model.W_U.detach().double()
+    table = table - table.mean(1, keepdim=True)
     bigrams = C.bigrams(model, top_k=2)
     assert bigrams.frame["value"].to_numpy() == pytest.approx(table.topk(2).values.flatten().numpy())
 
@@ -104,7 +106,9 @@ def test_positions(model, heads):
     assert found.pattern.sum(-1).numpy() == pytest.approx(1.0)
     if model.spec.positions == "standard":
         P, head = model.W_pos.detach().double()[: len(found.pattern)], model[heads[0]]
-        torch.testing.assert_close(found.scores, P @ dense.qk(head) @ P.T, rtol=FLOAT64, atol=FLOAT64)
+        keys, queries = dense.embedded(model, P), dense.embedded(model, P, bias=True)
+        scores = (queries @ head.W_Q.double() + head.b_Q.double()) @ (keys @ head.W_K.double()).T
+        torch.testing.assert_close(found.scores, scores, rtol=FLOAT64, atol=FLOAT64)
         assert C.token_positions(model, heads[0], top_k=3).receipt.ok
     else:
         assert found.scores.shape == (model.spec.n_ctx,)

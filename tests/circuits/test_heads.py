@@ -163,11 +163,13 @@ def test_copying_needs_one_vocabulary():
 
 def test_bigrams_are_rows_of_the_direct_table(model):
     table = model.W_E.detach() @ model.W_U.detach()
+    table = table - table.mean(1, keepdim=True)
     frame = C.bigrams(model, top_k=3).frame
     assert frame["value"].to_numpy() == pytest.approx(table.topk(3).values.flatten().numpy())
     assert frame["token_id"].tolist() == table.topk(3).indices.flatten().tolist()
     with_bias = C.bigrams(model, top_k=1, bias=True, sources=[4]).frame
-    assert with_bias["value"].iloc[0] == pytest.approx(float((table + model.b_U.detach())[4].max()))
+    logits = (table + model.b_U.detach())[4]
+    assert with_bias["value"].iloc[0] == pytest.approx(float(logits.max() - logits.mean()))
 
 
 def test_rank_correlation_with_a_text_is_spearmans(model):
@@ -267,17 +269,18 @@ def test_a_neuron_has_its_own_token_as_destination(model):
 def test_positions_against_dense(model):
     result = C.position_circuit(model, "L1H1")
     head, P = model["L1H1"], model.W_pos.detach()
-    torch.testing.assert_close(result.scores, P @ dense.qk(head) @ P.T, rtol=0, atol=1e-10)
+    scores = P @ dense.qk(head) @ P.T + head.b_Q @ head.W_K.T @ P.T
+    torch.testing.assert_close(result.scores, scores, rtol=0, atol=1e-10)
     assert result.pattern.sum(-1).numpy() == pytest.approx(1.0)
     assert result.frame["attention"].iloc[3] == pytest.approx(float(result.pattern.diagonal(-3).mean()))
-    table = model.W_E.detach() @ dense.qk(head) @ P.T
+    table = model.W_E.detach() @ dense.qk(head) @ P.T + head.b_Q @ head.W_K.T @ P.T
     table = table - table.mean(1, keepdim=True)
     found = C.token_positions(model, "L1H1", top_k=6).frame
     assert found["value"].to_numpy() == pytest.approx(table.flatten().topk(6).values.numpy())
     assert table[found["token_id"].tolist(), found["position"].tolist()].numpy() == pytest.approx(
         found["value"].to_numpy()
     )
-    turned = P @ dense.qk(head) @ model.W_E.detach().T
+    turned = (P @ head.W_Q + head.b_Q) @ head.W_K.T @ model.W_E.detach().T
     turned = turned - turned.mean(1, keepdim=True)
     found = C.token_positions(model, "L1H1", query="position", top_k=2).frame
     assert found["value"].to_numpy() == pytest.approx(turned.flatten().topk(2).values.numpy())
@@ -297,7 +300,7 @@ def test_singular_directions(model):
     U, S, V = torch.linalg.svd(dense.ov(model["L1H2"]))
     torch.testing.assert_close(result.singular_values, S[:4], rtol=0, atol=1e-10)
     read = model.W_E.detach() @ U[:, 1]
-    written = V[1] @ model.W_U.detach()
+    written = V[1] @ model.W_U.detach() @ dense.centring(13)
     turn = read[read.abs().argmax()].sign()
     frame = result.frame[result.frame["component"] == 1]
     assert frame[frame["side"] == "in"]["value"].to_numpy() == pytest.approx(

@@ -18,11 +18,12 @@ def model():
 def dense(model, head):
     """Every token's side values, from the head's own weights."""
     head = model[head]
+    logits = head.W_O[0] @ model.W_U
     return {
         "query": model.W_E @ head.W_Q[:, 0] + head.b_Q,
         "value": model.W_E @ head.W_V[:, 0] + head.b_V,
-        "raises": head.W_O[0] @ model.W_U,
-        "lowers": -(head.W_O[0] @ model.W_U),
+        "raises": logits - logits.mean(),
+        "lowers": logits.mean() - logits,
     }
 
 

@@ -64,15 +64,15 @@ def test_grouped_heads_other_outputs_and_rotary_offsets(rotary_gqa):
     assert found["value"].to_numpy() == pytest.approx(table.flatten().sort(descending=True).values)
     assert set(found["token"]) == {f"<{i}>" for i in range(7)}  # outputs are no input tokens
     # With an offset: the scores that the model itself computes for two tokens that far apart, its
-    # norm scale and biases taken out (RMS: token vectors of mean square 1).
+    # norm scale and key bias taken out (RMS: token vectors of mean square 1).
     bank, index = model.heads.find("L0H2")
     for offset in (0, 1, 5):
         expected = torch.empty(11, 11, dtype=torch.float64)
         for key in range(11):
             x = model.W_E.detach()
-            q = bank.turned(x @ bank.W_Q[index].detach(), offset + 2)
+            q = bank.turned(x @ bank.W_Q[index].detach() + bank.b_Q[index].detach(), offset + 2)
             k = bank.turned(x[key] @ bank.W_K[index // 2].detach(), 2)
-            expected[:, key] = q @ k
+            expected[:, key] = q @ k  # the query's bias is in q
         found = C.qk_top(model, "L0H2", offset=offset, top_k=11, over="rows").frame
         # only the distance matters, so both may stand two positions further on; rotary tables are
         # float32, hence the tolerance
@@ -96,6 +96,7 @@ def test_entries_blocks_and_statistics(model):
     assert block.frame.shape == (2, 3)
     assert len(block.plot().data) == 1
     numbers = circuit.statistics()
+    table = table - table.mean(1, keepdim=True)  # as softmax sees it
     eigenvalues = torch.linalg.eigvals(table)
     expected = {
         "frobenius_norm": table.norm(),
@@ -149,6 +150,7 @@ def test_float32_search_is_ranked_by_float64_values():
     assert found.receipt.ok
     head = model["L0H0"]
     left, right = model.W_E.double() @ head.W_V.double(), head.W_O.double() @ model.W_U.double()
+    right = right - right.mean(1, keepdim=True)
     best = torch.cat([(part @ right).flatten().topk(50).values for part in left.split(1000)])
     expected = best.topk(50).values
     torch.testing.assert_close(torch.tensor(found.frame["value"].to_numpy()), expected, rtol=1e-12, atol=0)

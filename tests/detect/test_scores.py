@@ -133,7 +133,8 @@ def test_weighted_scores_are_shares_of_what_is_moved():
     tokens = result.probe.tokens
     _, cache = model.run_with_cache(tokens)
     A = cache["blocks.1.attn.hook_pattern"][:, 2]
-    moved = (cache["blocks.1.attn.hook_v"][:, :, 2] @ model["L1H2"].W_O).norm(dim=-1)  # [batch, key]
+    moved = cache["blocks.1.attn.hook_v"][:, :, 2] @ model["L1H2"].W_O
+    moved = (moved - moved.mean(-1, keepdim=True)).norm(dim=-1)  # [batch, key]; norms take the mean out
     flow = A * moved[:, None, :]
     some = total = 0.0
     for b, row in enumerate(tokens.tolist()):
@@ -271,7 +272,7 @@ def test_a_virtual_head_is_scored_on_the_product_of_its_patterns():
         for i in range(1, tokens.shape[1]):
             flow = [
                 sum(float(then[b, i, m] / scale[b, m] * first[b, m, k]) for m in range(k, i + 1))
-                * float(value[b, k].norm())
+                * float((value[b, k] - value[b, k].mean()).norm())
                 for k in range(i + 1)
             ]
             some, total = some + flow[i - 1], total + sum(flow)

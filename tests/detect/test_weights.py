@@ -6,6 +6,7 @@ import torch
 
 import mechinterp_attn as mia
 from mechinterp_attn.core.errors import MechInterpError
+from tests.circuits import dense
 from tests.conftest import tiny_bridge
 from tests.detect.constructed import known_heads
 
@@ -16,15 +17,17 @@ def test_eigenvalues_and_norms_are_those_of_the_dense_matrices():
     result = mia.detect.score_weights(model, draws=1)
     frame = result.frame.set_index("head")
     W_E, W_U = (W.detach().numpy() for W in (model.W_E, model.W_U))
+    seen = dense.centring(13).numpy()  # softmax over the vocabulary, and over keys, sees no constant
     for label in ("L0H3", "L1H0", "L0N5"):
-        eigenvalues = np.linalg.eigvals(W_E @ model[label].OV.dense().numpy() @ W_U)
+        eigenvalues = np.linalg.eigvals(W_E @ dense.ov(model[label]).numpy() @ W_U @ seen)
         size = np.abs(eigenvalues).sum()
         assert frame.loc[label, "copying"] == pytest.approx(eigenvalues.sum().real / size, abs=1e-9)
         assert frame.loc[label, "copying_size"] == pytest.approx(size / 13, rel=1e-9)
     for row in result.pairs.itertuples():
-        QK, OV = model[row.dst].QK.dense().numpy(), model[row.src].OV.dense().numpy()
-        eigenvalues = np.linalg.eigvals(W_E @ QK @ OV.T @ W_E.T)
-        assert row.trace == pytest.approx(eigenvalues.sum().real / 13, rel=1e-9)
+        QK, OV = dense.qk(model[row.dst]).numpy(), dense.ov(model[row.src]).numpy()
+        bias = model[row.dst].b_Q.numpy() @ model[row.dst].W_K.numpy().T
+        eigenvalues = np.linalg.eigvals((W_E @ QK + bias) @ OV.T @ W_E.T @ seen)
+        assert row.trace == pytest.approx(eigenvalues.sum().real / 12, rel=1e-9)
         assert row.matching == pytest.approx(eigenvalues.sum().real / np.abs(eigenvalues).sum(), abs=1e-9)
         norms = np.linalg.norm(QK) * np.linalg.norm(OV)
         assert row.composition == pytest.approx(np.linalg.norm(QK @ OV.T) / norms, rel=1e-9)
@@ -101,7 +104,7 @@ def test_virtual_heads_copy_as_the_product_does():
     assert list(result.frame["kind"]) == ["mlp", "virtual", "attention"]
     W_E, W_U = (W.detach().numpy() for W in (model.W_E, model.W_U))
     OV = model["L0H1"].OV.dense().numpy() @ model["L1H2"].OV.dense().numpy()
-    eigenvalues = np.linalg.eigvals(W_E @ OV @ W_U)
+    eigenvalues = np.linalg.eigvals(W_E @ OV @ W_U @ dense.centring(13).numpy())
     own = result.frame.set_index("head").loc["L0H1 > L1H2"]
     assert own["copying"] == pytest.approx(eigenvalues.sum().real / np.abs(eigenvalues).sum(), abs=1e-9)
     logits = torch.as_tensor(W_E @ OV @ W_U)
