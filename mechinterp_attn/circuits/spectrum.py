@@ -16,7 +16,8 @@ from mechinterp_attn.circuits.groups import finite_head
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-from mechinterp_attn.model.heads import Head, LowRank
+from mechinterp_attn.model.heads import Head
+from mechinterp_attn.model.low_rank import LowRank
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
