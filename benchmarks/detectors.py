@@ -89,9 +89,7 @@ def first_order(model: mia.AttentionOnlyModel, tokens: Tensor, where: Tensor | N
     def keep(z: Tensor, hook: object, path: str) -> None:
         held[path] = z
 
-    hooks = [
-        (f"{bank.path}.hook_z", lambda z, hook, path=bank.path: keep(z, hook, path)) for bank in model.banks
-    ]
+    hooks = [(bank.hook("z"), lambda z, hook, path=bank.path: keep(z, hook, path)) for bank in model.banks]
     with model.hooks(fwd_hooks=hooks):
         loss, _ = next_token(model(batch.tokens), batch)
     counted = batch.predicts if where is None else where

@@ -31,7 +31,7 @@ def padded(model: mia.AttentionOnlyModel, tokens: torch.Tensor) -> torch.Tensor:
         two.softmax(-1)
         return score
 
-    names = [f"{bank.path}.hook_q" for bank in model.banks if bank.kind == "mlp"]
+    names = [bank.hook("q") for bank in model.banks if bank.kind == "mlp"]
     return model.run_with_hooks(tokens, fwd_hooks=[(name, attend) for name in names])
 
 

@@ -108,7 +108,7 @@ def test_what_a_head_holds_has_the_same_axes_for_every_kind(model, label):
     bank = model[label].bank
     tokens = random_tokens(model)
     _, cache = model.run_with_cache(tokens)
-    z = cache[f"{bank.path}.hook_z"]
+    z = cache[bank.hook("z")]
     by_head = bank.by_head(z)
     assert by_head.shape == (*tokens.shape, bank.n_heads, bank.d_head)
     by_head[:, :, 0] = 7

@@ -77,7 +77,7 @@ def test_no_neuron_tensor_is_quadratic_in_the_length(model):
     quadratic = [name for name, t in cache.items() if list(t.shape).count(pos) > 1]
     assert quadratic
     assert all(".attn." in name for name in quadratic)
-    assert cache["blocks.0.neurons.hook_pattern"].shape == (1, pos, 24)
+    assert cache["blocks.0.neurons.hook_weight"].shape == (1, pos, 24)
 
 
 def test_looking_does_not_change_the_logits(model):
@@ -118,9 +118,7 @@ def test_a_neuron_whose_head_looks_away_is_a_neuron_set_to_zero(model, bridge):
         post[..., 5] = 0
         return post
 
-    edited = model.run_with_hooks(
-        tokens, fwd_hooks=[("blocks.0.neurons.hook_pattern", only_the_bias_token)]
-    )
+    edited = model.run_with_hooks(tokens, fwd_hooks=[("blocks.0.neurons.hook_weight", only_the_bias_token)])
     expected = bridge.run_with_hooks(tokens, fwd_hooks=[("blocks.0.mlp.hook_post", zero)])
     torch.testing.assert_close(edited, expected, **EXACT)
     assert (edited - model(tokens)).abs().max() > 1e-3
@@ -128,7 +126,7 @@ def test_a_neuron_whose_head_looks_away_is_a_neuron_set_to_zero(model, bridge):
 
 def test_a_neuron_that_sees_only_itself_is_linear(model, bridge):
     tokens = random_tokens(model)
-    ones = [("blocks.1.neurons.hook_pattern", lambda pattern, hook: torch.ones_like(pattern))]
+    ones = [("blocks.1.neurons.hook_weight", lambda pattern, hook: torch.ones_like(pattern))]
     _, cache = bridge.run_with_cache(tokens)
     pre = cache["blocks.1.mlp.hook_pre"]
     linear = [("blocks.1.mlp.hook_post", lambda post, hook: pre)]

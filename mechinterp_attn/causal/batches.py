@@ -49,12 +49,17 @@ def rows_within(model: AttentionOnlyModel, positions: int, max_bytes: int) -> in
 def look(
     model: AttentionOnlyModel,
     batch: Batch,
-    hooks: tuple[str, ...],
+    roles: tuple[str, ...],
     extra: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """Run a batch and keep some hooks of every bank, and ``extra`` ones by their full names."""
+    """Run a batch and keep what hooks of every bank see.
+
+    Args:
+        roles: which of every bank: "q", "v", "pattern", "z"; see ``HeadBank.hook``.
+        extra: other hooks, by their full names.
+    """
     model.heads.required()
-    names = {f"{bank.path}.{hook}" for bank in model.banks for hook in hooks} | set(extra)
+    names = {bank.hook(role) for bank in model.banks for role in roles} | set(extra)
     padded: dict[str, Any] = {} if batch.mask is None else {"attention_mask": batch.mask}
     _, cache = model.run_with_cache(
         batch.tokens,

@@ -132,7 +132,7 @@ def through(
     earlier head, and all else is as it was (Wang et al. 2022, "path patching"). What the earlier head
     does through heads in between is part of it."""
     (bank, index), (first, i) = dst, src
-    point, z = f"{bank.path}.hook_{side.lower()}", f"{bank.path}.hook_z"
+    point, z = bank.hook(side.lower()), bank.hook("z")
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -187,7 +187,8 @@ def run_cuts(
     n = len(cuts)
     hooks = cutting(model, cuts, replacement)
     if patterns is not None:
-        hooks += [(f"{path}.hook_pattern", _holding(pattern, n)) for path, pattern in patterns.items()]
+        held = [(bank, patterns[bank.path]) for bank in model.banks if bank.path in patterns]
+        hooks += [(bank.hook("pattern"), _holding(pattern, n)) for bank, pattern in held]
     many = batch.repeat(n)
     padded: dict[str, Any] = {} if many.mask is None else {"attention_mask": many.mask}
     with model.hooks(fwd_hooks=hooks):
@@ -219,8 +220,8 @@ def next_token(
 
 def saved_patterns(model: AttentionOnlyModel, batch: Batch) -> dict[str, Tensor]:
     """The pattern of every bank, by path."""
-    cache = look(model, batch, hooks=("hook_pattern",))
-    return {bank.path: cache[f"{bank.path}.hook_pattern"] for bank in model.banks}
+    cache = look(model, batch, roles=("pattern",))
+    return {bank.path: cache[bank.hook("pattern")] for bank in model.banks}
 
 
 @torch.no_grad()
@@ -229,10 +230,10 @@ def mean_z(model: AttentionOnlyModel, parts: Iterator[Batch]) -> dict[str, Tenso
     sums: dict[str, Tensor] = {}
     count = 0
     for part in parts:
-        cache = look(model, part, hooks=("hook_z",))
+        cache = look(model, part, roles=("z",))
         count += int(part.real.sum())
         for bank in model.banks:
-            z = cache[f"{bank.path}.hook_z"][part.real].double().sum(0)
+            z = cache[bank.hook("z")][part.real].double().sum(0)
             sums[bank.path] = sums.get(bank.path, 0) + z
     return {path: total / count for path, total in sums.items()}
 
@@ -247,7 +248,7 @@ def cutting(
             ``[batch, pos, head, ...]`` of one share; None: zero.
     """
     return [
-        (f"{bank.path}.hook_z", _cutting(bank.path, cuts, replacement))
+        (bank.hook("z"), _cutting(bank.path, cuts, replacement))
         for bank in model.banks
         if any(cut.at(bank.path) for cut in cuts)
     ]

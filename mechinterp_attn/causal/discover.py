@@ -316,7 +316,7 @@ def _between_activations(
         for step in range(steps):
             share = (step + 0.5) / steps
             middle = other[bank.path] + share * (z[bank.path] - other[bank.path])
-            hook = (f"{bank.path}.hook_z", lambda x, hook, middle=middle: middle + 0 * x)
+            hook = (bank.hook("z"), lambda x, hook, middle=middle: middle + 0 * x)
             passed = backward(model, part, base, rules, hooks=[hook])
             own = {bank.path: passed.gradient[bank.path]}
             yield Backward(passed.metric, z, own, embed, passed.embed_gradient)

@@ -235,8 +235,8 @@ def _of_part(
 
     first, last = "blocks.0.hook_resid_pre", f"blocks.{model.spec.n_layers - 1}.hook_resid_post"
     streams = {model.stream_of(bank) for bank in model.banks} | {first}
-    hooks = [viewed(f"{bank.path}.hook_{mode.lower()}") for bank in model.banks for mode in bank.reads]
-    hooks += [kept(f"{bank.path}.hook_attn_scores") for bank in model.banks if bank.mixes_positions]
+    hooks = [viewed(bank.hook(mode.lower())) for bank in model.banks for mode in bank.reads]
+    hooks += [kept(bank.hook("attn_scores")) for bank in model.banks if bank.mixes_positions]
     hooks += [viewed(last), *(kept(name) for name in streams)]
     start: Tensor | None = None
     z = None
@@ -249,9 +249,9 @@ def _of_part(
     n = len(part)
     wanted: dict[str, Tensor] = {last: seen[last]}
     for bank in model.banks:
-        wanted[f"{bank.path}.hook_z"] = run.held[bank.path]
+        wanted[bank.hook("z")] = run.held[bank.path]
         names = ["q", "attn_scores"] if bank.mixes_positions else ["q", "v"]
-        wanted |= {f"{bank.path}.hook_{name}": seen[f"{bank.path}.hook_{name}"] for name in names}
+        wanted |= {bank.hook(name): seen[bank.hook(name)] for name in names}
     gradients = dict(zip(wanted, run.gradients(list(wanted.values())), strict=True))
 
     def one(x: Tensor) -> Tensor:
@@ -270,15 +270,15 @@ def _of_part(
         own = run.held[at].detach()[:n] if z is None else z[at]
         less = run.held[at].detach()[n:] if rules.paired else patch[at].to(own.dtype)
         change[at] = tokens(wide(own - less))
-        reads[at, "Q"] = tokens(wide(one(gradients[f"{at}.hook_q"])))
+        reads[at, "Q"] = tokens(wide(one(gradients[bank.hook("q")])))
         if bank.mixes_positions:
             for mode, behind in (("K", "attn_scores"), ("V", "z")):
-                source, axis = (seen[f"{at}.hook_attn_scores"], 1) if mode == "K" else (run.held[at], 2)
-                side = seen[f"{at}.hook_{mode.lower()}"]
-                found_grad = _per_head(source, gradients[f"{at}.hook_{behind}"], side, axis, bank.n_heads)
+                source, axis = (seen[bank.hook("attn_scores")], 1) if mode == "K" else (run.held[at], 2)
+                side = seen[bank.hook(mode.lower())]
+                found_grad = _per_head(source, gradients[bank.hook(behind)], side, axis, bank.n_heads)
                 reads[at, mode] = tokens(one(found_grad))
         else:
-            reads[at, "V"] = tokens(wide(one(gradients[f"{at}.hook_v"])))
+            reads[at, "V"] = tokens(wide(one(gradients[bank.hook("v")])))
         norm, _ = model.norm_of(bank)
         norms[at] = _pull(norm, seen[model.stream_of(bank)].detach(), rules, real)
     if start is None:

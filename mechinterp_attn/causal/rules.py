@@ -112,11 +112,10 @@ def _average(x: Tensor, hook: Any = None) -> Tensor:
 
 
 def _pattern(bank: HeadBank, rule: str) -> list[Hook]:
-    at = bank.path
     if rule == "fixed":
-        return [(f"{at}.hook_pattern", lambda pattern, hook: pattern.detach())]
+        return [(bank.hook("pattern"), lambda pattern, hook: pattern.detach())]
     if rule == "half":
-        return [(f"{at}.hook_attn_scores", _half), (f"{at}.hook_z", _half)]
+        return [(bank.hook("attn_scores"), _half), (bank.hook("z"), _half)]
     if rule == "secant":
         seen: dict[str, Tensor] = {}
 
@@ -127,17 +126,16 @@ def _pattern(bank: HeadBank, rule: str) -> list[Hook]:
             return averaged(_softmax_chord(seen.pop("scores"), p))
 
         return [
-            *((f"{at}.hook_{side}", _average) for side in "qkv"),
-            (f"{at}.hook_attn_scores", scores),
-            (f"{at}.hook_pattern", pattern),
+            *((bank.hook(side), _average) for side in "qkv"),
+            (bank.hook("attn_scores"), scores),
+            (bank.hook("pattern"), pattern),
         ]
     return []
 
 
 def _gate(model: AttentionOnlyModel, bank: HeadBank, rule: str) -> list[Hook]:
-    at = bank.path
     if rule == "fixed":
-        return [(f"{at}.hook_pattern", lambda pattern, hook: pattern.detach())]
+        return [(bank.hook("pattern"), lambda pattern, hook: pattern.detach())]
     if rule == "true":
         return []
     seen: dict[str, Tensor] = {}
@@ -157,11 +155,11 @@ def _gate(model: AttentionOnlyModel, bank: HeadBank, rule: str) -> list[Hook]:
         slope = torch.where(q.abs() > 1e-6, p / q, torch.zeros_like(p)).detach()
         return p.detach() + slope * (q - q.detach())
 
-    hooks: list[Hook] = [(f"{at}.hook_q", query), (f"{at}.hook_pattern", pattern)]
+    hooks: list[Hook] = [(bank.hook("q"), query), (bank.hook("pattern"), pattern)]
     if rule == "secant":
-        hooks.append((f"{at}.hook_v", _average))
+        hooks.append((bank.hook("v"), _average))
     elif gated:
-        hooks.append((f"{at}.hook_z", _half))
+        hooks.append((bank.hook("z"), _half))
     return hooks
 
 

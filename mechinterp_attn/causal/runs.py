@@ -85,7 +85,7 @@ def keeping(model: AttentionOnlyModel, held: dict[str, Tensor]) -> list[Hook]:
 
         return hook
 
-    return [(f"{bank.path}.hook_z", keep(bank.path)) for bank in model.banks]
+    return [(bank.hook("z"), keep(bank.path)) for bank in model.banks]
 
 
 def wide(z: Tensor) -> Float[Tensor, "batch pos head d_head"]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pandas as pd
 import torch
@@ -23,6 +23,7 @@ from mechinterp_attn.detect.induction import ATTENDS
 from mechinterp_attn.detect.probes import ROLES, random_repeats
 from mechinterp_attn.detect.scores import score_heads
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.heads import HeadBank
 
 Spec = Mapping[str, Any] | str | Path
 
@@ -134,7 +135,8 @@ def _dependence(model: AttentionOnlyModel, edge: str, batch: Batch, where: Tenso
     """How much of what an edge's second head holds changes without the edge, as a share of its norm,
     where the next token is counted; and the last sequence's change again, on its own."""
     (((path, index), part),) = cut_of(model, edge, batch).parts.items()
-    z = look(model, batch, hooks=("hook_z",))[f"{path}.hook_z"][:, :, index].reshape(part.shape)
+    bank = cast(HeadBank, model.get_submodule(path))
+    z = look(model, batch, ("z",))[bank.hook("z")][:, :, index].reshape(part.shape)
     change, whole = (x[:, :-1][where].double().norm() for x in (part, z))
     error = (part[-1][batch.real[-1]] - _alone(model, edge, batch)).norm() / z[-1].norm().clamp_min(1e-30)
     check = Check(f"{edge} on one sequence without padding", float(error), TOLERANCE[model.W_E.dtype] * 10)
@@ -147,7 +149,7 @@ def _alone(model: AttentionOnlyModel, edge: str, batch: Batch) -> Tensor:
     assert match is not None  # checked by _read
     (first, i), (last, index) = (model.heads.find(match[end]) for end in (1, 3))
     tokens = batch.tokens[-1:, batch.real[-1]]
-    side, z = f"{last.path}.hook_{match[2].lower()}", f"{last.path}.hook_z"
+    side, z = last.hook(match[2].lower()), last.hook("z")
 
     def without(held: Tensor, hook: Any) -> Tensor:
         held = held.clone()
@@ -156,7 +158,7 @@ def _alone(model: AttentionOnlyModel, edge: str, batch: Batch) -> Tensor:
 
     with torch.no_grad():
         whole = model.run_with_cache(tokens, return_cache_object=False)[1][z]
-        with model.hooks(fwd_hooks=[(f"{first.path}.hook_z", without)]):
+        with model.hooks(fwd_hooks=[(first.hook("z"), without)]):
             changed = model.run_with_cache(tokens, return_cache_object=False)[1][side]
         with model.hooks(fwd_hooks=[(side, lambda held, hook: changed)]):
             cut = model.run_with_cache(tokens, return_cache_object=False)[1][z]

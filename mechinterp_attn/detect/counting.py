@@ -17,7 +17,7 @@ from mechinterp_attn.causal.cuts import Cut, Target, cut_of, next_token, run_cut
 from mechinterp_attn.core.cluster import run_on_ray
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.detect.estimates import estimated_changes
-from mechinterp_attn.detect.measures import HOOKS, sums_of
+from mechinterp_attn.detect.measures import SEEN, sums_of
 from mechinterp_attn.detect.tally import Best, Place, Tally
 from mechinterp_attn.detect.texts import Window
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -109,7 +109,7 @@ def _tally(
 ) -> Tally:
     batch = pad(model, [window.tokens.to(model.W_E.device) for window in some])
     places = torch.tensor([(window.document, window.start) for window in some])
-    names = {f"{bank.path}.{hook}" for bank in model.banks for hook in (*HOOKS, "hook_z")}
+    names = {bank.hook(role) for bank in model.banks for role in (*SEEN, "z")}
     padded: dict[str, Any] = {} if batch.mask is None else {"attention_mask": batch.mask}
     logits, cache = model.run_with_cache(
         batch.tokens, names_filter=lambda name: name in names, return_cache_object=False, **padded

@@ -21,6 +21,7 @@ from torch import Tensor
 from mechinterp_attn.causal.batches import Batch
 from mechinterp_attn.causal.cuts import next_token
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.heads import HeadBank
 
 
 def estimated_changes(
@@ -40,14 +41,14 @@ def estimated_changes(
     """
     held: dict[str, Tensor] = {}
 
-    def hooks_of(path: str) -> list[tuple[str, Any]]:
+    def hooks_of(bank: HeadBank) -> list[tuple[str, Any]]:
         def keep(z: Tensor, hook: Any) -> None:
-            held[path] = z
+            held[bank.path] = z
 
-        fixed = [(f"{path}.hook_pattern", lambda p, hook: p.detach())] if keep_patterns else []
-        return [(f"{path}.hook_z", keep), *fixed]
+        fixed = [(bank.hook("pattern"), lambda p, hook: p.detach())] if keep_patterns else []
+        return [(bank.hook("z"), keep), *fixed]
 
-    hooks = [pair for bank in model.banks for pair in hooks_of(bank.path)]
+    hooks = [pair for bank in model.banks for pair in hooks_of(bank)]
     hooks.append(("hook_embed", lambda x, hook: x if x.requires_grad else x.requires_grad_()))
     padded: dict[str, Any] = {} if batch.mask is None else {"attention_mask": batch.mask}
     with torch.enable_grad(), model.hooks(fwd_hooks=hooks):

@@ -14,7 +14,7 @@ from mechinterp_attn.causal.cuts import cut_of, cutting
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.ablation import Ablations, ablate
 from mechinterp_attn.detect.losses import token_losses
-from mechinterp_attn.detect.measures import HOOKS, sums_of
+from mechinterp_attn.detect.measures import SEEN, sums_of
 from mechinterp_attn.detect.null import random_removals
 from mechinterp_attn.detect.probes import random_repeats
 from mechinterp_attn.detect.scores import MAX_BYTES, HeadScores, score_heads
@@ -208,7 +208,7 @@ def _edges(
     without = {}
     for src in edges["src"].unique():
         with model.hooks(fwd_hooks=cutting(model, [cut_of(model, src, batch)])):
-            sums = sums_of(model, batch, look(model, batch, HOOKS))
+            sums = sums_of(model, batch, look(model, batch, SEEN))
         without[src] = sums.columns()["induction"]
     edges["attention_without"] = [
         float(without[src][place[dst]]) for src, dst in edges[["src", "dst"]].to_numpy()

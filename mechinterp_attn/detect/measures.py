@@ -15,7 +15,7 @@ from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Cache
 from mechinterp_attn.model.virtual import VirtualHead
 
-HOOKS = ("hook_pattern", "hook_v")  # what ``sums_of`` reads from a cache
+SEEN = ("pattern", "v")  # what ``sums_of`` reads from a cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class Sums:
 
 
 def sums_of(model: AttentionOnlyModel, batch: Batch, cache: Cache) -> Sums:
-    """Count one batch, from a cache with ``hook_pattern`` and ``hook_v`` of every bank."""
+    """Count one batch, from a cache with the patterns and values of every bank."""
     pairs = list(pairs_by_role(batch).values())
     queries = [p.any(-1) for p in pairs]
     real = batch.real[:, :, None] & batch.real[:, None, :]
@@ -64,7 +64,7 @@ def sums_of(model: AttentionOnlyModel, batch: Batch, cache: Cache) -> Sums:
     rows[:, 0] = False  # the first token has only itself to look at
     parts = []
     for bank in model.banks:
-        pattern = cache[f"{bank.path}.hook_pattern"]
+        pattern = cache[bank.hook("pattern")]
         norms = bank.moved(cache)
         on_pairs = [bank.attention_on(pattern, p) for p in pairs]
         along = [bank.attention_on(pattern, p, norms) for p in pairs]
@@ -77,7 +77,7 @@ def sums_of(model: AttentionOnlyModel, batch: Batch, cache: Cache) -> Sums:
 
 
 def hooks_of(model: AttentionOnlyModel, head: VirtualHead) -> set[str]:
-    """What ``sums_of_chain`` reads from a cache, besides ``HOOKS``."""
+    """What ``sums_of_chain`` reads from a cache, besides ``SEEN``."""
     norms = [model.norm_of(one.bank) for one in head.heads[1:]]
     return {_read_at(model, head)} | {f"{path}.hook_scale" for norm, path in norms if norm.kind is not None}
 

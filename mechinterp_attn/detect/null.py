@@ -71,7 +71,7 @@ def _turned_out(model: AttentionOnlyModel, label: str, turns: Tensor) -> list[tu
         written = (held["z"] @ W_O).unflatten(0, (len(turns), -1))
         return x - torch.einsum("nbpd,nde->nbpe", written, turns).flatten(0, 1)
 
-    return [(f"{bank.path}.hook_z", keep), (behind, remove)]
+    return [(bank.hook("z"), keep), (behind, remove)]
 
 
 def _loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -16,7 +17,7 @@ from mechinterp_attn.causal.batches import Batch, Input, as_batch, look, rows_wi
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.results import Check, Receipt, Result
-from mechinterp_attn.detect.measures import HOOKS, Sums, hooks_of, sums_of, sums_of_chain
+from mechinterp_attn.detect.measures import SEEN, Sums, hooks_of, sums_of, sums_of_chain
 from mechinterp_attn.detect.probes import pairs_by_role, random_repeats
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Cache
@@ -91,7 +92,7 @@ def score_heads(
     parts: list[list[Sums]] = []
     checks: tuple[Check, ...] = ()
     for part in batch.split(rows):
-        cache = look(model, part, HOOKS, extra)
+        cache = look(model, part, SEEN, extra)
         sums = sums_of(model, part, cache)
         parts.append([sums, *(sums_of_chain(model, part, cache, head) for head in chains)])
         checks = checks or (dense_check(model, part, cache, sums),)
@@ -150,7 +151,7 @@ def offsets(
     counts: Tensor | int = 0
     error = 0.0
     for part in batch.split(rows_within(model, n, max_bytes)):
-        cache = look(model, part, hooks=("hook_pattern",))
+        cache = look(model, part, roles=("pattern",))
         real, width = part.real, part.tokens.shape[1]
         pairs = [
             real[:, :, None] & real[:, None, :] & (distance[:width, :width] == offset)
@@ -158,7 +159,7 @@ def offsets(
         ]
         pairs[0][:, 0] = False  # the first token has only itself to look at
         parts = [
-            torch.stack([bank.attention_on(cache[f"{bank.path}.hook_pattern"], p) for p in pairs]).double()
+            torch.stack([bank.attention_on(cache[bank.hook("pattern")], p) for p in pairs]).double()
             for bank in model.banks
         ]
         error = max(error, _dense_error(model, part, cache, pairs, parts))
@@ -225,10 +226,10 @@ def match(
         left_out = torch.zeros(n, n, dtype=torch.bool, device=wanted.device)
         left_out[:, 0] |= exclude_bos
         left_out |= exclude_current_token & torch.eye(n, dtype=torch.bool, device=wanted.device)
-        cache = look(model, one, hooks=("hook_pattern",))
+        cache = look(model, one, roles=("pattern",))
         parts = []
         for bank in model.banks:
-            pattern = cache[f"{bank.path}.hook_pattern"].double()
+            pattern = cache[bank.hook("pattern")].double()
             excluded = bank.attention_on(pattern, left_out.double())
             on_pairs = bank.attention_on(pattern, wanted.masked_fill(left_out, 0))
             parts.append(on_pairs / (n - excluded))  # every row sums to 1, the bias token included

@@ -240,10 +240,11 @@ def freeze(model: AttentionOnlyModel, tokens: str | Tensor) -> Frozen:
             f"the model has hooks at {', '.join(hooked[:5])}; remove them (model.reset_hooks()) "
             "before freezing"
         )
-    wanted = ("hook_pattern", "hook_scale", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
+    names = {bank.hook("pattern") for bank in model.banks} | {"hook_embed", "hook_pos_embed"}
+    wanted = ("hook_scale", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
     logits, cache = model.run_with_cache(
         ids,
-        names_filter=lambda name: name.endswith(wanted) or name in ("hook_embed", "hook_pos_embed"),
+        names_filter=lambda name: name.endswith(wanted) or name in names,
         return_cache_object=False,
     )
     cache = {name: tensor[0] for name, tensor in cache.items()}

@@ -170,7 +170,7 @@ def freeze_sublayer(sublayer: Sublayer, cache: Cache) -> FrozenSublayer:
     """A sublayer with the patterns and norm scales that it had on one cached sequence.
 
     Args:
-        cache: activations of one sequence without a batch dimension: ``hook_pattern`` of the banks,
+        cache: activations of one sequence without a batch dimension: the pattern of the banks,
             ``hook_scale`` of the norms, and the stream in front.
     """
 

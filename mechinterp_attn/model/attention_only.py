@@ -24,6 +24,7 @@ from mechinterp_attn.model.generation import Generates
 from mechinterp_attn.model.heads import HeadBank
 from mechinterp_attn.model.index import KINDS, HeadIndex
 from mechinterp_attn.model.norm import Norm
+from mechinterp_attn.model.renamed import Cache, Renamed, present_filter
 from mechinterp_attn.model.rotary import Rotary
 from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.model.stacked import StackedWeights
@@ -89,6 +90,8 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
         self._cfg = _transformer_lens_config(spec, self.provenance, default_prepend_bos)
         self.eval()
         self.setup()
+        for names in ("mod_dict", "hook_dict"):
+            setattr(self, names, Renamed(getattr(self, names)))
         self._shared = shared
 
     def train(self, mode: bool = True) -> AttentionOnlyModel:
@@ -312,10 +315,12 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
 
         Arguments are those of ``HookedRootModule.run_with_cache`` (names_filter, device, ...).
         """
+        if "names_filter" in kwargs:
+            kwargs["names_filter"] = present_filter(kwargs["names_filter"])
         out, cache = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **kwargs)
         if not return_cache_object:
-            return out, cache
-        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+            return out, Renamed(cache)
+        return out, Cache(cache, self, has_batch_dim=not remove_batch_dim)
 
     @property
     def cfg(self) -> TransformerBridgeConfig:

@@ -10,13 +10,14 @@ Row vectors multiply from the left: a head reads ``x @ W_V`` and writes ``z @ W_
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import Page, draw
@@ -171,6 +172,9 @@ class HeadBank(nn.Module, ABC):
     part: ClassVar[str]
     place: ClassVar[int]
     mixes_positions: ClassVar[bool]
+    points: ClassVar[
+        Mapping[str, str]
+    ] = {}  # hooks that are not called ``hook_`` and the role: see ``hook``
     parallel: bool = False
     parts: int = 1
     sides: ClassVar[tuple[Side, ...]] = ("Q", "V")
@@ -225,6 +229,15 @@ class HeadBank(nn.Module, ABC):
             bank=self,
             **{name: w.detach() for name, w in weights.items()},
         )
+
+    def hook(self, role: str) -> str:
+        """The name of the hook that sees the bank's queries ("q"), keys ("k"), values ("v"), scores
+        ("attn_scores"), patterns ("pattern") or what its heads hold ("z")."""
+        return f"{self.path}.{self.points.get(role, f'hook_{role}')}"
+
+    def point(self, role: str) -> HookPoint:
+        """That hook itself."""
+        return cast(HookPoint, getattr(self, self.points.get(role, f"hook_{role}")))
 
     @abstractmethod
     def weights(self, index: int) -> dict[str, Tensor]:
@@ -330,11 +343,11 @@ class HeadBank(nn.Module, ABC):
     @abstractmethod
     def moved(self, cache: Cache) -> Float[Tensor, "batch pos head"]:
         """Norm of what every head would write if it attended to one position alone, out of a cache
-        with ``hook_v``."""
+        with the bank's values."""
 
     @abstractmethod
     def written(self, cache: Cache) -> Float[Tensor, "batch pos head"]:
-        """Norm of what every head writes at every position, out of a cache with ``hook_z``."""
+        """Norm of what every head writes at every position, out of a cache with the bank's ``z``."""
 
     def after(self, index: int, moved: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """``W_Q W_K b_Q b_K`` of a head at the end of a chain, whose score is about what the chain moved.

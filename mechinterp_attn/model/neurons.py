@@ -36,6 +36,10 @@ class NeuronBank(HeadBank):
     part: ClassVar[str] = "neurons"
     place: ClassVar[int] = 1
     mixes_positions: ClassVar[bool] = False
+    # No filter of TransformerLens's ("endswith q", "pattern", ...) takes a neuron for an attention head.
+    points: ClassVar[Mapping[str, str]] = {
+        "q": "hook_score", "v": "hook_read", "pattern": "hook_weight", "z": "hook_act"
+    }  # fmt: skip
 
     W_in: Tensor
     b_in: Tensor
@@ -58,10 +62,10 @@ class NeuronBank(HeadBank):
         names = ("W_in", "b_in", "W_out", "b_out", *(("W_gate", "b_gate") if self.gated else ()))
         for name in names:
             self.register_parameter(name, nn.Parameter(weights[name]))
-        self.hook_q = HookPoint()  # [batch, pos, head]: the score on the own token
-        self.hook_v = HookPoint()  # [batch, pos, head]
-        self.hook_pattern = HookPoint()  # [batch, pos, head]: weight on the own token
-        self.hook_z = HookPoint()  # [batch, pos, head]
+        self.hook_score = HookPoint()  # [batch, pos, head]: the query, which is the score on the own token
+        self.hook_read = HookPoint()  # [batch, pos, head]: the value
+        self.hook_weight = HookPoint()  # [batch, pos, head]: the pattern, on the own token
+        self.hook_act = HookPoint()  # [batch, pos, head]: z, weight times value
 
     def forward(
         self, x: Float[Tensor, "batch pos d_model"], names: MLPNames
@@ -73,10 +77,12 @@ class NeuronBank(HeadBank):
             value = names.hook_pre_linear(value)
         else:
             query = value = names.hook_pre(value)
-        watched = (self.hook_q, self.hook_v, self.hook_pattern, self.hook_z)
+        watched = (self.hook_score, self.hook_read, self.hook_weight, self.hook_act)
         if any(h.has_hooks() for h in watched):
-            pattern = self.hook_pattern(self.rule.weight(self.hook_q(self._per_head(query, queries=True))))
-            z = self.hook_z(pattern * self.hook_v(self._per_head(value)))
+            pattern = self.hook_weight(
+                self.rule.weight(self.hook_score(self._per_head(query, queries=True)))
+            )
+            z = self.hook_act(pattern * self.hook_read(self._per_head(value)))
             post = z if self.rule.n == 1 else z.unflatten(-1, (-1, self.rule.n)).sum(-1)
         elif self.rule.act is not None and not self.gated:  # the same number in one step
             post = self.rule.act(query)
@@ -147,7 +153,7 @@ class NeuronBank(HeadBank):
         return z[..., None]
 
     def cached_pattern(self, cache: Cache, batch: int) -> Float[Tensor, "pos head"]:
-        pattern = cache[f"{self.path}.hook_pattern"]
+        pattern = cache[self.hook("pattern")]
         return pattern[batch] if pattern.ndim == 3 else pattern
 
     def dense_pattern(self, pattern: Tensor, index: int) -> Float[Tensor, "query key_plus_bias"]:
@@ -171,10 +177,10 @@ class NeuronBank(HeadBank):
         return entropy.where((pattern >= 0) & (pattern <= 1), torch.nan)
 
     def moved(self, cache: Cache) -> Tensor:
-        return self._norms(cache[f"{self.path}.hook_v"])
+        return self._norms(cache[self.hook("v")])
 
     def written(self, cache: Cache) -> Tensor:
-        return self._norms(cache[f"{self.path}.hook_z"])
+        return self._norms(cache[self.hook("z")])
 
     def _norms(self, z: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch pos head"]:
         """Norms of ``z @ W_O``."""

@@ -71,4 +71,4 @@ def attention_dropout(
         kept = torch.rand(pattern.shape, generator=generator).to(pattern.device) >= rate
         return pattern * kept / (1 - rate)
 
-    return [(f"{bank.path}.hook_pattern", drop) for bank in model.banks]
+    return [(bank.hook("pattern"), drop) for bank in model.banks]

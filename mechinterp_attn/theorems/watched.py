@@ -28,16 +28,16 @@ def through_attention(
 ) -> Float[Tensor, "batch row width"]:
     """``stack(read)`` through the bank's hooks: real rows, [batch, pos, head, d_head]."""
     scale = bank.scale
-    q = _real(bank.hook_q, project(read, stack.W_Q) * scale) / scale
+    q = _real(bank.point("q"), project(read, stack.W_Q) * scale) / scale
     k = _real(bank.hook_k, project(read, stack.W_K), bank.group)
-    v = _real(bank.hook_v, project(read, stack.W_V), bank.group)
+    v = _real(bank.point("v"), project(read, stack.W_V), bank.group)
     if stack.turn is not None:
         q = _real(bank.hook_rot_q, stack.turn(q) * scale) / scale
         k = _real(bank.hook_rot_k, stack.turn(k), bank.group)
     scores = stack.masked(stack.penalised(q @ k.mT, read))
     pattern = _corner(bank.hook_attn_scores, scores).softmax(-1)
-    pattern = _corner(bank.hook_pattern, pattern)
-    z = _real(bank.hook_z, pattern @ v)
+    pattern = _corner(bank.point("pattern"), pattern)
+    z = _real(bank.point("z"), pattern @ v)
     return torch.einsum("bhnr,hrd->bnd", z, stack.W_O)
 
 
@@ -68,7 +68,7 @@ def through_neurons(
         return (u[..., None] * scales).flatten(-2)
 
     if products:
-        query, moved = _rows(bank.hook_q, query), _rows(bank.hook_v, moved)
+        query, moved = _rows(bank.point("q"), query), _rows(bank.point("v"), moved)
         small = default_eps(read.dtype)
         rising, steady = products
         own, made = _attend(rising, read, small * query, 4 / small * moved)
@@ -79,12 +79,12 @@ def through_neurons(
         )
         written = written.unflatten(-1, (-1, len(scales))).sum(-1)
     else:
-        query, moved = _rows(bank.hook_q, scores(query)), _rows(bank.hook_v, per_head(moved))
+        query, moved = _rows(bank.point("q"), scores(query)), _rows(bank.point("v"), per_head(moved))
         own, written = _attend(heads, read, query, moved)
-    if bank.hook_pattern.has_hooks():  # what an edit takes from the token, the bias token gets
-        change = _rows(bank.hook_pattern, own) - own
+    if bank.point("pattern").has_hooks():  # what an edit takes from the token, the bias token gets
+        change = _rows(bank.point("pattern"), own) - own
         written = written + change * (moved - moved[:, :1])
-    written = _rows(bank.hook_z, written)
+    written = _rows(bank.point("z"), written)
     post = _rows(names.hook_post, written.unflatten(-1, (bank.n_neurons, -1)).sum(-1))
     return post @ heads.W_O[:: len(scales), 0]
 

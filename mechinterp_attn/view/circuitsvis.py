@@ -131,7 +131,7 @@ def show(
             f"them with positions=, such as positions=slice(-{MAX_TOKENS}, None)"
         )
     parts = [part for head in found for part in head.chain]
-    hooks = {f"{part.bank.path}.hook_pattern" for part in parts}
+    hooks = {part.bank.hook("pattern") for part in parts}
     _, cached = model.run_with_cache(ids, names_filter=lambda name: name in hooks)
     tokens = [shown(text) for text in model.to_str_tokens(ids[0, places.start : places.stop])]
     at = slice(places.start, places.stop)

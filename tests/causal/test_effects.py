@@ -36,7 +36,7 @@ def setting(value, head, at=slice(None)):
 
 
 @pytest.mark.parametrize(("label", "name", "head"), [
-    ("L0H1", "blocks.0.attn.hook_z", 1), ("L1N5", "blocks.1.neurons.hook_z", 5),
+    ("L0H1", "blocks.0.attn.hook_z", 1), ("L1N5", "blocks.1.neurons.hook_act", 5),
 ])  # fmt: skip
 def test_exact_effects_are_patches_by_hand(model, task, label, name, head):
     """Noising, denoising, zero, mean, and one position alone, for heads of both kinds."""
@@ -89,7 +89,10 @@ def test_estimates_are_derivatives(model, task):
     _, cache = model.run_with_cache(torch.tensor(task.clean))
     _, other = model.run_with_cache(torch.tensor(task.corrupt))
     step = 1e-5
-    for label, name, head in (("L0H1", "blocks.0.attn.hook_z", 1), ("L1N5", "blocks.1.neurons.hook_z", 5)):
+    for label, name, head in (
+        ("L0H1", "blocks.0.attn.hook_z", 1),
+        ("L1N5", "blocks.1.neurons.hook_act", 5),
+    ):
         ends = []
         for side in (step, -step):
             middle = cache[name] + side * (other[name] - cache[name])
@@ -104,7 +107,7 @@ def test_groups_and_virtual_heads(model, task):
     _, other = model.run_with_cache(torch.tensor(task.corrupt))
     edits = [
         ("blocks.0.attn.hook_z", setting(other["blocks.0.attn.hook_z"], 0)),
-        ("blocks.1.neurons.hook_z", setting(other["blocks.1.neurons.hook_z"], 3)),
+        ("blocks.1.neurons.hook_act", setting(other["blocks.1.neurons.hook_act"], 3)),
     ]
     expected = by_hand(model, task, task.clean, []) - by_hand(model, task, task.clean, edits)
     assert found.frame["effect"][0] == pytest.approx(float(expected.mean()), abs=1e-5)

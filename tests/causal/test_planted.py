@@ -48,7 +48,7 @@ class Patching:
         if src == "embed":
             return corrupt["hook_embed"] - clean["hook_embed"]
         bank, index = self.banks[src]
-        z = corrupt[f"{bank.path}.hook_z"] - clean[f"{bank.path}.hook_z"]
+        z = corrupt[bank.hook("z")] - clean[bank.hook("z")]
         z = z[:, :, index]
         head = self.model[src]
         return (z[..., None] if z.ndim == 2 else z) @ head.W_O
@@ -65,7 +65,7 @@ class Patching:
             x[:, :, index] += moved if x.ndim == 4 else moved[..., 0]
             return x
 
-        name = f"{bank.path}.hook_{mode.lower()}"
+        name = bank.hook(mode.lower())
         return self.whole - self.metric(self.model.run_with_hooks(self.clean, fwd_hooks=[(name, patch)]))
 
 

@@ -59,7 +59,7 @@ def test_ablating_a_head_is_ablating_it_in_the_source(model, bridge, label, kind
         return z
 
     tokens = some_tokens()
-    ours = model.run_with_hooks(tokens, fwd_hooks=[(f"{head.bank.path}.hook_z", zero)])
+    ours = model.run_with_hooks(tokens, fwd_hooks=[(head.bank.hook("z"), zero)])
     name = f"blocks.{head.layer}." + ("mlp.hook_post" if kind == "mlp" else "attn.hook_z")
     theirs = bridge.run_with_hooks(tokens, fwd_hooks=[(name, zero)])
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)

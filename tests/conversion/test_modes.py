@@ -64,8 +64,8 @@ def test_every_activation_is_exact(act_fn):
         post = post * sd["blocks.0.mlp.ln.w"] + sd["blocks.0.mlp.ln.b"]
     expected = post @ sd["blocks.0.mlp.W_out"] + sd["blocks.0.mlp.b_out"]
     torch.testing.assert_close(cache["blocks.0.hook_mlp_out"], expected, rtol=0, atol=1e-12)
-    rebuilt = cache["blocks.0.neurons.hook_pattern"] * cache["blocks.0.neurons.hook_v"]
-    torch.testing.assert_close(rebuilt, cache["blocks.0.neurons.hook_z"], rtol=0, atol=1e-13)
+    rebuilt = cache["blocks.0.neurons.hook_weight"] * cache["blocks.0.neurons.hook_read"]
+    torch.testing.assert_close(rebuilt, cache["blocks.0.neurons.hook_act"], rtol=0, atol=1e-13)
     assert model.provenance["fidelity"]["ok"]
 
 
@@ -121,7 +121,7 @@ def test_softmax_modes_are_softmax_heads(act_fn, gated, options):
     torch.testing.assert_close(
         cache["blocks.0.hook_mlp_out"], softmax_heads(model, cache), rtol=0, atol=1e-10
     )
-    pattern = cache["blocks.0.neurons.hook_pattern"]
+    pattern = cache["blocks.0.neurons.hook_weight"]
     assert ((pattern >= 0) & (pattern <= 1)).all()
     frozen = mia.paths.freeze(model, TOKENS[0])
     assert frozen.receipt.ok

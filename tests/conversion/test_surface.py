@@ -190,6 +190,34 @@ def test_forks_equal_the_bridges(hook):
     assert float((results[0] - model(tokens)).abs().max()) > 1e-3
 
 
+def test_filters_for_attention_take_no_neuron(model):
+    """ARENA's and TransformerLens's own filters; and ``pos_slice`` cuts positions, of neurons too."""
+    tokens = some_tokens()
+    for end in ("q", "k", "v", "z", "pattern", "result", "pre", "post", "out", "scale", "normalized"):
+        _, cache = model.run_with_cache(tokens, names_filter=lambda name, end=end: name.endswith(end))
+        assert not [name for name in cache if ".neurons." in name], end
+    whole, cut = (model.run_with_cache(tokens, pos_slice=part)[1] for part in (None, (2, 5)))
+    for name in ("hook_score", "hook_read", "hook_weight", "hook_act"):
+        name = f"blocks.1.neurons.{name}"
+        torch.testing.assert_close(cut[name], whole[name][:, 2:5], rtol=0, atol=0)
+
+
+def test_the_old_names_of_neuron_hooks_go_on_for_a_version(model):
+    tokens, old, new = some_tokens(), "blocks.0.neurons.hook_z", "blocks.0.neurons.hook_act"
+    _, cache = model.run_with_cache(tokens)
+    zero = [(new, lambda z, hook: z * 0)]
+    wanted = model.run_with_hooks(tokens, fwd_hooks=zero)
+    with pytest.warns(FutureWarning, match="hook_act now"):
+        assert torch.equal(cache[old], cache[new])
+    with pytest.warns(FutureWarning, match="hook_act now"):
+        assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=[(old, zero[0][1])]), wanted)
+    with pytest.warns(FutureWarning, match="hook_act now"):
+        _, few = model.run_with_cache(tokens, names_filter=[old])
+    assert list(few) == [new]
+    with pytest.raises(KeyError):
+        model.hook_dict["blocks.0.neurons.hook_k"]
+
+
 def test_key_value_cache(model):
     from mechinterp_attn.model.step import KeyValueCache
 

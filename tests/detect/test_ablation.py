@@ -165,7 +165,7 @@ def test_a_virtual_head_is_cut_out_of_the_last_heads_output(model, chain):
         head = model[label]
         A = head.pattern(cache)[:, :-1]
         if x is None:
-            z = cache[f"{head.bank.path}.hook_z"][0][:, head.index].reshape(len(A), -1)
+            z = cache[head.bank.hook("z")][0][:, head.index].reshape(len(A), -1)
         else:
             norm = cache[f"blocks.{head.layer}.{'ln1' if head.kind == 'attention' else 'ln2'}.hook_scale"][
                 0
@@ -202,7 +202,7 @@ def test_the_estimate_is_first_and_second_order_at_every_position(model, label):
                 z[row, position, head.index] *= 1 - step
                 return z
 
-            hooks = [(f"{head.bank.path}.hook_z", shrink)]
+            hooks = [(head.bank.hook("z"), shrink)]
             with model.hooks(fwd_hooks=hooks):
                 loss = model(tokens, return_type="loss", loss_per_token=True).sum()
             c = ((loss - plain) / step).item()

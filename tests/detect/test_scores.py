@@ -147,7 +147,7 @@ def test_weighted_scores_are_shares_of_what_is_moved():
     assert scores.loc["L1H2", "induction_weighted"] == pytest.approx(some / total, abs=1e-12)
     entropy = -(A * A.clamp_min(1e-300).log()).sum(-1)[:, 1:].mean()
     assert scores.loc["L1H2", "entropy"] == pytest.approx(float(entropy), abs=1e-12)
-    gate = cache["blocks.0.neurons.hook_pattern"][:, 1:, 5]
+    gate = cache["blocks.0.neurons.hook_weight"][:, 1:, 5]
     binary = -(gate * gate.log() + (1 - gate) * (1 - gate).log()).mean()
     assert scores.loc["L0N5", "entropy"] == pytest.approx(float(binary), abs=1e-12)
     assert scores.loc["L0N5", "current_token_weighted"] == pytest.approx(1)

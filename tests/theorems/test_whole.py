@@ -200,7 +200,7 @@ def test_edits_of_gated_neurons_through_hooks_have_the_same_effect():
     mixture = mia.convert(
         tiny_bridge(act_fn="silu", gated_mlp=True), mlp="mixture", components=6, check=False
     )
-    points = ("neurons.hook_q", "neurons.hook_v", "neurons.hook_pattern", "neurons.hook_z")
+    points = ("neurons.hook_score", "neurons.hook_read", "neurons.hook_weight", "neurons.hook_act")
     points += ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post", "hook_mlp_out")
     for model, tolerance in ((practical, 1e-7), (mixture, 1e-10)):
         tokens = random_tokens(model)
@@ -284,9 +284,9 @@ def test_edits_through_hooks_have_the_same_effect(silu):
         "blocks.1.attn.hook_pattern": halve,
         "blocks.1.attn.hook_q": double,
         "blocks.1.attn.hook_z": double,
-        "blocks.0.neurons.hook_pattern": halve,
-        "blocks.0.neurons.hook_q": double,
-        "blocks.1.neurons.hook_v": double,
+        "blocks.0.neurons.hook_weight": halve,
+        "blocks.0.neurons.hook_score": double,
+        "blocks.1.neurons.hook_read": double,
         "blocks.1.mlp.hook_pre": double,
         "blocks.1.mlp.hook_post": halve,
         "blocks.1.hook_mlp_out": double,

@@ -24,7 +24,7 @@ def test_shows_the_patterns_of_a_run(model):
     np.testing.assert_allclose(attention.patterns[0], cache["blocks.1.attn.hook_pattern"][0, 2], **FLOAT32)
     assert attention.heads == ("L1H2",)
     assert len(attention.tokens) == n
-    gates = cache["blocks.0.neurons.hook_pattern"][0, :, 5]
+    gates = cache["blocks.0.neurons.hook_weight"][0, :, 5]
     (neuron,) = model["L0N5"].show(PROMPT).patterns
     np.testing.assert_allclose(neuron[:n, :n], gates.diag(), **FLOAT32)
     np.testing.assert_allclose(neuron[:n, n], 1 - gates, **FLOAT32)
