@@ -104,7 +104,8 @@ def test_patterns_fused_and_written_out_agree(family):
     def look(pattern, hook):
         seen[hook.name] = pattern
 
-    looked = model.run_with_hooks(tokens, fwd_hooks=[(lambda name: name.endswith("hook_pattern"), look)])
+    hooks = [(bank.hook("pattern"), look) for bank in model.banks]
+    looked = model.run_with_hooks(tokens, fwd_hooks=hooks)
     torch.testing.assert_close(looked, fused, rtol=0, atol=1e-12)  # float64, another order of sums
     rows = torch.cat([p.sum(-1).flatten() for name, p in seen.items() if "attn" in name])
     torch.testing.assert_close(rows, torch.ones_like(rows), rtol=0, atol=1e-12)

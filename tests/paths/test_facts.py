@@ -27,8 +27,9 @@ def frozen(model):
 
 def pinned(model, tokens):
     """Hooks that hold every pattern and norm scale at their values on a prompt."""
-    wanted = lambda name: name.endswith(("hook_pattern", "hook_scale"))  # noqa: E731
-    _, cache = model.run_with_cache(tokens, names_filter=wanted, return_cache_object=False)
+    patterns = [bank.hook("pattern") for bank in model.banks]
+    scales = [name for name in model.hook_dict if name.endswith("hook_scale")]
+    _, cache = model.run_with_cache(tokens, names_filter=patterns + scales, return_cache_object=False)
     return [(name, lambda value, hook, kept=tensor: kept) for name, tensor in cache.items()]
 
 
