@@ -33,6 +33,7 @@ class SoftmaxActivation:
     name: str
 
     def __call__(self, z: Tensor) -> Tensor:
+        """The activation of ``z``."""
         return z * self.weight(z)
 
     def weight(self, z: Tensor) -> Tensor:

@@ -52,6 +52,8 @@ class Neurons:
         """The construction for a bank of a model with this activation function.
 
         Args:
+            bank: the neurons to build.
+            act_fn: the activation of the model they come from.
             given: what shall stand for it; by default what the bank computes, where that is a sum of
                 softmax terms, and else the paper's generalised SiLU.
 

@@ -60,10 +60,12 @@ class Shape:
 
     @property
     def head_width(self) -> int:
+        """Dimension of an attention head."""
         return self.d_model // self.n_heads if self.d_head is None else self.d_head
 
     @property
     def kv_heads(self) -> int:
+        """Heads that have keys and values of their own."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
 

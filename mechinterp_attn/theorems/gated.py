@@ -38,6 +38,10 @@ def glu_heads(
     The neuron head with its query untied from its value: the query is the gate.
 
     Args:
+        layout: the augmented stream the heads live in.
+        W_gate, b_gate: the gate's weights and biases.
+        W_in, b_in: the values' weights and biases.
+        W_out: output directions, one row per neuron.
         terms: (scale, slope, shift) of ``gate(g) = sum scale sigmoid(slope g + shift)``; by default
             the sigmoid itself (GLU).
     """
@@ -97,6 +101,8 @@ def product_heads(
     self-only head for each product.
 
     Args:
+        layout: the augmented stream the heads live in.
+        write: the coordinates that the products are added to.
         gate, value: what reads g and u from an augmented row (``layout.affine``).
         eps: see ``default_eps``.
     """

@@ -138,7 +138,11 @@ class SoftmaxHeads:
         return self.masked(self.scores(X)).softmax(-1)
 
     def __call__(self, X: Float[Tensor, "*batch row width"]) -> Float[Tensor, "*batch row width"]:
-        """The sum of the heads' outputs; dense patterns of a few heads at a time."""
+        """The sum of the heads' outputs; dense patterns of a few heads at a time.
+
+        Raises:
+            MechInterpError: rows of another width than the layout's.
+        """
         if X.shape[-1] != self.layout.width:
             raise MechInterpError(f"X has shape {tuple(X.shape)}; expected [..., row, {self.layout.width}]")
         size = X.shape[:-2].numel() * X.shape[-2] ** 2 * X.element_size()
@@ -165,6 +169,7 @@ class SoftmaxHeads:
         """The same heads without a mask: ``W_QK'' = blockdiag(W_QK, Omega B)``.
 
         Args:
+            omega: the penalty on a forbidden pair; see ``least_omega``.
             bias_row: the penalty on what the bias token may not see, in units of Omega. Its row is
                 zero but for what leaks into it, and a norm makes that up to ``1 / sqrt(eps)`` times
                 larger; twice the penalty keeps it out of sight.
@@ -224,9 +229,11 @@ class Sublayer:
 
     @property
     def n_heads(self) -> int:
+        """Heads in all stacks."""
         return sum(len(stack) for stack in self.heads)
 
     def __call__(self, X: Float[Tensor, "*batch row width"]) -> Float[Tensor, "*batch row width"]:
+        """The stream behind the sublayer."""
         read = X if self.norm is None else self.norm(X)
         out = X if self.skip else torch.zeros_like(X)
         for stack in self.heads:

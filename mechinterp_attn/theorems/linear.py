@@ -33,6 +33,8 @@ def linear_heads(
     many as its rank asks for.
 
     Args:
+        layout: the augmented stream the heads live in.
+        W: the linear map; rows multiply from the left.
         d_head: dimension of each head; by default one head of the full width.
 
     Raises:
@@ -121,6 +123,8 @@ def clearing_head(layout: Layout, at: range, like: Tensor) -> SoftmaxHeads:
     """One self-only head that writes ``-x[at]``: beside the skip, it sets those coordinates to 0.
 
     Args:
+        layout: the augmented stream the heads live in.
+        at: the coordinates to clear.
         like: a tensor of the dtype and device that the head is to have.
     """
     one = torch.eye(len(at), dtype=like.dtype, device=like.device)

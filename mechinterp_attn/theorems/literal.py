@@ -175,7 +175,11 @@ class LiteralModel(AttentionOnlyModel):
         prepend_bos: bool | None = None,
         **unsupported: Any,
     ) -> Any:
-        """As ``AttentionOnlyModel``'s, without attention masks and key-value caches."""
+        """As ``AttentionOnlyModel``'s, without attention masks and key-value caches.
+
+        Raises:
+            MechInterpError: arguments that the literal model does not take, or an unknown return_type.
+        """
         given = [name for name, value in unsupported.items() if value is not None]
         if given:
             raise MechInterpError(

@@ -33,6 +33,10 @@ def neuron_heads(
     """The l neurons of ``act(x @ W_in + b_in) @ W_out`` as l heads of rank 1 (paper, A1).
 
     Args:
+        layout: the augmented stream the heads live in.
+        W_in: input directions, one column per neuron.
+        W_out: output directions, one row per neuron.
+        b_in: input biases; none by default.
         activation: SiLU is exact, GELU and ReLU by the paper's parameters; an activation of K terms
             gives K heads per neuron, neuron by neuron.
         read, write: coordinates that W_in reads and W_out writes; the original ones by default.

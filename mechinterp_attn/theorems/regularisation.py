@@ -28,6 +28,8 @@ def decay(model: LiteralModel, factor: float, *, only: Collection[str] = get_arg
     weight_decay) ** n``. The result is a new model.
 
     Args:
+        model: a literal model; it is left as it was.
+        factor: what the parts are multiplied by, in (0, 1].
         only: which parts decay; the others are exempt. "omega": the penalties in ``W_QK``;
             "constant": the coordinate that is 1; "positions": the one-hot coordinates, which each
             score reads twice.

@@ -40,6 +40,7 @@ class Layout:
 
     @property
     def width(self) -> int:
+        """Coordinates of a row of the augmented stream."""
         return self.d_model + 1 + self.scratch + self.positions
 
     @property
@@ -54,10 +55,12 @@ class Layout:
 
     @property
     def scratch_at(self) -> range:
+        """The scratch coordinates."""
         return range(self.d_model + 1, self.d_model + 1 + self.scratch)
 
     @property
     def positions_at(self) -> range:
+        """The one-hot position coordinates."""
         return range(self.width - self.positions, self.width)
 
     def augment(self, X: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch row width"]:
@@ -120,7 +123,11 @@ class Layout:
         b: Float[Tensor, " out"] | None = None,
         at: range | None = None,
     ) -> Float[Tensor, "width out"]:
-        """Weights that read ``x @ W + b`` from an augmented row; the bias is in the constant's row."""
+        """Weights that read ``x @ W + b`` from an augmented row; the bias is in the constant's row.
+
+        Raises:
+            MechInterpError: the bias does not fit the weights.
+        """
         wide = self.embed(W, self.data if at is None else at, dim=0)
         if b is not None:
             if b.shape != W.shape[1:]:

@@ -116,6 +116,8 @@ def inductive_steps(literal: LiteralModel, source: Source, tokens: Int[Tensor, "
     """Compare the literal stream with the original after every sublayer, and the logits.
 
     Args:
+        literal: the literal model.
+        tokens: a text, or token ids ``[batch, pos]``.
         source: what the literal model was made from: a bridge or checkpoint, run as it is, or the
             practical attention-only form.
     """
