@@ -1,65 +1,23 @@
-"""Converted models on disk: safetensors + JSON, written whole or not at all."""
+"""Converted models read back from disk; ``model.saved`` writes them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from typing_extensions import TypedDict
 
 from mechinterp_attn.core.errors import CheckpointError, MechInterpError
 from mechinterp_attn.core.fields import wrong_fields
-from mechinterp_attn.core.files import write_folder
+from mechinterp_attn.model.saved import VERSION, sha256, sha256_of_config
 from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.sources.checkpoint import Shapes, expected_shapes, wrong_tensors
 from mechinterp_attn.sources.folder import read_config, read_tensors
-from mechinterp_attn.sources.tokenizer import read_tokenizer, settings_of
+from mechinterp_attn.sources.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
-
-FORMAT = "mechinterp_attn.model.attention_only"
-VERSION = 2
-
-
-def save(model: AttentionOnlyModel, folder: str | os.PathLike[str]) -> None:
-    """Write ``config.json``, ``model.safetensors`` and ``tokenizer.json`` into a folder.
-
-    A model that is there already is replaced as a whole; other files in the folder are kept.
-
-    Args:
-        folder: made if only its last part is missing.
-
-    Raises:
-        MechInterpError: the folder cannot be made or written. What was there is unchanged then.
-    """
-    weights = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
-    files: dict[str, Callable[[Path], Any]] = {"model.safetensors": lambda path: save_file(weights, path)}
-    if model.tokenizer is not None:
-        backend = model.tokenizer.backend_tokenizer.to_str()
-        files["tokenizer.json"] = lambda path: path.write_text(backend, encoding="utf-8")
-    config = {
-        "format": FORMAT,
-        "version": VERSION,
-        "spec": model.spec.to_json(),
-        "provenance": model.provenance,
-        "default_prepend_bos": model.cfg.default_prepend_bos,
-        "special_tokens": settings_of(model.tokenizer),
-    }
-
-    def write_config(path: Path) -> None:
-        sums = {name: _sha256(path.parent / name) for name in files}
-        plain = json.loads(json.dumps(config))
-        whole = plain | {"sha256": sums | {"config.json": _sha256_of_config(plain)}}
-        path.write_text(json.dumps(whole, indent=1), encoding="utf-8")
-
-    write_folder(folder, files | {"config.json": write_config})
 
 
 def load_saved(folder: Path, dtype: torch.dtype | None = None) -> AttentionOnlyModel:
@@ -137,19 +95,8 @@ def _check_sums(folder: Path, config: dict[str, Any]) -> None:
         if not (folder / name).is_file():
             wrong.append(f"{name} is missing")
             continue
-        found = _sha256_of_config(config) if name == "config.json" else _sha256(folder / name)
+        found = sha256_of_config(config) if name == "config.json" else sha256(folder / name)
         if found != config["sha256"].get(name):
             wrong.append(f"{name} is damaged or not the file that was saved (its checksum differs)")
     if wrong:
         raise CheckpointError(str(folder), sorted(wrong))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _sha256_of_config(config: Mapping[str, Any]) -> str:
-    """Of everything in a config but the checksums themselves."""
-    rest = {name: value for name, value in config.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -26,6 +26,7 @@ from mechinterp_attn.model.index import KINDS, HeadIndex
 from mechinterp_attn.model.norm import Norm
 from mechinterp_attn.model.renamed import Cache, Renamed, present_filter
 from mechinterp_attn.model.rotary import Rotary
+from mechinterp_attn.model.saved import save as write_model
 from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.model.stacked import StackedWeights
 from mechinterp_attn.model.step import KeyValueCache, Step
@@ -416,9 +417,14 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
 
     def save(self, folder: Any) -> None:
         """Write the model to a folder (safetensors + JSON); ``mia.load(folder)`` reads it back."""
-        from mechinterp_attn.conversion.saved import save
-
-        save(self, folder)
+        write_model(
+            folder,
+            self.state_dict(),
+            self.tokenizer,
+            spec=self.spec,
+            provenance=self.provenance,
+            default_prepend_bos=bool(self.cfg.default_prepend_bos),
+        )
 
     def __repr__(self) -> str:
         s = self.spec

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mechinterp_attn.conversion.saved import FORMAT
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.model.saved import FORMAT
 from mechinterp_attn.sources.checkpoint import Checkpoint
 from mechinterp_attn.sources.folder import read_checkpoint, read_config
 from mechinterp_attn.sources.huggingface import boot

@@ -42,17 +42,6 @@ def read_tokenizer(file: Path, bos_token: str | None = None, **settings: Any) ->
         ) from error
 
 
-def settings_of(tokenizer: Any) -> dict[str, Any]:
-    """What a tokenizer has besides its ``tokenizer.json``, as JSON can hold it, for ``read_tokenizer``."""
-    if tokenizer is None:
-        return {}
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    extra = [str(token) for token in getattr(tokenizer, "extra_special_tokens", ())]
-    kept = ("padding_side", "truncation_side", "chat_template", "model_input_names")
-    settings = special | {name: getattr(tokenizer, name, None) for name in kept}
-    return settings | ({"extra_special_tokens": extra} if extra else {})
-
-
 def as_before_booting(tokenizer: Any) -> Any:
     """A bridge's tokenizer as it was before booting, which is left as it is.
 

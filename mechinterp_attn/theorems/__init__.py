@@ -36,11 +36,11 @@ from mechinterp_attn.theorems.neurons import bias_head, mlp_sublayer, neuron_hea
 from mechinterp_attn.theorems.norms import PartialNorm
 from mechinterp_attn.theorems.omega import check_omega, least_omega, log_leak, mask_error_bound
 from mechinterp_attn.theorems.regularisation import attention_dropout, decay
+from mechinterp_attn.theorems.steps import Steps
 from mechinterp_attn.theorems.stream import Layout
 from mechinterp_attn.theorems.whole import (
     MaskSweep,
     OmegaCalibration,
-    Steps,
     attention_only,
     calibrate_omega,
     inductive_steps,

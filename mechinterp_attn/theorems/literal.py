@@ -33,7 +33,7 @@ from mechinterp_attn.theorems.stream import Layout
 from mechinterp_attn.theorems.watched import through_attention, through_neurons
 
 if TYPE_CHECKING:
-    from mechinterp_attn.theorems.whole import Steps
+    from mechinterp_attn.theorems.steps import Steps
 
 
 class LiteralModel(AttentionOnlyModel):

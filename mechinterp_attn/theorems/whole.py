@@ -28,6 +28,7 @@ from mechinterp_attn.theorems.gated import default_eps
 from mechinterp_attn.theorems.heads import check_precision
 from mechinterp_attn.theorems.literal import LiteralModel
 from mechinterp_attn.theorems.omega import check_omega, least_omega, sublayer_log_leak
+from mechinterp_attn.theorems.steps import Steps
 
 Source = Any  # a TransformerBridge, a Checkpoint or an AttentionOnlyModel
 
@@ -38,26 +39,6 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 PRODUCT_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 # What masks in weights may add to a sublayer's output where omega is chosen for the caller.
 MASK_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Steps(Result):
-    """The induction over sublayers, measured.
-
-    Attributes:
-        frame: one row per sublayer and one for the logits: ``sublayer`` (the hook of the stream it
-            makes, or ``blocks.0.neurons products`` for one that only fills scratch), ``heads``,
-            ``max_error`` (against the original stream), ``scale`` (largest entry
-            of the original), ``relative``, ``constant`` (largest departure of the constant coordinate
-            from its 1 and 0), ``bias_row`` (largest entry of the bias token's row).
-    """
-
-    title: ClassVar[str] = "Residual stream after every sublayer, against the original"
-
-    @property
-    def max_logit_error(self) -> float:
-        """The largest absolute difference of the logits."""
-        return float(self.frame["max_error"].iloc[-1])
 
 
 def attention_only(

@@ -8,7 +8,8 @@ import plotly.graph_objects as go
 from mechinterp_attn.conversion.fidelity import Fidelity
 from mechinterp_attn.core.pictures import draws
 from mechinterp_attn.theorems.costs import Costs
-from mechinterp_attn.theorems.whole import MaskSweep, Steps
+from mechinterp_attn.theorems.steps import Steps
+from mechinterp_attn.theorems.whole import MaskSweep
 from mechinterp_attn.view.figures.style import KIND_COLOURS, figure
 
 # Colour-blind safe (Okabe and Ito), in the order in which curves are drawn.
