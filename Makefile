@@ -23,10 +23,11 @@ demo: $(VENV)/.installed  ## write the circuit report of a bundled model to demo
 test: lint  ## lint, then run all tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-lint: $(VENV)/.installed-test  ## ruff, mypy and, where node is, biome
+lint: $(VENV)/.installed-test  ## ruff, mypy, docstrings and, where node is, biome
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/docstrings.py
 	$(BIN)/python tests/js/lint.py
 
 format: $(VENV)/.installed-test  ## let ruff format and fix

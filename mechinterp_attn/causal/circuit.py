@@ -44,7 +44,13 @@ class Circuit:
     def of_edges(
         cls, edges: Sequence[Edge], *, task: Task | None = None, scores: Sequence[float] = ()
     ) -> Circuit:
-        """A circuit of edges; its heads are their ends."""
+        """A circuit of edges; its heads are their ends.
+
+        Args:
+            edges: source, destination and mode of each.
+            task: what the circuit does.
+            scores: one per edge, in the same order.
+        """
         ends = dict.fromkeys(end for src, dst, _ in edges for end in (src, dst) if end not in ENDS)
         return cls(tuple(ends), tuple(edges), task, tuple(scores))
 
@@ -54,7 +60,8 @@ class Circuit:
 
     def spec(self) -> dict[str, Any]:
         """The circuit as ``detect.assert_circuit`` takes it: its heads as members and the edges between
-        them."""
+        them.
+        """
         found: dict[str, Any] = {"heads": dict.fromkeys(self.heads, "member")}
         edges = [edge_name(*edge) for edge in self.edges if not set(edge[:2]) & set(ENDS)]
         if edges:
@@ -63,6 +70,9 @@ class Circuit:
 
     def diff(self, other: Circuit) -> dict[str, list[str]]:
         """What two circuits share and what only one has.
+
+        Args:
+            other: the circuit to compare with.
 
         Returns:
             ``both``, ``only_self``, ``only_other``: edges by name where both have edges, else heads.
@@ -78,7 +88,11 @@ class Circuit:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write JSON; the task is not part of it (``Task.save``)."""
+        """Write JSON; the task is not part of it (``Task.save``).
+
+        Args:
+            path: of the file.
+        """
         path = Path(path)
         data = {"heads": self.heads, "edges": self.edges, "scores": self.scores}
         write_text(path, json.dumps(data, indent=1))
@@ -87,6 +101,10 @@ class Circuit:
     @classmethod
     def load(cls, path: str | Path, *, task: Task | None = None) -> Circuit:
         """Read what ``save`` wrote.
+
+        Args:
+            path: of the file.
+            task: what the circuit does, if it is known.
 
         Raises:
             MechInterpError: the file is no circuit.

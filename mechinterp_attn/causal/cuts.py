@@ -130,7 +130,8 @@ def through(
 ) -> Float[Tensor, "batch pos d_head"]:
     """What changes in a head's ``z`` when its queries, keys or values are those of a run without an
     earlier head, and all else is as it was (Wang et al. 2022, "path patching"). What the earlier head
-    does through heads in between is part of it."""
+    does through heads in between is part of it.
+    """
     (bank, index), (first, i) = dst, src
     point, z = bank.hook(side.lower()), bank.hook("z")
     seen: dict[str, Tensor] = {}
@@ -156,7 +157,8 @@ def brought(
     model: AttentionOnlyModel, chain: Sequence[tuple[HeadBank, int]], batch: Batch
 ) -> Float[Tensor, "batch pos d_head"]:
     """What the last head of a chain holds (``z``) that came through the heads before it, with the
-    patterns and norms of the plain run (Elhage et al. 2021, "virtual attention heads")."""
+    patterns and norms of the plain run (Elhage et al. 2021, "virtual attention heads").
+    """
     last, _ = chain[-1]
     out = torch.zeros(*batch.tokens.shape, last.d_head, dtype=model.W_E.dtype, device=model.W_E.device)
     for row, (tokens, real) in enumerate(zip(batch.tokens, batch.real, strict=True)):

@@ -71,6 +71,9 @@ class Discovery(Result):
     def circuit(self, n: int) -> Circuit:
         """The ``n`` heads or edges with the largest scores, whatever their sign.
 
+        Args:
+            n: how many heads or edges.
+
         Raises:
             MechInterpError: fewer than one, or more than the table has.
         """
@@ -109,6 +112,8 @@ def discover(
     at the queries, keys or values of ``dst``.
 
     Args:
+        model: the converted model.
+        task: the behaviour.
         method:
             - "secant": slopes of chords between the clean and the counterfactual run: complete (the scores
               of the inputs add up to the metric's difference) from one backward pass over both.
@@ -296,7 +301,8 @@ def interpolated(
     model: AttentionOnlyModel, part: Bound, base: Any, other: Any, rules: Rules, steps: int
 ) -> Iterator[Backward]:  # fmt: skip
     """Backward passes at inputs between the counterfactual and the clean ones, at the middle of each of
-    ``steps`` equal pieces; the values of ``z`` and of the embedding are the clean run's."""
+    ``steps`` equal pieces; the values of ``z`` and of the embedding are the clean run's.
+    """
     (seen, z), (far, _) = (watched(model, part, batch, {"hook_embed"}) for batch in (base, other))
     one, two = seen["hook_embed"], far["hook_embed"]
     for step in range(steps):

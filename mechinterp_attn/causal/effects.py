@@ -74,6 +74,7 @@ def effects(
     patch in place. The receipt has their correlation.
 
     Args:
+        model: the converted model.
         task: the behaviour; ``patch="corrupt"`` needs its counterfactuals.
         heads: what to patch exactly, each in runs of its own: labels, heads, virtual heads (``"L0H1 >
             L1H2"``), edges (``"L0H1 -K-> L1H2"``), or groups: a list of them is patched together. None:

@@ -65,7 +65,8 @@ SECANT = Rules("secant", "secant", "secant")
 @contextmanager
 def applied(model: AttentionOnlyModel, rules: Rules) -> Iterator[list[Hook]]:
     """The hooks that put the rules in force, to be given to ``model.hooks``; what hangs on norms itself is
-    removed on leaving. With ``rules.paired`` the batch is the clean prompts, then their counterfactuals."""
+    removed on leaving. With ``rules.paired`` the batch is the clean prompts, then their counterfactuals.
+    """
     hooks: list[Hook] = []
     for bank in model.banks:
         hooks += _pattern(bank, rules.pattern) if bank.mixes_positions else _gate(model, bank, rules.gate)
@@ -170,7 +171,8 @@ def _over_neurons(model: AttentionOnlyModel) -> bool:
 
 def _softmax_chord(scores: Tensor, pattern: Tensor) -> Tensor:
     """``dp = L (ds - sum(L ds) / sum(L))`` with L the logarithmic mean of both patterns, ``(p - q) / (log p
-    - log q)``: it takes the difference of the scores to the difference of the patterns."""
+    - log q)``: it takes the difference of the scores to the difference of the patterns.
+    """
     one, two = pattern.detach().unflatten(0, (2, -1))
     masked = scores.isinf()
     finite = scores.masked_fill(masked, 0.0)

@@ -349,7 +349,8 @@ def watched(
 
 def _seed(metric: Tensor, logits: Tensor) -> Tensor:
     """The chord of the metric itself: the mean of its gradients in both runs, at the length that takes the
-    difference of the logits to the difference of the metric."""
+    difference of the logits to the difference of the metric.
+    """
     (gradient,) = torch.autograd.grad(metric.sum(), logits, retain_graph=True)
     mean = gradient.unflatten(0, (2, -1)).mean(0)
     one, two = logits.detach().unflatten(0, (2, -1))

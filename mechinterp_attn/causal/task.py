@@ -123,6 +123,7 @@ class Task:
         """The metric of every prompt, on the CPU.
 
         Args:
+            model: the converted model.
             max_bytes: of what is held at a time.
 
         Raises:
@@ -132,6 +133,9 @@ class Task:
 
     def bind(self, model: AttentionOnlyModel) -> Bound:
         """The task in a model's own tokens, for those who write an analysis.
+
+        Args:
+            model: the converted model.
 
         Raises:
             MechInterpError: everything in which the task does not fit the model: prompts that are too
@@ -151,7 +155,11 @@ class Task:
         )
 
     def take(self, rows: Iterable[int]) -> Task:
-        """The task of some prompts."""
+        """The task of some prompts.
+
+        Args:
+            rows: their numbers.
+        """
         rows = list(rows)
 
         def some(values: Any) -> Any:
@@ -164,6 +172,7 @@ class Task:
         """Two tasks at random: one to discover on, one held out.
 
         Args:
+            seed: of the random draws.
             share: of the prompts in the first; at least one prompt is in each.
 
         Raises:
@@ -180,6 +189,9 @@ class Task:
 
     def save(self, path: str | Path) -> Path:
         """Write JSONL: one line about the task, then one per prompt.
+
+        Args:
+            path: of the file.
 
         Raises:
             MechInterpError: a metric that is a function, which no file can hold.
@@ -201,6 +213,9 @@ class Task:
     def load(cls, path: str | Path) -> Task:
         """Read what ``save`` wrote; a JSONL file of prompts alone (``clean``, ``corrupt``, ``answer``,
         ``against``, ``position``) is read too.
+
+        Args:
+            path: of the file.
 
         Raises:
             MechInterpError: what cannot be read, with the line.
@@ -226,6 +241,7 @@ class Task:
         """A task from a table with a column ``clean`` and any of ``corrupt, answer, against, position``.
 
         Args:
+            frame: one row per prompt.
             options: the other arguments of ``Task``.
 
         Raises:

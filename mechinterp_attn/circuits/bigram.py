@@ -59,6 +59,7 @@ def bigrams(
     without changing its order, is left out. Logits are taken against their average.
 
     Args:
+        model: the converted model.
         top_k: followers per source token.
         sources: only these source tokens (texts of one token, or ids); None for all.
         text: a text, or token ids ``[pos]``, whose bigrams to compare the table with.

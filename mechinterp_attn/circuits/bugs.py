@@ -63,6 +63,9 @@ def factoring_bugs(
     before), or, without a text, the model's own direct path from destination to output.
 
     Args:
+        model: the converted model.
+        head: a label (``"L0H3"``), a ``Head`` or a virtual head.
+        top_k: how many rows to give.
         sources: only these source tokens; by default the 50 with the strongest trigrams.
         text: a text or token ids ``[pos]`` that says which trigrams are good.
         plan: say what it would cost instead of doing it.
@@ -127,7 +130,8 @@ def _support(
     model: AttentionOnlyModel, source: int, destination: Tensor, token: Tensor, tokens: Tensor | None
 ) -> Float[Tensor, "destination token"]:
     """How well each (destination, output) is backed: counts in a text, or the direct path's logits
-    against their row."""
+    against their row.
+    """
     if tokens is None:
         columns = model.W_U.detach()[:, token].double() - average_unembedding(model)[:, None]
         return embedding(model, destination) @ columns

@@ -54,6 +54,7 @@ def virtual_heads(
     times the largest singular value of any later head beats the weakest chain on the list.
 
     Args:
+        model: the converted model.
         src, dst: earlier and later heads, as for ``composition``; in a chain of three the first is out
             of ``src``, the others are out of ``dst``.
         length: heads in a chain, 2 or 3.

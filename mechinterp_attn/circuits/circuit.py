@@ -36,6 +36,8 @@ class TokenBlock(Result):
     """Chosen rows and columns of a circuit.
 
     Attributes:
+        head: its label.
+        circuit: "OV" or "QK".
         values: ``[source, token]``, float64.
         frame: one row per source token, one column per token.
     """
@@ -51,6 +53,8 @@ class CircuitStatistics(Result):
     """Numbers about a whole circuit.
 
     Attributes:
+        head: its label.
+        circuit: "OV" or "QK".
         frame: one row per ``statistic`` with its ``value``: ``frobenius_norm``, ``spectral_norm``,
             ``mean``, ``diagonal_mean``, ``diagonal_share`` (of the squared norm), ``positive_diagonal``
             (share of tokens), ``top1_on_diagonal`` (share of the tokens looked at whose largest entry
@@ -71,6 +75,7 @@ class VocabularyCircuit:
     """A head's circuit over the vocabulary, never multiplied out.
 
     Attributes:
+        which: "OV" or "QK".
         model, head: what it was made from;  which: "OV" or "QK".
         offset: how many tokens before the query the key stands, for rotary heads; None leaves
             rotations out.
@@ -83,6 +88,7 @@ class VocabularyCircuit:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
         spec = self.model.spec
         return spec.d_vocab, spec.d_vocab_out if self.which == "OV" else spec.d_vocab
 
@@ -94,13 +100,23 @@ class VocabularyCircuit:
     def left(
         self, ids: Tensor | None = None, dtype: torch.dtype = torch.float64
     ) -> Float[Tensor, "source rank"]:
-        """The rows' factor: what the head reads from every source (OV) or query (QK) token."""
+        """The rows' factor: what the head reads from every source (OV) or query (QK) token.
+
+        Args:
+            ids: some tokens; all by default.
+            dtype: the arithmetic.
+        """
         return _by_chunks(self.model.W_E.detach(), ids, self._left, dtype)
 
     def right(
         self, ids: Tensor | None = None, dtype: torch.dtype = torch.float64
     ) -> Float[Tensor, "rank token"]:
-        """The columns' factor: what the head writes to every logit, or reads from every key token."""
+        """The columns' factor: what the head writes to every logit, or reads from every key token.
+
+        Args:
+            ids: some tokens; all by default.
+            dtype: the arithmetic.
+        """
         table = self.model.W_U.detach().T if self.which == "OV" else self.model.W_E.detach()
         return _by_chunks(table, ids, self._right, dtype).T
 
@@ -136,7 +152,12 @@ class VocabularyCircuit:
         return self.head.bank.turned(x, position)
 
     def at(self, rows: Tensor, columns: Tensor) -> Float[Tensor, " entry"]:
-        """Single entries ``M[rows[i], columns[i]]``, one by one in float64."""
+        """Single entries ``M[rows[i], columns[i]]``, one by one in float64.
+
+        Args:
+            rows: ``[n]`` ids of source or query tokens.
+            columns: ``[n]`` ids of output or key tokens.
+        """
         some_rows, row = rows.unique(return_inverse=True)
         some_columns, column = columns.unique(return_inverse=True)
         left, right = self.left(some_rows), self.right(some_columns).T.contiguous()
@@ -145,6 +166,10 @@ class VocabularyCircuit:
 
     def entry(self, source: str | int, token: str | int) -> float:
         """One entry, in float64.
+
+        Args:
+            source: the row: text or id of one token.
+            token: the column: text or id of one token.
 
         Raises:
             MechInterpError: a text that is several tokens, or an id outside the vocabulary.
@@ -155,6 +180,10 @@ class VocabularyCircuit:
 
     def block(self, sources: Tokens, tokens: Tokens) -> TokenBlock:
         """Chosen rows and columns as a table and a heatmap.
+
+        Args:
+            sources: texts or ids of the rows.
+            tokens: texts or ids of the columns.
 
         Raises:
             MechInterpError: a text that is several tokens, or an id outside the vocabulary.
@@ -235,11 +264,16 @@ class VocabularyCircuit:
 
     @property
     def rank(self) -> int:
+        """The rank of the product, at most."""
         return self.head.W_V.shape[1] if self.which == "OV" else self.head.W_Q.shape[1]
 
 
 def ov_circuit(model: AttentionOnlyModel, head: str | Head) -> VocabularyCircuit:
     """A head's ``W_E W_OV W_U``, logits against their average: entries, blocks and statistics of it.
+
+    Args:
+        model: the converted model.
+        head: a label (``"L0H3"``), a ``Head`` or a virtual head.
 
     Raises:
         MechInterpError: no such head.
@@ -254,6 +288,8 @@ def qk_circuit(
     neuron, its pre-activation.
 
     Args:
+        model: the converted model.
+        head: a label (``"L0H3"``), a ``Head`` or a virtual head.
         offset: the key stands this many tokens before the query (rotary heads turn with it).
 
     Raises:

@@ -47,6 +47,7 @@ class CompositionScores(Result):
     """Composition of heads with later heads.
 
     Attributes:
+        kind: "Q", "K" or "V".
         frame: one row per pair: ``src, dst, kind`` ("Q", "K" or "V"), ``score`` in [0, 1], ``baseline``
             and ``spread`` (mean and standard deviation for random heads of the same shapes), ``z``
             = (score - baseline) / spread, ``z_spectrum`` (the same against these very heads turned at
@@ -67,7 +68,12 @@ class CompositionScores(Result):
     histograms: pd.DataFrame | None = field(repr=False)
 
     def plot(self, *, ranking: bool = False, k: int = 20) -> Figure:
-        """A heatmap of the scores against the random baseline, or the ``k`` strongest pairs."""
+        """A heatmap of the scores against the random baseline, or the ``k`` strongest pairs.
+
+        Args:
+            ranking: the strongest pairs as bars, not the heatmap.
+            k: how many to show.
+        """
         return draw(self, ranking=ranking, k=k)
 
 
@@ -89,6 +95,7 @@ def composition(
     """How much of what a head writes a later head reads, for all pairs of two sets of heads.
 
     Args:
+        model: the converted model.
         kind: whether the later head's queries ("Q"), keys ("K") or values ("V") read it.
         src, dst: earlier and later heads: labels or heads (virtual ones too), "attention", "mlp", or
             None for all. Pairs in which the later one does not read the earlier are left out.
@@ -331,7 +338,8 @@ def _side(
     dtype: torch.dtype,
 ) -> tuple[np.ndarray, Tensor, Tensor]:
     """Label, inner dimension and participation of heads counted through all groups; each head once.
-    The participation is NaN where a head reads or writes nothing on this side."""
+    The participation is NaN where a head reads or writes nothing on this side.
+    """
     some, back = heads.unique(return_inverse=True)
     place, group = _group_of(starts, some)
     labels = np.empty(len(some), dtype=object)

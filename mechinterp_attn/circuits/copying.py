@@ -55,7 +55,11 @@ class CopyingScores(Result):
     eigenvalues: Mapping[str, Tensor] = field(repr=False)
 
     def plot(self, head: str | None = None) -> Figure:
-        """The eigenvalues of a head on the complex plane; by default, the scores of all heads."""
+        """The eigenvalues of a head on the complex plane; by default, the scores of all heads.
+
+        Args:
+            head: one head's eigenvalues; the scores of all heads by default.
+        """
         return draw(self, head)
 
 
@@ -71,6 +75,7 @@ def copying_scores(
     """Copying scores of heads by the eigenvalues of their OV circuits.
 
     Args:
+        model: the converted model.
         heads: labels or heads (virtual ones too), "attention", "mlp", or None for all.
         diagonals: add the two alternatives that Elhage et al. name: the share of tokens that a head
             raises at all and of those it raises most. A pass over the vocabulary for every head.

@@ -62,7 +62,8 @@ def average_unembedding(model: AttentionOnlyModel) -> Float[Tensor, " d_model"]:
 
 def unembed_embed(model: AttentionOnlyModel) -> Float[Tensor, "d_model d_model"]:
     """``W_U @ W_E`` as softmax and heads see them: its eigenvalues with ``W_OV`` between are those of
-    ``W_E W_OV W_U``. Float64, a few thousand tokens at a time."""
+    ``W_E W_OV W_U``. Float64, a few thousand tokens at a time.
+    """
     W_U, W_E, mean = model.W_U.detach(), model.W_E.detach(), average_unembedding(model)[:, None]
     out = mean.new_zeros(len(W_U), len(W_U))
     for a in range(0, len(W_E), CHUNK):

@@ -131,7 +131,8 @@ class HeadGroup:
         self, kind: Composition | None, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "head d_model r"], Float[Tensor, "head r r"]]:
         """``X`` and ``M``: ``X M X^T`` is the symmetric matrix ``R R^T`` of how heads read, or ``W^T W`` of
-        how they write (kind None). ``X`` are the weights themselves, ``M`` is scaled."""
+        how they write (kind None). ``X`` are the weights themselves, ``M`` is scaled.
+        """
         side: Side = kind or "O"
         # Products of Gram matrices in float64: those of small weights have no float32.
         middle = self._gram(OTHER[kind] if kind else "V", slice(None), dtype).double()
@@ -141,7 +142,8 @@ class HeadGroup:
 
     def _direction(self, side: Side, other: Side, part: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """The vectors of one side of rank-1 heads, scaled to length 1; 0 where the other side is 0. The
-        Gram matrices have the lengths already: nothing as large as the weights is made but the result."""
+        Gram matrices have the lengths already: nothing as large as the weights is made but the result.
+        """
         squares = self._gram(side, part)
         nothing = (squares == 0) | (self._gram(other, part) == 0)
         scale = squares.rsqrt().clamp_max(torch.finfo(dtype).max).masked_fill(nothing, 0)
@@ -234,7 +236,8 @@ def groups_of(model: AttentionOnlyModel, select: Select) -> list[HeadGroup]:
 def refuse_non_finite(model: AttentionOnlyModel, banks: Iterable[HeadBank | Weights]) -> None:
     """Raises:
     MechInterpError: names every tensor of the banks and of the vocabulary that holds a NaN or an
-        infinity, and where."""
+        infinity, and where.
+    """
     named = [("embed.W_E", model.W_E), ("unembed.W_U", model.W_U)]
     for bank in {id(bank): bank for bank in banks if isinstance(bank, HeadBank)}.values():
         named += [(f"{bank.path}.{name}", tensor) for name, tensor in bank.named_parameters()]

@@ -24,7 +24,8 @@ AT_ONCE = 64  # pairs of heads multiplied out together
 
 def lifts(job: Job, units: list[Unit], max_bytes: int) -> bool:
     """Whether all pairs of a job take less work this way, and the memory allows it. Only in float32:
-    float64 is for small models and for checks, where the products themselves are taken."""
+    float64 is for small models and for checks, where the products themselves are taken.
+    """
     flops, needed = lifted_cost(job)
     plain = job.dtype == torch.float32 and job.precision == "float32"
     return plain and flops < sum(job.flops(unit) for unit in units) and needed <= max_bytes
@@ -69,7 +70,8 @@ def lifted_scores(job: Job) -> Float[Tensor, "source reader"]:
 
 def _taking_part(job: Job) -> tuple[list[HeadGroup], list[HeadGroup]]:
     """The groups that some reader reads, and those that read some: the last layer's heads are in none
-    of the first kind, the first layer's in none of the second."""
+    of the first kind, the first layer's in none of the second.
+    """
     earlier = [job.earlier(reader) for reader in job.readers]
     return (
         [job.sources[i] for i in sorted(set().union(*earlier))],

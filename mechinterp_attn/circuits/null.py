@@ -18,7 +18,8 @@ from torch import Tensor
 
 def random_participation(d_model: int, rank: int) -> float:
     """The participation of ``A @ B`` with Gaussian ``A [d_model, rank]``, ``B [rank, d_model]``: expected
-    fourth powers over the squared expected second powers."""
+    fourth powers over the squared expected second powers.
+    """
     if rank == 1:
         return 1.0
     d, r = d_model, rank

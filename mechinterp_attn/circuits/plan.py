@@ -14,6 +14,8 @@ class Plan:
     """The cost of a call, without running it.
 
     Attributes:
+        bytes: the largest memory beyond the model's.
+        chunks: in how many pieces the work is done.
         what: what would be computed.
         flops: multiplications and additions;  bytes: memory beyond the model's;  chunks: blocks.
         seconds: flops at the rate that a short multiplication of this very block shape reaches here.
@@ -54,7 +56,8 @@ def make_plan(
 @cache
 def measured_rate(device: torch.device, shape: tuple[int, int, int], threads: int) -> float:
     """FLOP per second of ``[n, k] @ [k, m]`` in float32 on a device with so many threads: measured for
-    a twentieth of a second, once."""
+    a twentieth of a second, once.
+    """
     n, k, m = shape
     left, right = torch.ones(n, k, device=device), torch.ones(k, m, device=device)
     out = left @ right

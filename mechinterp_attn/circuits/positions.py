@@ -30,6 +30,7 @@ class PositionCircuit(Result):
     """A head's attention by position, tokens left out.
 
     Attributes:
+        head: its label.
         scores: learned positions: ``(W_pos W_Q + b_Q) W_K^T W_pos^T``, unscaled, ``[query, key]``; rotary
             ones: the score of the average query with the average key, ``[offset]``.
         pattern: the attention that the scores alone give, ``[query, key]``; learned positions are
@@ -51,6 +52,7 @@ class TokenPositions(Result):
     included.
 
     Attributes:
+        head: its label.
         frame: ``token, token_id, position, value`` (against the average key, unscaled), ``rank``.
     """
 
@@ -67,6 +69,8 @@ def position_circuit(
     The query's bias takes part (it speaks to positions); a rotary head's key bias does too.
 
     Args:
+        model: the converted model.
+        head: a label (``"L0H3"``), a ``Head`` or a virtual head.
         n_positions: only so many positions; by default the context, at most 512.
 
     Raises:
@@ -121,6 +125,9 @@ def token_positions(
     ``W_pos`` exchanged.
 
     Args:
+        model: the converted model.
+        head: a label (``"L0H3"``), a ``Head`` or a virtual head.
+        top_k: how many rows to give.
         query: which of the two asks; the other one is the key. Entries are taken against the
             average key, so that they compare across queries.
 

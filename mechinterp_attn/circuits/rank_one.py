@@ -32,7 +32,12 @@ class ReadsAndWrites(Result):
     title: ClassVar[str] = "What heads read and write"
 
     def tokens(self, head: str, side: str) -> list[str]:
-        """The tokens of one head and side, strongest first; none where the side is left out."""
+        """The tokens of one head and side, strongest first; none where the side is left out.
+
+        Args:
+            head: its label.
+            side: "read", "write" or another side of the frame.
+        """
         frame = self.frame
         return frame.loc[(frame["head"] == head) & (frame["side"] == side), "token"].tolist()
 
@@ -45,6 +50,7 @@ def reads_and_writes(model: AttentionOnlyModel, heads: Heads, *, top_k: int = 8)
     out. Ungated neurons read the same direction as query and value, up to a factor.
 
     Args:
+        model: the converted model.
         heads: labels or heads of inner dimension 1 (every MLP-derived head is one).
         top_k: tokens of each side.
 

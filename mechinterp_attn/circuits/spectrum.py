@@ -25,6 +25,7 @@ class SingularDirections(Result):
     """The strongest directions of a head.
 
     Attributes:
+        head: its label.
         frame: ``component`` (from 0), ``singular_value``, ``side`` ("in": tokens whose embedding lies
             along the direction that is read; "out": tokens whose logit the direction written
             raises), ``token, token_id, value, rank``. A direction and its negative act alike; each
@@ -44,6 +45,8 @@ def singular_directions(
     """SVD of ``W_OV`` through its thin factors, each direction read through ``W_E`` and ``W_U``.
 
     Args:
+        model: the converted model.
+        top_k: how many rows to give.
         head: a label or a head (virtual ones too).
         components: how many directions, strongest first;  top_k: tokens per direction and side.
 

@@ -281,7 +281,8 @@ class _RowBest:
 
     def _begin(self, block: Tensor, first_column: int) -> None:
         """The first blocks: where there are enough groups, the k-th largest of their maxima bounds
-        the k-th largest entry, and sorting those is much less work."""
+        the k-th largest entry, and sorting those is much less work.
+        """
         groups = _grouped(block)
         if self.value is None and groups is not None and groups.shape[2] >= self.k:
             limit = groups.amax(1).topk(self.k).values[:, -1:]

@@ -78,6 +78,7 @@ def skip_trigrams(
     pre-activation.
 
     Args:
+        model: the converted model.
         head: one head (virtual ones too), several, or None for all heads that move information
             between positions.
         sources: only these source tokens, ranked one by one; None searches all of them together.
@@ -134,7 +135,8 @@ Halves = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def halves_of(model: AttentionOnlyModel, head: Head) -> Halves:
     """Query and key sides (keys against their average, scaled) and both sides of OV (outputs against
-    their average)."""
+    their average).
+    """
     qk, ov = qk_circuit(model, head), ov_circuit(model, head)
     query, key = qk.left() / head.bank.score_scale, qk.right().T
     if head.compares_keys:
@@ -143,6 +145,7 @@ def halves_of(model: AttentionOnlyModel, head: Head) -> Halves:
 
 
 def plan_of(model: AttentionOnlyModel, heads: list[Head], sources: int) -> Plan:
+    """The memory that a search over these heads takes."""
     spec, widest = model.spec, max(head.W_Q.shape[1] for head in heads)
     return plan_product(
         f"skip-trigrams of {len(heads):,} heads and {sources:,} source tokens, at most",
@@ -154,6 +157,7 @@ def plan_of(model: AttentionOnlyModel, heads: list[Head], sources: int) -> Plan:
 
 
 def lists_of(head: Head, halves: Halves, source: Tensor, width: int) -> Lists:
+    """For each source token: the strongest outputs, and the queries that attend to it most."""
     query, key, read, write = halves
     outputs = top_of_rows(read[source], write, width)
     if head.mixes_positions:
@@ -175,7 +179,8 @@ def _strongest(
     model: AttentionOnlyModel, head: Head, halves: Halves, k: int, floor: float
 ) -> list[pd.DataFrame]:
     """Tables that hold the ``k`` strongest trigrams of a head, as far as they are stronger than
-    ``floor``."""
+    ``floor``.
+    """
     query, key, read, write = halves
     attended = key.norm(dim=1) * query.norm(dim=1).max()
     if not head.mixes_positions:
@@ -199,7 +204,8 @@ def _last_of(k: int, found: list[pd.DataFrame]) -> float:
 
 def _products(lists: Lists, rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Products of the sorted halves of some sources: places (i, j) with (i + 1)(j + 1) <= k are all
-    that can be among the k largest; value ``[row, place]``."""
+    that can be among the k largest; value ``[row, place]``.
+    """
     m, n = lists.qk.shape[1], lists.ov.shape[1]
     i, j = torch.meshgrid(torch.arange(m), torch.arange(n), indexing="ij")
     near = ((i + 1) * (j + 1) <= k).flatten().nonzero().flatten()

@@ -49,6 +49,7 @@ class TokenPairs(Result):
     """The largest entries of a circuit over the vocabulary.
 
     Attributes:
+        circuit: "OV" or "QK".
         head: label of the head;  circuit: "OV" or "QK".
         frame: one row per entry: ``source`` and ``source_id`` (OV: the token attended to; QK: the
             query token), ``token`` and ``token_id`` (OV: the token whose logit changes; QK: the key
@@ -60,7 +61,11 @@ class TokenPairs(Result):
     circuit: Which
 
     def plot(self, k: int = 20) -> Figure:
-        """The first ``k`` entries as signed bars."""
+        """The first ``k`` entries as signed bars.
+
+        Args:
+            k: how many to show.
+        """
         return draw(self, k)
 
 
@@ -79,6 +84,7 @@ def ov_top(
     against the average over the vocabulary.
 
     Args:
+        model: the converted model.
         head: label such as ``L1H2``, ``L0N7`` or ``L0H1 > L1H4``, or a ``Head`` (virtual ones too).
         top_k: how many entries; per row or column where ``over`` says so.
         over: rank ``"all"`` entries together, every source token's ``"rows"``, or every output
@@ -121,6 +127,17 @@ def qk_top(
     Args: as for ``ov_top``; ``sources`` are query tokens.
         offset: the key stands this many tokens before the query, for rotary heads; None leaves
             rotations out.
+
+    Args:
+        model: the converted model.
+        head: a label (``"L0H3"``), a ``Head`` or a virtual head.
+        top_k: how many rows to give.
+        over: "all" for the largest entries of the circuit, "rows" for those of every query token.
+        sources: query tokens; all by default.
+        largest: False for the smallest entries.
+        offset: how far the key lies behind the query, for rotary models.
+        precision: arithmetic of the search; listed values are float64.
+        plan: the cost instead of the answer.
 
     Raises:
         MechInterpError: no such head or token, or top_k or offset out of range.

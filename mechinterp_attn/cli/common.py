@@ -84,13 +84,21 @@ Quiet = Annotated[
 
 
 def remark(text: str) -> None:
-    """A line on standard error, unless ``--quiet``."""
+    """A line on standard error, unless ``--quiet``.
+
+    Args:
+        text: what to say.
+    """
     if not state.quiet:
         typer.echo(_style(text, sys.stderr, dim=True), err=True)
 
 
 def fail(text: str) -> None:
-    """An error, in one line on standard error."""
+    """An error, in one line on standard error.
+
+    Args:
+        text: what went wrong and what to do.
+    """
     line = " ".join(text.split())
     typer.echo(f"{_style('error:', sys.stderr, fg='red', bold=True)} {line}", err=True)
 
@@ -150,7 +158,7 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """numpy's scalars as Python's; what is no number as ``None``."""
+    """Numpy's scalars as Python's; what is no number as ``None``."""
     if isinstance(value, dict):
         return {str(key): _plain(v) for key, v in value.items()}
     if isinstance(value, list | tuple):

@@ -70,6 +70,7 @@ def load(
     """A model by name or folder, in attention-only form, checked against its source.
 
     Args:
+        device: where the weights go.
         source: the name of a bundled model (``mia.models()`` lists them), a folder made by
             ``model.save``, a folder with a TL-convention checkpoint (config.json and
             model.safetensors) or with a Hugging Face model, a ``.gguf`` file (needs the extra

@@ -95,7 +95,8 @@ def fold(
     kind: NormKind,
 ) -> tuple[Float[Tensor, "*head d_model out"], Float[Tensor, "*head out"]]:
     """``(norm(x) * gain + beta) @ W + b`` as ``norm(x) @ W' + b'``; float64 inside, some columns at a
-    time, so that no large tensor is ever held in float64."""
+    time, so that no large tensor is ever held in float64.
+    """
     if kind is None:
         return W, b
     W_new, b_new = torch.empty_like(W), torch.empty_like(b)

@@ -93,7 +93,8 @@ def mixtures_for(
 
 def gate_bound(spec: Spec, weights: Mapping[str, Tensor], layer: int) -> float:
     """How large any gate's reading ``|g|`` of a layer can be: the norm in front keeps its output no
-    longer than sqrt(d_model); infinite without a norm."""
+    longer than sqrt(d_model); infinite without a norm.
+    """
     if spec.norm is None:
         return math.inf
     W, b = (weights[f"blocks.{layer}.neurons.{part}"].double() for part in ("W_gate", "b_gate"))

@@ -53,7 +53,8 @@ def load_saved(folder: Path, dtype: torch.dtype | None = None) -> AttentionOnlyM
 
 def _shapes(spec: Spec) -> tuple[Shapes, Shapes]:
     """Names and shapes of the tensors that a saved model must have, and of those it may have: as in the
-    source, without the norms that are folded in, and with every bias."""
+    source, without the norms that are folded in, and with every bias.
+    """
     required, optional = expected_shapes(spec)
     kept = {"embed_norm.b"} | {name for name in optional if name.endswith("_post.w")}
     if spec.stream_norm:

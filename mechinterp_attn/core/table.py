@@ -90,7 +90,8 @@ def _text_cells(values: pd.Series, name: str) -> list[str]:
 
 def formatter(values: pd.Series) -> Callable[[Any], str]:
     """How the numbers of a column are written: the same decimals for all, or, where they span many
-    sizes, the same significant digits; with a sign where some are negative."""
+    sizes, the same significant digits; with a sign where some are negative.
+    """
     if values.dtype.kind in "iu":
         return lambda v: _special(v) or f"{v:,}"
     finite = [abs(v) for v in values.tolist() if _finite(v) and v]

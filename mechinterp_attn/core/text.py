@@ -48,6 +48,7 @@ def signed(x: float) -> str:
 
 def inert_json(data: Any) -> str:
     """JSON for a ``<script type="application/json">`` block: pure ASCII without ``<``, ``>``, ``&``,
-    so that nothing in it can end the block or be read as markup."""
+    so that nothing in it can end the block or be read as markup.
+    """
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -78,6 +78,7 @@ def ablate(
     L1H2"``: the second head's keys (queries, values) are those of a run without the first one.
 
     Args:
+        model: the converted model.
         tokens: tokens ``[pos]`` or ``[batch, pos]``, a text, or texts of any lengths.
         heads: heads or labels, chains of them, and edges, each cut in a run of its own. None: all
             heads by the estimate, and the ``exact`` ones with the largest estimates by cutting.

@@ -45,6 +45,7 @@ class CircuitCheck(Result):
 
     @property
     def ok(self) -> bool:
+        """Whether every claim holds."""
         return bool(self.frame["ok"].all())
 
 
@@ -76,6 +77,7 @@ def assert_circuit(
       the circuit replaced, at least this share is lost.
 
     Args:
+        model: the converted model.
         spec: a mapping, YAML text, or the path of a YAML file.
         tolerance: how far below its number a measured score or share may be.
         seed, draws: of the random tokens.
@@ -105,7 +107,15 @@ def assert_circuit(
 def check_circuit(
     model: AttentionOnlyModel, spec: Spec, tolerance: float = 0.05, *, seed: int = 0, draws: int = 10
 ) -> CircuitCheck:
-    """``assert_circuit`` without the assertion: what holds and what does not."""
+    """``assert_circuit`` without the assertion: what holds and what does not.
+
+    Args:
+        model: the converted model.
+        spec: a file, a dictionary or YAML text: what the circuit is claimed to be.
+        tolerance: how far a number may be from its claim.
+        seed: of the random draws.
+        draws: how many random sequences.
+    """
     data = _read(spec)
     members, roles = _heads(model, data)
     claims: list[tuple[str, float, float]] = []
@@ -133,7 +143,8 @@ def check_circuit(
 
 def _dependence(model: AttentionOnlyModel, edge: str, batch: Batch, where: Tensor) -> tuple[float, Check]:
     """How much of what an edge's second head holds changes without the edge, as a share of its norm,
-    where the next token is counted; and the last sequence's change again, on its own."""
+    where the next token is counted; and the last sequence's change again, on its own.
+    """
     (((path, index), part),) = cut_of(model, edge, batch).parts.items()
     bank = cast(HeadBank, model.get_submodule(path))
     z = look(model, batch, ("z",))[bank.hook("z")][:, :, index].reshape(part.shape)

@@ -39,6 +39,9 @@ class CorpusScores(Result):
     """What every head does on a corpus.
 
     Attributes:
+        tokens: how many were read.
+        tally: the sums behind the scores.
+        model: its name.
         frame: one row per head: the columns of ``score_heads``; ``written``, the mean norm of what
             the head writes; ``loss_change`` and ``logit_change`` (nats a token, logit of the right
             token) for the heads that were cut; ``estimate`` of the loss change, if asked for.
@@ -56,11 +59,18 @@ class CorpusScores(Result):
     model: AttentionOnlyModel
 
     def plot(self, score: str = "induction") -> Figure:
-        """A heatmap of one score over attention heads by layer."""
+        """A heatmap of one score over attention heads by layer.
+
+        Args:
+            score: a column of the frame.
+        """
         return draw(self, score)
 
     def passages(self, head: str) -> pd.DataFrame:
         """Where a head of any kind writes most.
+
+        Args:
+            head: its label.
 
         Returns:
             one row per passage, largest first: ``rank, norm, document, position`` (of the token in
@@ -117,6 +127,9 @@ def over_corpus(
     of documents change no more than their last digits.
 
     Args:
+        model: the converted model.
+        context: tokens in each window.
+        field: of a JSONL line: the one that holds the text.
         texts: a text file, a JSONL file, or anything that gives documents, such as one split of a
             Hugging Face dataset (streaming ones too): texts, token ids, or mappings with ``field``.
         heads: what to cut to zero on every window, as for ``ablate``; each costs a run.

@@ -60,7 +60,12 @@ class Induction(Result):
         return not self.edges.empty
 
     def heads(self, role: str, *, views: int = 2) -> list[str]:
-        """Labels of the heads with a role that at least so many views name."""
+        """Labels of the heads with a role that at least so many views name.
+
+        Args:
+            role: "induction" or "previous_token".
+            views: by how many of the views a head must be named.
+        """
         frame = self.frame[(self.frame["role"] == role) & (self.frame["views"] >= views)]
         return list(frame["head"])
 
@@ -107,6 +112,7 @@ def induction(
       cannot be lost). Heads that stand in for one another can hide from this view.
 
     Args:
+        model: the converted model.
         seed, draws: of the random tokens.
         neurons: how many MLP-derived heads to cut, by their estimates.
         max_bytes: of what is held at a time.

@@ -25,6 +25,8 @@ class InContextLearning(Result):
     """Loss by position.
 
     Attributes:
+        early: the position the loss starts from.
+        late: the position it ends at.
         frame: one row per position: ``position`` (of the predicted token, from 1), ``loss`` (mean,
             nats), ``error`` (standard error of the mean), ``count``.
         score: loss at position ``late`` minus loss at ``early``: below zero where context helps.
@@ -52,6 +54,7 @@ def in_context_learning(
     """Loss by position, and the in-context-learning score (Olsson et al. 2022).
 
     Args:
+        model: the converted model.
         tokens: tokens ``[batch, pos]``, a text, or texts; many, for the mean to mean something.
         early, late: positions of the score; 50 and 500, in shorter contexts the same shares of them.
         max_bytes: of what is held at a time.

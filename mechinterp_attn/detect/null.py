@@ -57,7 +57,8 @@ def random_removals(
 
 def _turned_out(model: AttentionOnlyModel, label: str, turns: Tensor) -> list[tuple[str, Any]]:
     """Hooks that take a head's output, turned, out of the stream behind its sublayer; every turn in
-    its own share of the batch."""
+    its own share of the batch.
+    """
     bank, index = model.heads.find(label)
     streams = [sublayer.stream for sublayer in model.sublayers()]
     streams.append(f"blocks.{model.spec.n_layers - 1}.hook_resid_post")

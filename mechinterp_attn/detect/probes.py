@@ -25,6 +25,7 @@ class Probe:
     """Random tokens repeated: ``[BOS] t1 .. tp t1 .. tp ...``, the t all different, none of them special.
 
     Attributes:
+        repeats: how often the random part is repeated.
         tokens: ``[draw, pos]``.
         period: how many tokens until they repeat;  repeats: how often they stand there.
         front: how many special tokens stand in front: a BOS where the model's texts have one.
@@ -44,12 +45,14 @@ class Probe:
 
     @property
     def batch(self) -> Batch:
+        """How many sequences."""
         return Batch(self.tokens, torch.ones_like(self.tokens, dtype=torch.bool))
 
     @property
     def repeated(self) -> Bool[Tensor, "draw pos_minus_1"]:
         """Of the tokens after the first, those that induction predicts: all after the first pass but
-        the first of the second, of which nobody can know that it starts over."""
+        the first of the second, of which nobody can know that it starts over.
+        """
         later = torch.arange(1, self.tokens.shape[1]) > self.front + self.period
         return later.to(self.tokens.device).expand(len(self.tokens), -1)
 
@@ -62,6 +65,11 @@ def random_repeats(model: AttentionOnlyModel, *, draws: int, seed: int) -> Probe
 
     25 tokens 4 times after a BOS, as in Olsson et al. 2022; fewer where the context or the
     vocabulary is small, at least 2 tokens twice.
+
+    Args:
+        model: the converted model.
+        draws: how many random sequences.
+        seed: of the random draws.
 
     Raises:
         MechInterpError: the context or vocabulary is too small; says the least that would do.

@@ -48,7 +48,11 @@ class HeadScores(Result):
     probe: Batch
 
     def plot(self, score: str = "induction") -> Figure:
-        """A heatmap of one score over attention heads by layer."""
+        """A heatmap of one score over attention heads by layer.
+
+        Args:
+            score: a column of the frame.
+        """
         return draw(self, score)
 
 
@@ -75,6 +79,8 @@ def score_heads(
     heads' patterns.
 
     Args:
+        model: the converted model.
+        draws: how many random sequences.
         heads: labels or heads, virtual ones such as ``"L0H1 > L1H2"`` too; None: all single heads.
         seed: of the random tokens;  draws: how many random sequences.
         tokens: score on these instead: tokens ``[batch, pos]``, a text, or texts of any lengths.
@@ -135,6 +141,7 @@ def offsets(
     """Mean attention of every head to the token ``0, 1, ..., up_to`` positions back.
 
     Args:
+        model: the converted model.
         up_to: the largest offset.
         seed, draws, tokens, max_bytes: as for ``score_heads``.
 
@@ -201,6 +208,9 @@ def match(
     ``error_measure="mul"``; MLP-derived heads get the same number, the bias token counted as a key.
 
     Args:
+        model: the converted model.
+        exclude_current_token: leave the diagonal out of pattern and attention, as TransformerLens's head
+            detector can.
         tokens: one prompt, or several for named pairs (the mean over prompts).
         pairs: ``"previous_token"``, ``"duplicate_token"``, ``"induction"``, ``"current_token"``,
             ``"first_token"``, or weights ``[pos, pos]``, query by key.

@@ -77,6 +77,8 @@ def score_weights(
     ``pairs``: as ``src`` it moves nothing between positions.
 
     Args:
+        model: the converted model.
+        draws: how many random sequences.
         heads: labels or heads for ``frame``, virtual ones such as ``"L0H1 > L1H2"`` too, whose OV is
             the product; None: all single heads.
         seed: of random tokens and random heads;  draws: of 25 random tokens for ``pure_copying``.
@@ -143,7 +145,8 @@ def _pure_copying(
 
 def _pairs(model: AttentionOnlyModel, W_E: Tensor, seed: int) -> tuple[pd.DataFrame, Check]:
     """All pairs, from embeddings against their average: with those a query's scores are against its
-    average score, and neither what all keys share nor the query's bias is left in a trace."""
+    average score, and neither what all keys share nor the query's bias is left in a trace.
+    """
     gram, width = W_E.T @ W_E, seen_width(model)
     banks = model.heads.between_positions.banks
     parts: list[pd.DataFrame] = []

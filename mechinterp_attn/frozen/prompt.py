@@ -109,7 +109,12 @@ class Frozen:
         return (*starts, *biases)
 
     def sources_at(self, depth: int, reader: int) -> list[Source]:
-        """The sources that join the stream in the sum ``depth`` and are first read by ``reader``."""
+        """The sources that join the stream in the sum ``depth`` and are first read by ``reader``.
+
+        Args:
+            depth: the number of the sum.
+            reader: the sublayer that reads first.
+        """
         return self._sources_by_place.get((depth, reader), [])
 
     @cached_property
@@ -121,6 +126,9 @@ class Frozen:
 
     def locate(self, head: str) -> Place:
         """Where a head stands.
+
+        Args:
+            head: a label (``"L0H3"``), a ``Head`` or a virtual head.
 
         Raises:
             MechInterpError: no such head.
@@ -134,29 +142,57 @@ class Frozen:
         )
 
     def bank_at(self, place: Place) -> FrozenBank:
+        """The bank whose frozen view stands at a place.
+
+        Args:
+            place: where the head stands, from ``locate``.
+        """
         return self.sublayers[place.depth].banks[place.bank]
 
     def held_at(self, place: Place) -> Float[Tensor, "pos d_head"]:
-        """What a head held in the run, biases included."""
+        """What a head held in the run, biases included.
+
+        Args:
+            place: where the head stands, from ``locate``.
+        """
         return self.sublayers[place.depth].held[place.bank][:, place.head]
 
     def read_at(self, place: Place, x: Float[Tensor, "pos d_model"], start: int) -> Tensor:
-        """What a head holds of a part of the sum in sublayer ``start``, ``[pos, d_head]``."""
+        """What a head holds of a part of the sum in sublayer ``start``, ``[pos, d_head]``.
+
+        Args:
+            place: where the head stands, from ``locate``.
+            x: ``[..., pos, d_model]``, a part of the stream.
+            start: the sublayer to begin in.
+        """
         return self.bank_at(place).read(self.carry(x, start, place.depth))[:, place.head]
 
     def write_at(self, place: Place, z: Float[Tensor, "pos d_head"]) -> Float[Tensor, "pos d_model"]:
-        """What a head writes to the sum in its sublayer when it holds ``z``."""
+        """What a head writes to the sum in its sublayer when it holds ``z``.
+
+        Args:
+            place: where the head stands, from ``locate``.
+            z: ``[pos, d_head]``.
+        """
         return self.bank_at(place).write_one(z, place.head)
 
     def read_out(self, x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_vocab"]:
-        """What a part of the residual stream adds to the logits (without b_U)."""
+        """What a part of the residual stream adds to the logits (without b_U).
+
+        Args:
+            x: ``[..., pos, d_model]``, a part of the stream.
+        """
         if self.gate is not None:
             x = (x @ self.model.prediction.W.detach()) * self.gate
         logits = self.final_norm.apply(x) @ self.model.W_U.detach()
         return logits if self.cap is None else logits * self.cap
 
     def read_back(self, y: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
-        """Carry a direction in front of the unembedding back to the last residual stream."""
+        """Carry a direction in front of the unembedding back to the last residual stream.
+
+        Args:
+            y: ``[..., pos, d_model]``, in front of the unembedding.
+        """
         y = self.final_norm.adjoint(y)
         return y if self.gate is None else (y * self.gate) @ self.model.prediction.W.detach().T
 
@@ -169,19 +205,31 @@ class Frozen:
         return offset if self.cap is None else offset * self.cap
 
     def loss(self, logits: Float[Tensor, "*batch pos d_vocab"]) -> Float[Tensor, "*batch"]:
-        """Mean next-token loss (nats) of the prompt under given logits."""
+        """Mean next-token loss (nats) of the prompt under given logits.
+
+        Args:
+            logits: ``[..., pos, d_vocab]``.
+        """
         logp = logits[..., :-1, :].log_softmax(-1)
         targets = self.tokens[1:].expand(*logp.shape[:-1])
         return -logp.gather(-1, targets[..., None])[..., 0].mean(-1)
 
     def forward(self, x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
-        """The last residual stream, for a stream ``x`` at the start."""
+        """The last residual stream, for a stream ``x`` at the start.
+
+        Args:
+            x: ``[..., pos, d_model]``, the stream at the start.
+        """
         for sublayer in self.sublayers:
             x = sublayer.forward(x)
         return x
 
     def backward(self, y: Float[Tensor, "pos d_model"]) -> Fields:
-        """Carry a direction on the last residual stream back to every earlier one."""
+        """Carry a direction on the last residual stream back to every earlier one.
+
+        Args:
+            y: ``[..., pos, d_model]``, a direction on the stream.
+        """
         streams, sums = [y], [y]
         for sublayer in reversed(self.sublayers):
             at_sum, y = sublayer.backward(y)
@@ -192,13 +240,25 @@ class Frozen:
     def carry(self, x: Float[Tensor, "*batch pos d_model"], start: int, stop: int) -> Tensor:
         """What becomes of a part of the stream that no head reads, from the sum in sublayer ``start``
         to the stream that sublayer ``stop`` reads. It stays as it is but for norms over the whole
-        stream (BERT)."""
+        stream (BERT).
+
+        Args:
+            x: ``[..., pos, d_model]``, a part of the stream.
+            start: the sublayer to begin in.
+            stop: the sublayer to end in front of.
+        """
         for sublayer in self.sublayers[start:stop]:
             x = sublayer.carry(x)
         return x
 
     def carry_back(self, y: Float[Tensor, "*batch pos d_model"], start: int, stop: int) -> Tensor:
-        """The transpose of ``carry``."""
+        """The transpose of ``carry``.
+
+        Args:
+            y: ``[..., pos, d_model]``, a direction on the stream.
+            start: the sublayer to begin in.
+            stop: the sublayer to end in front of.
+        """
         for sublayer in reversed(self.sublayers[start:stop]):
             y = sublayer.carry_back(y)
         return y
@@ -206,7 +266,14 @@ class Frozen:
     def carry_rank_one(
         self, w: Float[Tensor, "*n pos"], v: Float[Tensor, "*n d_model"], start: int, stop: int
     ) -> tuple[Tensor, Tensor]:
-        """``carry_back`` for rank-one fields: weights over positions times one vector."""
+        """``carry_back`` for rank-one fields: weights over positions times one vector.
+
+        Args:
+            w: ``[n, pos]``, weights over positions.
+            v: ``[n, d_model]``, one direction each.
+            start: the sublayer to begin in.
+            stop: the sublayer to end in front of.
+        """
         for sublayer in reversed(self.sublayers[start:stop]):
             w, v = sublayer.carry_rank_one(w, v)
         return w, v
@@ -225,6 +292,7 @@ def freeze(model: AttentionOnlyModel, tokens: str | Tensor) -> Frozen:
     """Run a prompt once and fix every pattern, norm scale and soft cap.
 
     Args:
+        model: the converted model.
         tokens: a text, or token ids ``[pos]`` or ``[1, pos]``.
 
     Raises:

@@ -91,7 +91,8 @@ class FrozenSublayer:
 
     def backward(self, y: Float[Tensor, "*batch pos d_model"]) -> tuple[Tensor, Tensor]:
         """Carry a field on the stream behind back: to the sum in the sublayer, and to the stream in
-        front of it. The transpose of ``forward`` without its biases."""
+        front of it. The transpose of ``forward`` without its biases.
+        """
         at_sum = self.carry_back(y)
         return at_sum, sum((bank.adjoint(at_sum) for bank in self.banks), at_sum)
 

@@ -222,7 +222,8 @@ def _project(
     b: Float[Tensor, "head d_head"],
 ) -> Float[Tensor, "batch pos head d_head"]:
     """All heads in one matmul; a view, not a copy, where W is stored head by head as [d_head,
-    d_model] (as ``convert`` stores it)."""
+    d_model] (as ``convert`` stores it).
+    """
     return F.linear(x, W.transpose(1, 2).flatten(0, 1), b.flatten()).unflatten(-1, b.shape)
 
 

@@ -63,6 +63,12 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
 
         ``shared``: somebody else holds some of them as well, so that training must copy them first.
         ``default_prepend_bos``: whether texts begin with a BOS, where the tokenizer has one.
+
+        Args:
+            weights: tensors by name, as ``state_dict()`` gives them.
+            tokenizer: a Hugging Face tokenizer, or none.
+            shared: the weights are the source's own: copied before training.
+            default_prepend_bos: whether texts begin with a BOS.
         """
         super().__init__()
         self._shared = False  # set at the end: ``eval`` below calls ``train``
@@ -96,7 +102,11 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
         self._shared = shared
 
     def train(self, mode: bool = True) -> AttentionOnlyModel:
-        """Training mode. Weights that are shared with the source are copied before they can change."""
+        """Training mode. Weights that are shared with the source are copied before they can change.
+
+        Args:
+            mode: False for evaluation.
+        """
         if mode and self._shared:
             for parameter in self.parameters():
                 parameter.data = parameter.data.clone()
@@ -267,7 +277,17 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy (nats) of every next token: the mean over real tokens, or all
-        ``[batch, pos - 1]``."""
+        ``[batch, pos - 1]``.
+
+        Args:
+            logits: ``[batch, pos, d_vocab]``.
+            tokens: ``[batch, pos]``.
+            per_token: every token's loss ``[batch, pos - 1]``, not the mean.
+            attention_mask: ``[batch, pos]``, 0 on padding.
+
+        Raises:
+            MechInterpError: there is no next token.
+        """
         if tokens.shape[1] < 2:
             raise MechInterpError("a loss needs at least 2 tokens, got 1: there is no next token")
         # Rows of logits as they lie in memory: over a strided vocabulary torch sums naively, and a mean
@@ -315,6 +335,12 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
         """The output and a TransformerLens ActivationCache (or the plain dict).
 
         Arguments are those of ``HookedRootModule.run_with_cache`` (names_filter, device, ...).
+
+        Args:
+            return_cache_object: False for the plain dictionary.
+            remove_batch_dim: drop the batch axis of a batch of one.
+            args: as for a forward pass.
+            kwargs: as for a forward pass.
         """
         if "names_filter" in kwargs:
             kwargs["names_filter"] = present_filter(kwargs["names_filter"])
@@ -336,23 +362,37 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
 
     @property
     def banks(self) -> tuple[HeadBank, ...]:
+        """Every bank of heads, in the order in which the model runs them."""
         return tuple(bank for block in self.blocks for bank in cast(Block, block).banks)
 
     def sublayer_of(self, bank: HeadBank) -> Sublayer:
-        """The sublayer that a bank belongs to."""
+        """The sublayer that a bank belongs to.
+
+        Args:
+            bank: one of the model's banks.
+        """
         own = cast(Block, self.blocks[bank.layer]).sublayers()
         return next(sub for sub in own if any(other is bank for other in sub.banks))
 
     def norm_of(self, bank: HeadBank) -> tuple[Norm, str]:
-        """The norm in front of a bank, and its path in caches."""
+        """The norm in front of a bank, and its path in caches.
+
+        Args:
+            bank: one of the model's banks.
+        """
         return self.sublayer_of(bank).norm
 
     def stream_of(self, bank: HeadBank) -> str:
-        """The hook of the residual stream that a bank reads; banks that share it run side by side."""
+        """The hook of the residual stream that a bank reads; banks that share it run side by side.
+
+        Args:
+            bank: one of the model's banks.
+        """
         return self.sublayer_of(bank).stream
 
     @property
     def heads(self) -> HeadIndex:
+        """The table of all heads; ``model["L0H3"]`` is one of them."""
         return HeadIndex(self.banks, self)
 
     @property
@@ -383,26 +423,40 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The embedding, ``[d_vocab, d_model]``."""
         return self.embed.W_E
 
     @property
     def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
+        """The embedding of positions, ``[n_ctx, d_model]``.
+
+        Raises:
+            AttributeError: the model has none, as ``hasattr`` asks.
+        """
         if self.spec.positions != "standard":
             raise AttributeError(f"W_pos: this model has {self.spec.positions or 'no'} positions")
         return self.pos_embed.W_pos
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding, ``[d_model, d_vocab_out]``."""
         return self.unembed.W_U
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """The bias of the logits, ``[d_vocab_out]``."""
         return self.unembed.b_U
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """Sum of the sublayers' own biases before a layer, as ActivationCache asks for it."""
+        """Sum of the sublayers' own biases before a layer, as ActivationCache asks for it.
+
+        Args:
+            layer: up to which layer.
+            mlp_input: with the attention of that layer too.
+            include_mlp_biases: False for attention's alone.
+        """
         total = torch.zeros_like(self.W_U[:, 0])
         for bank in self.banks:
             before = bank.layer < layer or (bank.layer == layer and mlp_input and bank.part == "attn")
@@ -411,12 +465,20 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
         return total
 
     def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
-        """Columns of W_U for tokens: a string, an id, or a tensor of ids ``[...]``."""
+        """Columns of W_U for tokens: a string, an id, or a tensor of ids ``[...]``.
+
+        Args:
+            tokens: a text of one token, an id, or a tensor of ids.
+        """
         ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
         return self.W_U.T[ids]
 
     def save(self, folder: Any) -> None:
-        """Write the model to a folder (safetensors + JSON); ``mia.load(folder)`` reads it back."""
+        """Write the model to a folder (safetensors + JSON); ``mia.load(folder)`` reads it back.
+
+        Args:
+            folder: where to.
+        """
         write_model(
             folder,
             self.state_dict(),

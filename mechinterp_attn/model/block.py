@@ -105,7 +105,8 @@ class Forks:
 
 class Block(nn.Module):
     """One block of the source model: a sublayer of attention heads, then one of neuron heads, or both
-    at once."""
+    at once.
+    """
 
     def __init__(self, spec: Spec, layer: int, rule: Rule | None, weights: Weights):
         super().__init__()

@@ -44,6 +44,14 @@ class Head:
     real token and 0 on the bias token: ``W_K`` is zero and ``b_K`` is one.
 
     Attributes:
+        label: ``L0H3`` for attention, ``L0N152`` for a neuron.
+        kind: "attention" or "mlp".
+        layer: the block it comes from.
+        index: its number among the heads of its bank.
+        b_Q: ``[d_head]``.
+        b_K: ``[d_head]``.
+        b_V: ``[d_value]``.
+        bank: the bank that holds it.
         W_Q, W_K, W_V: ``[d_model, d_head]``;  b_Q, b_K, b_V: ``[d_head]``.
         W_O: ``[d_head, d_model]``. (Values and outputs of a virtual head may be narrower.)
         model: the model it was taken from with ``model["L0H3"]``; None where a bank gave it.
@@ -66,7 +74,8 @@ class Head:
     @property
     def OV(self) -> LowRank:
         """``W_V @ W_O``: what moves from a source token to the residual stream it is read into. The gain of
-        a norm behind the sublayer (Gemma 2) is in it, as those of norms in front are in ``W_V``."""
+        a norm behind the sublayer (Gemma 2) is in it, as those of norms in front are in ``W_V``.
+        """
         return LowRank(self.W_V, self.bank.behind(self.W_O))
 
     @property
@@ -98,21 +107,34 @@ class Head:
     def compares_keys(self) -> bool:
         """Whether the head's pattern is a softmax over tokens, which sets keys against one another: what
         all keys share then makes no difference. A neuron's score is compared with 0 instead, so all
-        of it counts."""
+        of it counts.
+        """
         return self.bank.mixes_positions
 
     def query_read(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
-        """The query side of the QK circuit for residual vectors: ``x @ W_Q + b_Q``, whatever the head."""
+        """The query side of the QK circuit for residual vectors: ``x @ W_Q + b_Q``, whatever the head.
+
+        Args:
+            x: ``[token, d_model]``, normalised residual vectors.
+        """
         return x @ self.W_Q.to(x.dtype) + self.b_Q.to(x.dtype)
 
     def key_read(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
         """The key side of the QK circuit for residual vectors: ``x @ W_K``, and ``b_K`` where it makes a
-        difference. A softmax over tokens does not see what all keys share; a neuron's key is its bias."""
+        difference. A softmax over tokens does not see what all keys share; a neuron's key is its bias.
+
+        Args:
+            x: ``[token, d_model]``, normalised residual vectors.
+        """
         keys = x @ self.W_K.to(x.dtype)
         return keys if self.compares_keys else keys + self.b_K.to(x.dtype)
 
     def gram(self, side: Side) -> Float[Tensor, "d_head d_head"]:
-        """``W.T @ W`` of one side's weights in float64 (``W @ W.T`` for O); see ``HeadBank.gram``."""
+        """``W.T @ W`` of one side's weights in float64 (``W @ W.T`` for O); see ``HeadBank.gram``.
+
+        Args:
+            side: "Q", "K", "V" or "O".
+        """
         return self.bank.gram(side, slice(self.index, self.index + 1))[0]
 
     def pattern(self, cache: Cache, batch: int = 0) -> Float[Tensor, "query key_plus_bias"]:
@@ -200,7 +222,8 @@ class HeadBank(nn.Module, ABC):
     @property
     def reads(self) -> dict[str, Float[Tensor, "head d_model d_head"]]:
         """What every head reads its queries, keys and values with, the weights in front of ``hook_q``,
-        ``hook_k`` and ``hook_v``, detached; without what is the same whatever the stream holds."""
+        ``hook_k`` and ``hook_v``, detached; without what is the same whatever the stream holds.
+        """
         return {side: self.stacked(side) for side in self.sides}
 
     @property
@@ -232,7 +255,8 @@ class HeadBank(nn.Module, ABC):
 
     def hook(self, role: str) -> str:
         """The name of the hook that sees the bank's queries ("q"), keys ("k"), values ("v"), scores
-        ("attn_scores"), patterns ("pattern") or what its heads hold ("z")."""
+        ("attn_scores"), patterns ("pattern") or what its heads hold ("z").
+        """
         return f"{self.path}.{self.points.get(role, f'hook_{role}')}"
 
     def point(self, role: str) -> HookPoint:
@@ -267,14 +291,16 @@ class HeadBank(nn.Module, ABC):
 
     def behind(self, W: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
         """What heads write, through the norms behind the sublayer: their gain (and centring) folded in as
-        that of the norm in front is in what heads read, their scale left out."""
+        that of the norm in front is in what heads read, their scale left out.
+        """
         for norm in self.norms_behind:
             W = norm.freeze(None).turn(W)
         return W
 
     def seen(self, W: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
         """What heads write, as far as anything reads it: ``behind``, and without its mean where all
-        readers of the stream take the mean out."""
+        readers of the stream take the mean out.
+        """
         W = self.behind(W)
         return W - W.mean(-1, keepdim=True) if self.mean_unseen else W
 
@@ -310,7 +336,8 @@ class HeadBank(nn.Module, ABC):
     @abstractmethod
     def by_head(self, z: Tensor) -> Float[Tensor, "*batch pos head d_head"]:
         """What ``hook_z`` (or, without grouped values, ``hook_v``) holds, with the axes of every kind: a
-        view, in which a neuron's number is a vector of length one."""
+        view, in which a neuron's number is a vector of length one.
+        """
 
     @abstractmethod
     def cached_pattern(self, cache: Cache, batch: int) -> Tensor:
@@ -338,12 +365,14 @@ class HeadBank(nn.Module, ABC):
     @abstractmethod
     def entropy(self, pattern: Tensor) -> Float[Tensor, "batch pos head"]:
         """Entropy (nats) of every row of the pattern, the bias token included; NaN where a row is
-        no distribution, as the gate of a gated neuron."""
+        no distribution, as the gate of a gated neuron.
+        """
 
     @abstractmethod
     def moved(self, cache: Cache) -> Float[Tensor, "batch pos head"]:
         """Norm of what every head would write if it attended to one position alone, out of a cache
-        with the bank's values."""
+        with the bank's values.
+        """
 
     @abstractmethod
     def written(self, cache: Cache) -> Float[Tensor, "batch pos head"]:

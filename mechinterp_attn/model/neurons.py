@@ -189,7 +189,8 @@ class NeuronBank(HeadBank):
     def after(self, index: int, moved: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """A neuron's key is a constant: it reads what was moved to its token with its query, beside what
         stands there. Its pre-activation ``x . w + b + y . moved(w)`` is the product of the query side
-        ``(x . w + b, 1)`` and the key side ``(1, y . moved(w))``, a head of inner dimension 2."""
+        ``(x . w + b, 1)`` and the key side ``(1, y . moved(w))``, a head of inner dimension 2.
+        """
         w = {name: t.detach() for name, t in self.weights(index).items()}
         read, one = moved(w["W_Q"]), torch.ones_like(w["b_Q"])
         return {

@@ -78,6 +78,7 @@ def settings_of(tokenizer: Any) -> dict[str, Any]:
 
 
 def sha256(file: Path) -> str:
+    """A file's SHA-256, in hexadecimal digits."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 

@@ -16,6 +16,7 @@ def resolve_head(model: AttentionOnlyModel, head: One) -> Head:
     """A head from a ``Head``, a label, or a virtual head's label such as ``L0H1 > L1H4``.
 
     Args:
+        model: the converted model.
         head: what names it; a tuple of labels is a virtual head.
 
     Raises:
@@ -28,6 +29,7 @@ def virtual_head(model: AttentionOnlyModel, *heads: One) -> VirtualHead:
     """Several heads in a row as one head (Elhage et al. 2021, "virtual attention heads").
 
     Args:
+        model: the converted model.
         heads: two or more labels or heads, in the order in which they act.
 
     Raises:

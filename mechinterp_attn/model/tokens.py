@@ -71,7 +71,8 @@ class TokenDoor:
     @property
     def text_ids(self) -> Int[Tensor, " id"]:
         """The ids that texts are made of: no special tokens, no rows of ``W_E`` beyond the tokenizer,
-        none without a text. All ids where there is no tokenizer to ask."""
+        none without a text. All ids where there is no tokenizer to ask.
+        """
         every = torch.arange(self.spec.d_vocab)
         if self.tokenizer is None:
             return every

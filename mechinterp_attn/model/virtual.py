@@ -42,21 +42,30 @@ class VirtualHead(Head):
 
     @property
     def chain(self) -> tuple[Head, ...]:
+        """The heads in the order in which they act."""
         return self.heads
 
     @property
     def reads_at(self) -> int:
+        """The sublayer that the first head reads in."""
         return self.heads[0].reads_at
 
     @property
     def writes_at(self) -> int:
+        """The sublayer that the last head writes in."""
         return self.heads[-1].writes_at
 
     @property
     def mixes_positions(self) -> bool:
+        """Whether any head of the chain moves information between positions."""
         return any(head.mixes_positions for head in self.heads)
 
     def gram(self, side: Side) -> Float[Tensor, "d_head d_head"]:
+        """As ``Head.gram``, of the chain's first or last head as the side asks.
+
+        Args:
+            side: "Q", "K", "V" or "O".
+        """
         W = {"Q": self.W_Q, "K": self.W_K, "V": self.W_V, "O": self.W_O}[side].double()
         if side == "O":
             W = self.bank.seen(W)
@@ -67,6 +76,10 @@ class VirtualHead(Head):
         """The product of the heads' patterns; the last column is what ends on the bias token.
 
         Args: as for ``Head.pattern``.
+
+        Args:
+            cache: of a run of the model.
+            batch: which text of the batch.
         """
         chain = None
         for head in reversed(self.heads):

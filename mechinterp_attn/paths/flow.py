@@ -97,7 +97,8 @@ def edge_flow(frozen: Frozen, goal: Goal, nodes: Nodes, gradients: list[Tensor])
 
 def walk(frozen: Frozen, nodes: Nodes) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """For each sublayer, then the end: which nodes are earlier, what they and the tokens wrote as it is
-    in the stream read there ``[sources, d_model]``, and the biases ``[pos, d_model]``."""
+    in the stream read there ``[sources, d_model]``, and the biases ``[pos, d_model]``.
+    """
     earlier = nodes.bank[:0]
     outputs = frozen.end.new_zeros(0, frozen.end.shape[-1])
     tokens, biases = frozen.start, torch.zeros_like(frozen.start)
@@ -119,7 +120,8 @@ def _readings(
     frozen: Frozen, goal: Goal, nodes: Nodes, gradients: list[Tensor], depth: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """What the nodes of one sublayer (or the target, behind the last) read: their rows, weights over
-    positions, the vector they read along, and what their own bias gives."""
+    positions, the vector they read along, and what their own bias gives.
+    """
     pos = len(frozen.tokens)
     if depth == len(frozen.sublayers):
         at = frozen.end.new_zeros(1, pos)
@@ -158,6 +160,7 @@ def most_influential(influence: Float[Tensor, " n"], share: float) -> Int[Tensor
 
 
 def share_of(influence: Tensor, chosen: Tensor) -> float:
+    """The share of all influence that the chosen nodes have; 1 where there is none."""
     whole = float(influence.sum())
     return float(influence[chosen].sum()) / whole if whole else 1.0
 

@@ -42,6 +42,14 @@ class AttributionGraph(Result):
     """Where a logit comes from: a graph of tokens, heads and neurons at positions.
 
     Attributes:
+        target: id of the token whose logit is explained.
+        against: id of the token whose logit is subtracted, or none.
+        position: where the logit is read.
+        about: a line on what the graph explains.
+        tokens: the prompt's tokens as text.
+        model_name: of the model.
+        probability: the model's for the target there.
+        settings: thresholds the graph was cut with.
         nodes: one row per node, earliest first: ``node`` (its id, such as ``L0H3@5``), ``label``,
             ``kind`` ("token", "attention", "mlp", "bias", "score", "logit"), ``layer, index,
             position, token``, ``value`` (all paths through it, in logits; a score node: the score over
@@ -114,6 +122,8 @@ def attribution_graph(
     ones are kept, then the edges up to ``edge_threshold`` of the remaining influence.
 
     Args:
+        frozen: the frozen prompt, from ``paths.freeze``.
+        max_nodes: how many heads and neurons at most.
         target: the next token (text of one token, or its id); by default the model's own top one.
         position: where the prediction is made; negative counts from the end.
         against: a second token: explain ``logit(target) - logit(against)``.
@@ -281,7 +291,8 @@ def _check_options(node_threshold: float, edge_threshold: float, max_nodes: int)
 
 def _check_memory(frozen: Frozen, max_nodes: int, max_bytes: int) -> None:
     """What every head holds, the edges among the candidates and their copies while pruning (of which
-    one is of 64-bit indices), what the candidates wrote, and the fields on the stream."""
+    one is of 64-bit indices), what the candidates wrote, and the fields on the stream.
+    """
     pos, d_model = frozen.end.shape
     size = frozen.end.element_size()
     held = sum(bank.z_bias.numel() for bank in frozen.banks)

@@ -72,6 +72,7 @@ def term_importance(
     """Measure what each order of paths is worth, per order, per layer and per head.
 
     Args:
+        model: the converted model.
         tokens: a prompt or several: text, texts, or token ids ``[pos]`` or ``[batch, pos]``. Losses
             are averaged over all predictions.
         max_order: the highest order kept apart; the rest is one row, ``>max_order``.
@@ -262,7 +263,8 @@ def _float64(*numbers: float) -> Float[Tensor, " n"]:
 
 def _check_memory(model: AttentionOnlyModel, pos: int, n_orders: int, max_bytes: int) -> None:
     """The streams of all orders that every bank reads and writes, a few copies of the logits, and what
-    the heads of one bank hold."""
+    the heads of one bank hold.
+    """
     streams = n_orders * model.spec.d_model * (len(model.sublayers()) + len(model.banks) + 12)
     held = max((bank.n_heads * bank.d_head for bank in model.banks), default=0)
     need = model.W_U.element_size() * pos * (streams + 8 * model.spec.d_vocab_out + 6 * held)

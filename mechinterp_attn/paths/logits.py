@@ -38,7 +38,11 @@ class LogitAttribution(Result):
     about: str
 
     def plot(self, k: int = 20) -> Figure:
-        """The ``k`` largest terms as signed bars."""
+        """The ``k`` largest terms as signed bars.
+
+        Args:
+            k: how many to show.
+        """
         return draw(self, k)
 
 
@@ -53,6 +57,7 @@ def logit_attribution(
     """Split one logit into what the embedding, every head and neuron, and the biases write to it.
 
     Args:
+        frozen: the frozen prompt, from ``paths.freeze``.
         target: the next token (text of one token, or its id); by default the model's own top one.
         position: where the prediction is made; negative counts from the end.
         against: a second token: attribute ``logit(target) - logit(against)``.

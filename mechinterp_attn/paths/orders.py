@@ -56,6 +56,7 @@ def orders(
     stream one order up. Cost: ``max_order + 2`` frozen passes, whatever the number of paths.
 
     Args:
+        frozen: the frozen prompt, from ``paths.freeze``.
         max_order: the highest order kept apart; by default all (the number of counted sublayers).
         count: "attention" counts attention heads only: paths may pass through any number of
             MLP-derived heads on the way. "mlp" is the reverse.
@@ -108,7 +109,8 @@ def _n_streams(frozen: Frozen, max_order: int | None, count: Count) -> tuple[int
 
 def _check_memory(frozen: Frozen, n_orders: int, max_bytes: int) -> None:
     """The result (twice under a soft cap) with a few copies of one order's logits; the streams while a
-    sublayer writes to them; and what the heads of one bank hold."""
+    sublayer writes to them; and what the heads of one bank hold.
+    """
     result = n_orders * (1 if frozen.cap is None else 2) + 4
     widths = (bank.bank.n_heads * bank.bank.d_head for bank in frozen.banks)
     held = max(widths, default=0) * len(frozen.tokens)

@@ -67,6 +67,7 @@ def _alone(x: Float[Tensor, "pos d"], position: int | None) -> Float[Tensor, "po
 
 
 def path_frame(frozen: Frozen, goal: Goal, found: list[Path]) -> pd.DataFrame:
+    """One row for each path found, as ``TopPaths.frame`` has them."""
     tokens = frozen.str_tokens
 
     def at(position: int | None) -> str:

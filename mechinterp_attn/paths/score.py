@@ -56,7 +56,11 @@ class ScoreExpansion(Result):
     about: str
 
     def plot(self, k: int = 12) -> Figure:
-        """The largest terms as a table of query-side times key-side parts."""
+        """The largest terms as a table of query-side times key-side parts.
+
+        Args:
+            k: how many to show.
+        """
         return draw(self, k)
 
 
@@ -78,6 +82,7 @@ def expand_score(
     that the head may look at, and a position expands the difference to that key.
 
     Args:
+        frozen: the frozen prompt, from ``paths.freeze``.
         head: a label or head. For an MLP-derived head (``L1N7``) leave ``key`` out: it sees its own token.
         query, key: positions; negative counts from the end.
         against: None for the score itself, "others", or another key's position.

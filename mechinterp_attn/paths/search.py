@@ -43,6 +43,7 @@ class TopPaths(Result):
     """The paths with the largest contributions to a logit, by absolute value.
 
     Attributes:
+        remainder: what the paths that are not listed add.
         total: the logit (or difference) itself.
         explained: the sum of the listed paths;  remainder: what all other paths add up to.
         proven: no path that is not listed is larger than the smallest listed one.
@@ -68,7 +69,11 @@ class TopPaths(Result):
     about: str
 
     def plot(self, k: int = 20) -> Figure:
-        """The ``k`` largest paths as signed bars, and all others as one bar."""
+        """The ``k`` largest paths as signed bars, and all others as one bar.
+
+        Args:
+            k: how many to show.
+        """
         return draw(self, k)
 
 
@@ -87,6 +92,7 @@ def top_paths(
     """Find the ``k`` strongest paths from tokens (and biases) to a logit.
 
     Args:
+        frozen: the frozen prompt, from ``paths.freeze``.
         target: the next token (text of one token, or its id); by default the model's own top one.
         position: where the prediction is made; negative counts from the end.
         against: a second token: explain ``logit(target) - logit(against)``.
@@ -315,7 +321,8 @@ def _in_front(
 
 def _reaches(frozen: Frozen, *, summed: bool) -> list[list[Float[Tensor, "pos head"]]]:
     """For every bank: how much of the largest vector that any single path can deliver reaches a head's
-    query position. Norms multiply along a path, so this bounds all its completions."""
+    query position. Norms multiply along a path, so this bounds all its completions.
+    """
 
     def largest(depth: int, reader: int, *norms: Tensor) -> Float[Tensor, " pos"]:
         own = [source.values.norm(dim=-1) for source in frozen.sources_at(depth, reader)]

@@ -58,6 +58,7 @@ def virtual_head(
     """The term of the path expansion that goes from the embeddings through these very heads.
 
     Args:
+        frozen: the frozen prompt, from ``paths.freeze``.
         heads: labels or heads, earliest first, attention heads and neurons alike; or a virtual head
             such as ``"L0H3 > L1H0"``.
         target, position, against: the logit (difference) that ``frame`` breaks down by source

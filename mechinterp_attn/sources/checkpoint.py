@@ -49,7 +49,8 @@ class Checkpoint:
     @property
     def prepends_bos(self) -> bool:
         """Whether texts begin with a BOS: the config's ``default_prepend_bos``, as in TransformerLens
-        True where it says nothing."""
+        True where it says nothing.
+        """
         return self.cfg.get("default_prepend_bos") is not False
 
     def spec(self) -> Spec:

@@ -35,7 +35,8 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn", None)
 
 def config_of(bridge: TransformerBridge) -> dict[str, Any]:
     """HookedTransformer's config names for a bridge's wrapped model; ``unsupported`` lists every
-    reason against it, empty where there is none."""
+    reason against it, empty where there is none.
+    """
     cfg = {name: value for name, value in vars(bridge.cfg).items() if not name.startswith("_")}
     model, hf = bridge.original_model, bridge.original_model.config
     unsupported = _unsupported_parts(bridge, hf)

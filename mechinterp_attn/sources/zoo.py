@@ -37,6 +37,9 @@ def models() -> pd.DataFrame:
 def card(name: str) -> dict[str, object]:
     """The card of a bundled model: data, licence, recipe, loss, induction score.
 
+    Args:
+        name: of a bundled model.
+
     Raises:
         MechInterpError: no bundled model has this name; the message lists them.
     """
@@ -45,6 +48,10 @@ def card(name: str) -> dict[str, object]:
 
 def source_model(name: str, *, dtype: torch.dtype | None = None) -> TransformerBridge:
     """A bundled model as it was trained: a native TransformerBridge, MLPs and all.
+
+    Args:
+        name: of a bundled model.
+        dtype: of the weights; as stored by default.
 
     Raises:
         MechInterpError: no bundled model has this name; the message lists them.
@@ -56,7 +63,8 @@ def source_model(name: str, *, dtype: torch.dtype | None = None) -> TransformerB
 
 def bigram_counts() -> Int[Tensor, "first second"]:
     """How often each token follows each other one in the novels that the bundled models are trained on
-    (litbank, 22.6 million tokens in the bundled tokenizer): what a model without layers can learn."""
+    (litbank, 22.6 million tokens in the bundled tokenizer): what a model without layers can learn.
+    """
     tensors = _corpus()
     counts = torch.zeros(D_VOCAB**2, dtype=torch.long)
     counts[tensors["pairs"].long()] = tensors["counts"].long()

@@ -37,13 +37,23 @@ class SoftmaxActivation:
         return z * self.weight(z)
 
     def weight(self, z: Tensor) -> Tensor:
-        """``act(z) / z``: what the heads together take from their own token."""
+        """``act(z) / z``: what the heads together take from their own token.
+
+        Args:
+            z: pre-activations of any shape.
+        """
         parts = (scale * torch.sigmoid(slope * z + shift) for scale, slope, shift in self.terms)
         return torch.stack(list(parts)).sum(0)
 
 
 def generalised_silu(a1: float, a2: float, name: str | None = None) -> SoftmaxActivation:
-    """``a1 SiLU(a2 z)``, the paper's class: one head per neuron."""
+    """``a1 SiLU(a2 z)``, the paper's class: one head per neuron.
+
+    Args:
+        a1: scale of the output.
+        a2: scale of the input.
+        name: for messages; made from a1 and a2 by default.
+    """
     return SoftmaxActivation(((a1 * a2, a2, 0.0),), name or f"{a1:g} SiLU({a2:g} z)")
 
 
@@ -62,7 +72,11 @@ RELU_BOUND = 0.278465
 
 
 def relu_bound(sharpness: float) -> float:
-    """The largest error of ``SiLU(k z) / k`` as a ReLU."""
+    """The largest error of ``SiLU(k z) / k`` as a ReLU.
+
+    Args:
+        sharpness: the k of ``SiLU(k z) / k`` in the place of the ReLU.
+    """
     return RELU_BOUND / sharpness
 
 
@@ -111,6 +125,11 @@ def class_error(
     """The largest ``|act(z) - approximation(z)|`` on ``|z| <= radius``, and the z where it is.
 
     On a float64 grid of step ``radius / 200,000``.
+
+    Args:
+        activation: its name, or a function.
+        approximation: a function of z.
+        radius: the range of z.
     """
     act = FUNCTIONS[activation] if isinstance(activation, str) else activation
     z = torch.linspace(-radius, radius, 400_001, dtype=torch.float64)
@@ -123,6 +142,10 @@ def best_in_class(act: Function, *, radius: float = 6.0) -> tuple[float, float, 
 
     For each slope the best scale is a one-dimensional convex problem; the slope is found on a grid
     of powers, refined four times. The error is measured on a finer grid of z.
+
+    Args:
+        act: the activation to come near.
+        radius: the range of z.
 
     Returns:
         a1, a2 and that error.

@@ -30,6 +30,13 @@ class Shape:
     """The numbers of a transformer's public config that decide its cost.
 
     Attributes:
+        name: of the model.
+        n_layers: how many blocks.
+        d_model: width of the stream.
+        n_heads: attention heads per block.
+        d_mlp: neurons per block.
+        d_vocab: tokens in the vocabulary.
+        n_ctx: longest context.
         n_kv_heads: heads of keys and values, where queries share them; None for n_heads.
         d_head: None for d_model / n_heads.
         gated: the MLP has a gate beside its input matrix.
@@ -224,6 +231,9 @@ def public_costs(*, n_tokens: int | None = None) -> pd.DataFrame:
     """``costs`` of public configs: GPT-2 small to XL, Pythia 70m to 12b, Llama-3-8B and GPT-3.
 
     The numbers come from their published configs; nothing is downloaded.
+
+    Args:
+        n_tokens: length of the sequence; the whole context by default.
     """
     tables = [costs(shape, n_tokens=n_tokens).frame for shape in PUBLIC]
     return pd.concat(tables, ignore_index=True)
@@ -253,7 +263,8 @@ def _in_config(shape: Shape) -> dict[str, int]:
 
 def _in_tensors(model: AttentionOnlyModel) -> dict[str, int]:
     """Parameters of attention, MLPs and the rest, in a model's tensors. Conversion makes biases of zeros
-    where the source has none; behind a norm without a bias they are still zero, and not counted."""
+    where the source has none; behind a norm without a bias they are still zero, and not counted.
+    """
     spec = model.spec
     counted = {"attention": 0, "mlp": 0, "other": 0}
     for name, tensor in model.named_parameters():

@@ -140,6 +140,17 @@ def gated_mlp(
     ``act(g) u = sum_k scale_k (g u) sigmoid(slope_k g + shift_k)``: the first sublayer writes the
     product g u to scratch, the second weighs it, writes it out and clears the scratch.
 
+    Args:
+        layout: how the augmented stream is laid out.
+        W_gate: ``[d_model, neuron]``.
+        W_in: ``[d_model, neuron]``.
+        W_out: ``[neuron, d_model]``.
+        b_gate: ``[neuron]``, or none.
+        b_in: ``[neuron]``, or none.
+        b_out: ``[d_model]``, or none.
+        activation: its name, or a sum of softmax gates.
+        eps: how far the products may be off; chosen for the dtype by default.
+
     Raises:
         MechInterpError: too few scratch coordinates, a dtype below float32, or an activation
             outside the class.
@@ -186,6 +197,15 @@ def relu_squared_mlp(
     """``x + relu(x W_in + b_in)^2 W_out + b_out``: the gated MLP ``relu(z) * z`` of itself.
 
     ``z^2 sigmoid(k z)`` differs from ``relu(z)^2`` by at most ``0.483 / k^2``.
+
+    Args:
+        layout: how the augmented stream is laid out.
+        W_in: ``[d_model, neuron]``.
+        W_out: ``[neuron, d_model]``.
+        b_in: ``[neuron]``, or none.
+        b_out: ``[d_model]``, or none.
+        sharpness: the k of ``SiLU(k z) / k`` in the place of the ReLU.
+        eps: how far the products may be off; chosen for the dtype by default.
     """
     act = softmax_activation("relu", sharpness=sharpness)
     return gated_mlp(layout, W_in, W_in, W_out, b_in, b_in, b_out, activation=act, eps=eps)
@@ -202,6 +222,12 @@ def solu_heads(
     Needs one persistent row per neuron. Head i sees its own row with score z_i and value z_i, and
     the persistent row of every other neuron j with score z_j and value 0: the weight on itself is
     ``softmax(z)_i``. The rank of W_QK is the number of neurons, and every head has its own mask.
+
+    Args:
+        layout: how the augmented stream is laid out.
+        W_in: ``[d_model, neuron]``.
+        W_out: ``[neuron, d_model]``.
+        b_in: ``[neuron]``, or none.
 
     Raises:
         MechInterpError: the stream lacks the persistent rows, or the positions that tell them apart.

@@ -29,6 +29,8 @@ class SoftmaxHeads:
     """Masked softmax heads on an augmented stream.
 
     Attributes:
+        layout: how the stream is laid out.
+        W_O: ``[head, d_head, width]``.
         W_Q, W_K: ``[head, width, rank]``; ``W_QK = W_Q @ W_K.T``. A rank of 0 attends evenly to
             what the mask allows. W_K may have one entry that all heads share.
         W_V: ``[head, width, d_head]``;  W_O: ``[head, d_head, width]``;  ``W_OV = W_V @ W_O``.
@@ -111,7 +113,11 @@ class SoftmaxHeads:
             raise MechInterpError(f"{what} of {len(self)} heads; take one of them: heads[i].{what}")
 
     def scores(self, X: Float[Tensor, "*batch row width"]) -> Float[Tensor, "*batch head row row"]:
-        """``X W_QK X^T``, before the mask rule (a mask in the weights is part of W_QK)."""
+        """``X W_QK X^T``, before the mask rule (a mask in the weights is part of W_QK).
+
+        Args:
+            X: the augmented stream, ``[..., row, width]``.
+        """
         q, k = project(X, self.W_Q), project(X, self.W_K)
         if self.turn is not None:
             q, k = self.turn(q), self.turn(k)
@@ -120,21 +126,34 @@ class SoftmaxHeads:
     def penalised(
         self, scores: Float[Tensor, "*batch head row row"], X: Float[Tensor, "*batch row width"]
     ) -> Float[Tensor, "*batch head row row"]:
-        """The scores with the penalty of a mask in the weights, read through X's one-hot positions."""
+        """The scores with the penalty of a mask in the weights, read through X's one-hot positions.
+
+        Args:
+            scores: ``[..., head, row, row]``.
+            X: the augmented stream, ``[..., row, width]``.
+        """
         if self.penalty is None:
             return scores
         P = X[..., self.layout.positions_at.start : self.layout.positions_at.stop]
         return scores + (P @ self.penalty @ P.mT).unsqueeze(-3)
 
     def masked(self, scores: Float[Tensor, "*batch head row row"]) -> Float[Tensor, "*batch head row row"]:
-        """The scores with minus infinity on what the mask rule forbids."""
+        """The scores with minus infinity on what the mask rule forbids.
+
+        Args:
+            scores: ``[..., head, row, row]``.
+        """
         if self.mask is everything:
             return scores
         allowed = check_rows(self.mask(scores.shape[-1])).to(scores.device)
         return scores.masked_fill(~allowed, -math.inf)
 
     def patterns(self, X: Float[Tensor, "*batch row width"]) -> Float[Tensor, "*batch head row row"]:
-        """The dense attention patterns; rows sum to 1."""
+        """The dense attention patterns; rows sum to 1.
+
+        Args:
+            X: the augmented stream, ``[..., row, width]``.
+        """
         return self.masked(self.scores(X)).softmax(-1)
 
     def __call__(self, X: Float[Tensor, "*batch row width"]) -> Float[Tensor, "*batch row width"]:
@@ -153,7 +172,11 @@ class SoftmaxHeads:
         return out
 
     def chunks(self, size: int) -> Sequence[SoftmaxHeads]:
-        """The stack in pieces of at most ``size`` heads."""
+        """The stack in pieces of at most ``size`` heads.
+
+        Args:
+            size: how many heads at most.
+        """
         if size >= len(self):
             return (self,)
         pieces = []
@@ -241,14 +264,23 @@ class Sublayer:
         return out
 
     def with_masks_in_weights(self, omega: float) -> Sublayer:
-        """The same sublayer with every mask written into weights (see ``SoftmaxHeads``)."""
+        """The same sublayer with every mask written into weights (see ``SoftmaxHeads``).
+
+        Args:
+            omega: how strongly a mask in the weights forbids a row.
+        """
         return replace(self, heads=tuple(h.with_mask_in_weights(omega) for h in self.heads))
 
 
 def run(
     sublayers: Sequence[Sublayer], X: Float[Tensor, "*batch row width"]
 ) -> Float[Tensor, "*batch row width"]:
-    """A model: a row of sublayers and nothing else."""
+    """A model: a row of sublayers and nothing else.
+
+    Args:
+        sublayers: in order.
+        X: the augmented stream, ``[..., row, width]``.
+    """
     for sublayer in sublayers:
         X = sublayer(X)
     return X

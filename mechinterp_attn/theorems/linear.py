@@ -33,6 +33,8 @@ def linear_heads(
     many as its rank asks for.
 
     Args:
+        read: coordinates read; the original ones by default.
+        write: coordinates written; those read by default.
         layout: the augmented stream the heads live in.
         W: the linear map; rows multiply from the left.
         d_head: dimension of each head; by default one head of the full width.
@@ -74,6 +76,12 @@ def linear_sublayer(
 
     Without the skip the constant and the other coordinates of the augmented stream are not carried
     on: it is the last sublayer of its kind.
+
+    Args:
+        layout: how the augmented stream is laid out.
+        W: ``[d_model, d_model]``.
+        d_head: the width of each head; all in one by default.
+        skip: whether the sublayer keeps its skip connection.
     """
     if skip:
         W = W - torch.eye(len(W), dtype=W.dtype, device=W.device)
@@ -88,6 +96,12 @@ def activation_heads(
     Beside the skip the heads must write ``act(z) - z``. Where ``a1 a2 = 1`` (SiLU, GELU, ReLU) that
     is ``-z sigmoid(-a2 z)``: one head per coordinate that removes its own token's value. Otherwise
     one head per coordinate and term, and one self-only head for ``-z``.
+
+    Args:
+        layout: how the augmented stream is laid out.
+        at: the coordinates to transform.
+        activation: its name, or a sum of softmax gates.
+        dtype: the arithmetic.
     """
     act = softmax_activation(activation)
     n = len(at)
@@ -152,6 +166,15 @@ def three_sublayers(
     """``X + act(X W_in + b_in) W_out + b_out`` as linear, activation, linear: three sublayers.
 
     The hidden layer stands in scratch coordinates, which are zero again afterwards.
+
+    Args:
+        layout: how the augmented stream is laid out.
+        W_in: ``[d_model, neuron]``.
+        W_out: ``[neuron, d_model]``.
+        b_in: ``[neuron]``, or none.
+        b_out: ``[d_model]``, or none.
+        activation: its name, or a sum of softmax gates.
+        d_head: the width of each head; all in one by default.
 
     Raises:
         MechInterpError: the stream has fewer scratch coordinates than there are neurons.

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 class LiteralModel(AttentionOnlyModel):
     """Made by ``theorems.attention_only``.
 
+    Args:
+        model: the converted model.
+
     Attributes:
         layout: where everything stands in the augmented stream.
         omega: of the masks written into the weights, or None where masks are masks.
@@ -100,18 +103,29 @@ class LiteralModel(AttentionOnlyModel):
 
         Where neurons multiply two numbers (gated ones), these are the heads that weigh the products
         of ``products_of``; a neuron of the bank is then three softmax heads put together.
+
+        Args:
+            bank: one of the model's banks.
         """
         if isinstance(bank, NeuronBank):
             return self._in_weights(self._built[bank.path].heads(self.layout))
         return self._in_weights(attention_heads(self.layout, cast(AttentionBank, bank), self.spec))
 
     def products_of(self, bank: HeadBank) -> tuple[SoftmaxHeads, ...]:
-        """The heads of the sublayer in front of a bank whose neurons multiply; none for others."""
+        """The heads of the sublayer in front of a bank whose neurons multiply; none for others.
+
+        Args:
+            bank: one of the model's banks.
+        """
         built = self._built.get(bank.path)
         return () if built is None else tuple(map(self._in_weights, built.products(self.layout)))
 
     def bias_of(self, bank: HeadBank) -> SoftmaxHeads:
-        """The bank's output bias as a head."""
+        """The bank's output bias as a head.
+
+        Args:
+            bank: one of the model's banks.
+        """
         return self._in_weights(bias_head(self.layout, bank.b_O.detach()))
 
     def _beside(self, bank: HeadBank) -> tuple[SoftmaxHeads, ...]:
@@ -127,7 +141,8 @@ class LiteralModel(AttentionOnlyModel):
     def literal_sublayers(self) -> list[tuple[str, Sublayer]]:
         """The whole model as the paper's sublayers, each with the hook of the stream it makes. One that
         writes products to scratch and leaves the stream as it is has its bank's name instead, such as
-        ``blocks.0.neurons products``."""
+        ``blocks.0.neurons products``.
+        """
         pieces = []
         for block in self.blocks:
             subs = list(cast(Block, block).sublayers())
@@ -145,7 +160,11 @@ class LiteralModel(AttentionOnlyModel):
         return pieces
 
     def start(self, input: Any) -> Float[Tensor, "batch row width"]:
-        """The augmented stream before the first sublayer."""
+        """The augmented stream before the first sublayer.
+
+        Args:
+            input: ids or a text.
+        """
         tokens = self.as_tokens(input)
         x = self.hook_embed(self.embed(tokens))
         if self.spec.positions == "standard":
@@ -158,7 +177,11 @@ class LiteralModel(AttentionOnlyModel):
 
     @torch.no_grad()
     def streams(self, input: Any) -> Iterator[tuple[str, Float[Tensor, "batch row width"]]]:
-        """The augmented stream after every sublayer, computed by the bare construction."""
+        """The augmented stream after every sublayer, computed by the bare construction.
+
+        Args:
+            input: ids or a text.
+        """
         X = self.start(input)
         for name, sublayer in self.literal_sublayers():
             X = sublayer(X)
@@ -176,6 +199,13 @@ class LiteralModel(AttentionOnlyModel):
         **unsupported: Any,
     ) -> Any:
         """As ``AttentionOnlyModel``'s, without attention masks and key-value caches.
+
+        Args:
+            input: ids or a text.
+            return_type: "logits", "loss", "both" or None.
+            loss_per_token: every token's loss, not the mean.
+            prepend_bos: as for ``to_tokens``.
+            unsupported: refused by name.
 
         Raises:
             MechInterpError: arguments that the literal model does not take, or an unknown return_type.
@@ -243,6 +273,9 @@ class LiteralModel(AttentionOnlyModel):
 
     def save(self, folder: Any) -> None:
         """Not for this form.
+
+        Args:
+            folder: not used.
 
         Raises:
             MechInterpError: always; save the practical form it was made from.

@@ -74,7 +74,13 @@ def constant_key(layout: Layout, like: Tensor) -> Float[Tensor, "1 width 1"]:
 
 
 def bias_head(layout: Layout, b: Float[Tensor, " columns"], *, write: range | None = None) -> SoftmaxHeads:
-    """A bias added to every real row, as one self-only head with ``W_QK = 0``, ``W_OV = e_const b``."""
+    """A bias added to every real row, as one self-only head with ``W_QK = 0``, ``W_OV = e_const b``.
+
+    Args:
+        layout: how the augmented stream is laid out.
+        b: the bias, as wide as ``write``.
+        write: coordinates written; the original ones by default.
+    """
     value = b.new_zeros(1, layout.width, 1)
     value[:, layout.constant] = 1
     out = layout.embed(b[None], layout.data if write is None else write, dim=1)
@@ -91,7 +97,16 @@ def mlp_sublayer(
     *,
     activation: Activation = "silu",
 ) -> Sublayer:
-    """``X + act(X W_in + b_in) W_out + b_out`` as one sublayer of heads (paper, A1)."""
+    """``X + act(X W_in + b_in) W_out + b_out`` as one sublayer of heads (paper, A1).
+
+    Args:
+        layout: how the augmented stream is laid out.
+        W_in: ``[d_model, neuron]``.
+        W_out: ``[neuron, d_model]``.
+        b_in: ``[neuron]``, or none.
+        b_out: ``[d_model]``, or none.
+        activation: its name, or a sum of softmax gates.
+    """
     stacks = [neuron_heads(layout, W_in, W_out, b_in, activation=activation)]
     if b_out is not None:
         stacks.append(bias_head(layout, b_out))

@@ -23,6 +23,10 @@ class PartialNorm:
     """The norm of the original coordinates; constant, scratch and positions pass it by.
 
     The bias token's row is normed too, by the same rule: zero stays zero.
+
+    Attributes:
+        norm: the original model's.
+        layout: how the stream is laid out.
     """
 
     norm: Norm

@@ -61,12 +61,22 @@ def sublayer_log_leak(sublayer: Sublayer, X: Float[Tensor, "*batch row width"]) 
 
 
 def mask_error_bound(sublayer: Sublayer, X: Float[Tensor, "*batch row width"], omega: float) -> float:
-    """The largest error that masks in weights with this Omega can make in one sublayer's output."""
+    """The largest error that masks in weights with this Omega can make in one sublayer's output.
+
+    Args:
+        sublayer: whose masks are in the weights.
+        X: the augmented stream, ``[..., row, width]``.
+        omega: how strongly a mask in the weights forbids a row.
+    """
     return math.exp(sublayer_log_leak(sublayer, X) - omega)
 
 
 def least_omega(log_leak: float, tol: float) -> float:
     """The least Omega whose bound is ``tol`` (for one sublayer's output).
+
+    Args:
+        log_leak: the logarithm of what the masked rows weigh at Omega 0 (``sublayer_log_leak``).
+        tol: the largest error of a sublayer's output that is let through.
 
     Raises:
         MechInterpError: the tolerance is not positive.
@@ -78,6 +88,11 @@ def least_omega(log_leak: float, tol: float) -> float:
 
 def check_omega(omega: float, log_leak: float, tol: float) -> None:
     """Whether Omega keeps the tolerance.
+
+    Args:
+        omega: how strongly a mask in the weights forbids a row.
+        log_leak: the logarithm of what the masked rows weigh at Omega 0 (``sublayer_log_leak``).
+        tol: the largest error of a sublayer's output that is let through.
 
     Raises:
         MechInterpError: it does not; says the least that would.

@@ -63,6 +63,11 @@ def attention_dropout(
     On a neuron head the weight on the own token is dropped or kept as a whole; the weight on the bias
     token does not matter, its value being zero. So it is dropout of the neuron.
 
+    Args:
+        model: the literal model.
+        rate: between 0 and 1.
+        generator: of the draws.
+
     Raises:
         MechInterpError: a rate outside [0, 1).
     """

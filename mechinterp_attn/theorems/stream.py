@@ -66,6 +66,9 @@ class Layout:
     def augment(self, X: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch row width"]:
         """``aug(X)``: persistent rows in front, then the constant, scratch and position coordinates.
 
+        Args:
+            X: ``[..., pos, d_model]``.
+
         Raises:
             MechInterpError: X is not ``d_model`` wide, or longer than the positions allow.
         """
@@ -90,6 +93,9 @@ class Layout:
     def deaugment(self, X: Float[Tensor, "*batch row width"]) -> Float[Tensor, "*batch pos d_model"]:
         """The original stream: real rows, original coordinates.
 
+        Args:
+            X: the augmented stream, ``[..., row, width]``.
+
         Raises:
             MechInterpError: X is not as wide as this layout.
         """
@@ -103,6 +109,11 @@ class Layout:
         self, W: Float[Tensor, "*head rows columns"], at: range | list[int], *, dim: int
     ) -> Float[Tensor, "*head wide_rows wide_columns"]:
         """W with one dimension zero-padded to ``width``, its entries at the coordinates ``at``.
+
+        Args:
+            W: ``[..., rows, columns]``.
+            at: where the entries go.
+            dim: which dimension is padded.
 
         Raises:
             MechInterpError: that dimension of W does not have one entry per coordinate.
@@ -124,6 +135,11 @@ class Layout:
         at: range | None = None,
     ) -> Float[Tensor, "width out"]:
         """Weights that read ``x @ W + b`` from an augmented row; the bias is in the constant's row.
+
+        Args:
+            W: ``[columns, out]``.
+            b: ``[out]``, or none.
+            at: the coordinates read; the original ones by default.
 
         Raises:
             MechInterpError: the bias does not fit the weights.

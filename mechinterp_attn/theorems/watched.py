@@ -91,7 +91,8 @@ def through_neurons(
 
 def _attend(stack: SoftmaxHeads, read: Tensor, q: Rows | None, v: Rows) -> tuple[Rows, Rows]:
     """Heads of dimension 1 with these queries and values: their weight on their own row, and what they
-    take in; dense patterns of a few heads at a time. Queries None: scores of 0."""
+    take in; dense patterns of a few heads at a time. Queries None: scores of 0.
+    """
     k = project(read, stack.W_K)
     own, taken = [], []
     size = read[..., 0].numel() * read.shape[-2] * read.element_size()
@@ -114,7 +115,8 @@ def _rows(hook: HookPoint, x: Rows) -> Rows:
 
 def _real(hook: HookPoint, x: Tensor, group: int = 1) -> Tensor:
     """``[batch, head, row, rank]`` through a hook that sees ``[batch, pos, head, rank]`` of the real
-    rows (one of every ``group`` heads that share keys)."""
+    rows (one of every ``group`` heads that share keys).
+    """
     if not hook.has_hooks():
         return x
     seen = hook(x[:, ::group, 1:].transpose(1, 2))

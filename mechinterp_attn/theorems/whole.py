@@ -159,6 +159,10 @@ class MaskSweep(Result):
         errors between ``floor`` and ``ceiling`` of the largest logit. Larger errors are no longer
         proportional to the leak, smaller ones are rounding.
 
+        Args:
+            floor: errors below are rounding and left out.
+            ceiling: errors above are saturated and left out.
+
         Raises:
             MechInterpError: fewer than two Omega are in that range.
         """
@@ -183,6 +187,12 @@ def mask_sweep(
     activation: str | SoftmaxActivation | None = None,
 ) -> MaskSweep:
     """The error of masks in weights at several Omega, sublayer by sublayer and in the logits.
+
+    Args:
+        model: the converted model.
+        tokens: ids ``[batch, pos]`` or a text.
+        omegas: the Omegas to try.
+        activation: its name, or a sum of softmax gates.
 
     Raises:
         MechInterpError: the model is below float32.
@@ -239,6 +249,11 @@ def calibrate_omega(model: Source, tokens: Int[Tensor, "batch pos"] | str, tol: 
 
     By the bound ``Omega >= Delta + ln(2 n max|x W_OV| / tol)``, summed over the heads of a sublayer,
     with the scores and values that the model has on these tokens; then measured at that Omega.
+
+    Args:
+        model: the converted model.
+        tokens: ids ``[batch, pos]`` or a text.
+        tol: how much the masks may add to the output of a sublayer.
 
     Raises:
         MechInterpError: tol is not positive, or the model is below float32.

@@ -112,6 +112,7 @@ def show(
     """The attention of chosen heads on a prompt, in CircuitsVis; works offline and when saved.
 
     Args:
+        model: the converted model.
         heads: labels or heads of any kind, virtual ones (``L0H2 > L1H3``) included.
         prompt: a text, or token ids ``[pos]``.
         positions: which tokens to show, as queries and as keys, such as ``slice(-40, None)``. The

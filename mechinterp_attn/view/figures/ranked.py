@@ -15,7 +15,8 @@ _NO_NAMES = ("kind", "ok")  # shown by colour, or no name of a row
 @draws(Result)
 def ranked_bars(result: Result, k: int = 20) -> go.Figure:
     """The first ``k`` rows of a result by the column it is ranked by; heads in the colours of their
-    kind, other rows red below zero and blue above."""
+    kind, other rows red below zero and blue above.
+    """
     rows = result.top(k)
     column = value_column(result)
     names = row_names(rows)

@@ -40,5 +40,6 @@ def signed_scale(values: Any) -> dict[str, Any]:
 
 def safe_text(text: str) -> str:
     """Text from a token or label for a title, tick or hover: plotly reads ``<b>`` and ``<a>`` in
-    those as markup."""
+    those as markup.
+    """
     return html.escape(shown(text), quote=False)

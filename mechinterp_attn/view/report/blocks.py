@@ -25,10 +25,12 @@ SCALE, BELOW, ABOVE, NOT_A_NUMBER = 252, 253, 254, 255
 
 
 def token(text: str) -> dict[str, str]:
+    """A table cell that shows a token."""
     return {"token": shown(text)}
 
 
 def head(label: str) -> dict[str, str]:
+    """A table cell that links to a head."""
     return {"head": label}
 
 

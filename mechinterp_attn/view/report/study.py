@@ -122,7 +122,8 @@ class Study:
     @cached_property
     def own_weights(self) -> pd.DataFrame:
         """Weight on the own token of every MLP-derived head: ``head``, ``here`` (where the prediction is
-        made), ``mean`` (over the prompt)."""
+        made), ``mean`` (over the prompt).
+        """
         here = self.attribution.position
         parts = [
             pd.DataFrame(
