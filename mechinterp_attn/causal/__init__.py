@@ -4,7 +4,21 @@ from mechinterp_attn.causal import tasks
 from mechinterp_attn.causal.circuit import Circuit
 from mechinterp_attn.causal.discover import Discovery, discover
 from mechinterp_attn.causal.effects import Effects, effects
+from mechinterp_attn.causal.faithfulness import Faithfulness, Minimality, faithfulness, minimality
 from mechinterp_attn.causal.rules import Rules
 from mechinterp_attn.causal.task import Task
 
-__all__ = ["Circuit", "Discovery", "Effects", "Rules", "Task", "discover", "effects", "tasks"]
+__all__ = [
+    "Circuit",
+    "Discovery",
+    "Effects",
+    "Faithfulness",
+    "Minimality",
+    "Rules",
+    "Task",
+    "discover",
+    "effects",
+    "faithfulness",
+    "minimality",
+    "tasks",
+]

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mechinterp_attn.causal.faithfulness import Faithfulness, Minimality, faithfulness, minimality
 from mechinterp_attn.causal.task import Task
+from mechinterp_attn.causal.wires import ENDS, Edge, edge_name
 from mechinterp_attn.core.errors import MechInterpError, listing
 from mechinterp_attn.core.files import write_text
+from mechinterp_attn.core.pictures import draw
+from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
-Edge = tuple[str, str, str]  # from, to, what of it reads: "Q", "K", "V"; "" for the logits
-ARROW = re.compile(r"\s*(\S+)\s*-+([QKV]?)-*>\s*(\S+)\s*")
-ENDS = ("embed", "logits")
-
-
-def edge_name(src: str, dst: str, mode: str) -> str:
-    """``L0H2 -K-> L1H3``; ``L1H3 -> logits``."""
-    return f"{src} -{mode}-> {dst}" if mode else f"{src} -> {dst}"
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +83,37 @@ class Circuit:
             "only_self": [name for name in mine if name not in set(theirs)],
             "only_other": [name for name in theirs if name not in set(mine)],
         }
+
+    def faithfulness(
+        self, model: AttentionOnlyModel, task: Task | None = None, **options: Any
+    ) -> Faithfulness:
+        """How much of the behaviour the circuit carries alone, and what is left without it.
+
+        Args:
+            task: prompts, best others than it was found on; by default the circuit's own.
+            options: of ``causal.faithfulness``; with ``sizes``, the circuit's first heads or edges.
+
+        Raises:
+            MechInterpError: neither task is there; what ``causal.faithfulness`` finds.
+        """
+        return faithfulness(model, self._task(task), self, **({"sizes": [len(self)]} | options))
+
+    def minimality(self, model: AttentionOnlyModel, task: Task | None = None, **options: Any) -> Minimality:
+        """What each of its heads or edges is worth in it; arguments and errors as for ``faithfulness``."""
+        return minimality(model, self._task(task), self, **options)
+
+    def draw(self) -> Figure:
+        """A plotly figure: heads by layer, edges in the colours of their modes."""
+        return draw(self)
+
+    def _task(self, task: Task | None) -> Task:
+        own = self.task if task is None else task
+        if own is None:
+            raise MechInterpError(
+                "this circuit knows no task, which no file holds; give one: "
+                "circuit.faithfulness(model, task=...)"
+            )
+        return own
 
     def save(self, path: str | Path) -> Path:
         """Write JSON; the task is not part of it (``Task.save``).

@@ -18,17 +18,16 @@ import torch
 from torch import Tensor
 
 from mechinterp_attn.causal.bound import Bound
-from mechinterp_attn.causal.circuit import edge_name
+from mechinterp_attn.causal.flow import splits
 from mechinterp_attn.causal.patches import Fill, some
 from mechinterp_attn.causal.rules import Hook, Rules
 from mechinterp_attn.causal.runs import graph, rows_at_once, watched, wide
+from mechinterp_attn.causal.wires import EMBED, LOGITS, edge_name
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import HeadBank
 from mechinterp_attn.model.norm import Norm
-
-EMBED, LOGITS = "embed", "logits"
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +83,7 @@ def edge_scores(
         MechInterpError: a model with norms behind its sublayers, or too little memory.
     """
     spec = model.spec
-    if spec.post_norm is not None or spec.stream_norm is not None:
-        raise MechInterpError(
-            "this model has norms behind its sublayers, through which what heads write is no sum; edges "
-            "are scored for models with norms in front only; use units='heads'"
-        )
+    splits(model)
     heads = sum(bank.n_heads * bank.d_head for bank in model.banks)
     need = 4 * steps * int(bound.clean.real.sum()) * (4 * heads + 4 * len(model.banks) * spec.d_model)
     if need > 2 * max_bytes:

@@ -2,6 +2,7 @@
 
 from mechinterp_attn.view import circuitsvis as circuitsvis
 from mechinterp_attn.view import graph as graph
+from mechinterp_attn.view.figures import causal as causal
 from mechinterp_attn.view.figures import circuits as circuits
 from mechinterp_attn.view.figures import detect as detect
 from mechinterp_attn.view.figures import detectors as detectors

@@ -36,6 +36,7 @@ def results(model) -> dict[str, Result]:
     frozen = mia.paths.freeze(model, PROMPT)
     own, detect, paths, theorems = mia.circuits, mia.detect, mia.paths, mia.theorems
     literal = theorems.attention_only(tiny)
+    behaviour = mia.tasks.induction(model, n=4)
     made = [
         own.bigrams(model, top_k=2),
         own.composition(model),
@@ -50,6 +51,10 @@ def results(model) -> dict[str, Result]:
         own.skip_trigrams(model, "L1H2", top_k=5),
         own.token_positions(model, "L0H1", top_k=3),
         own.virtual_heads(model, src="attention", dst="attention", top_k=5),
+        mia.causal.discover(model, behaviour),
+        mia.causal.effects(model, behaviour, exact=2),
+        mia.causal.faithfulness(model, behaviour, ["L0H1", "L1H2"], sizes=[1, 2], draws=1),
+        mia.causal.minimality(model, behaviour, ["L0H1", "L1H2"]),
         detect.ablate(model, PROMPT),
         detect.check_circuit(model, {"heads": {"L0H0": {"previous_token": 0.0}}}),
         detect.in_context_learning(model, PROMPT, early=1, late=8),
