@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 
 from mechinterp_attn.core.errors import CheckpointError, MechInterpError
 from mechinterp_attn.core.fields import wrong_fields
-from mechinterp_attn.model.saved import VERSION, sha256, sha256_of_config
+from mechinterp_attn.model.saved import SETTINGS, VERSION, sha256, sha256_of_config
 from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.sources.checkpoint import Shapes, expected_shapes, wrong_tensors
 from mechinterp_attn.sources.folder import read_config, read_tensors
@@ -41,7 +41,7 @@ def load_saved(folder: Path, dtype: torch.dtype | None = None) -> AttentionOnlyM
         raise CheckpointError(str(folder), wrong)
     tokenizer = None
     if "tokenizer.json" in config["sha256"]:  # otherwise one that lies there is another model's
-        tokenizer = read_tokenizer(folder / "tokenizer.json", **config["special_tokens"])
+        tokenizer = read_tokenizer(folder / "tokenizer.json", settings=config["special_tokens"])
     return AttentionOnlyModel(
         spec,
         {name: t.to(dtype) if dtype else t for name, t in weights.items()},
@@ -90,6 +90,12 @@ def _check_sums(folder: Path, config: dict[str, Any]) -> None:
             [f"format version {config.get('version')!r}, this release reads {VERSION}; save it again"],
         )
     wrong = wrong_fields(_Config, config, what="config.json has ")
+    if not wrong:  # they become a tokenizer's arguments
+        wrong = [
+            f"config.json has special_tokens.{name}, which is no special token and no setting"
+            for name in config["special_tokens"]
+            if not name.endswith(("_token", "_special_tokens")) and name not in SETTINGS
+        ]
     if wrong:
         raise CheckpointError(str(folder), wrong)
     for name in {"config.json", "model.safetensors"} | set(config["sha256"]):

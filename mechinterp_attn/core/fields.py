@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +40,12 @@ def _line(error: Any, what: str) -> str:
         return f"{what}{place}, which is not a known field"
     if error["type"] == "missing":
         return f"{what}no {place}"
-    return f"{what}{place}={_short(error['input'])}, expected {said}"
+    return f"{what}{place}={short(error['input'])}, expected {said}"
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
+def short(value: Any) -> str:
+    """A value as an error message shows it: no longer than 60 characters."""
+    text = reprlib.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -17,6 +17,8 @@ from mechinterp_attn.model.spec import Spec
 
 FORMAT = "mechinterp_attn.model.attention_only"
 VERSION = 2
+# What a tokenizer has besides its file and its named special tokens.
+SETTINGS = ("extra_special_tokens", "padding_side", "truncation_side", "chat_template", "model_input_names")
 
 
 def save(
@@ -72,9 +74,8 @@ def settings_of(tokenizer: Any) -> dict[str, Any]:
         return {}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     extra = [str(token) for token in getattr(tokenizer, "extra_special_tokens", ())]
-    kept = ("padding_side", "truncation_side", "chat_template", "model_input_names")
-    settings = special | {name: getattr(tokenizer, name, None) for name in kept}
-    return settings | ({"extra_special_tokens": extra} if extra else {})
+    settings = special | {name: getattr(tokenizer, name, None) for name in SETTINGS[1:]}
+    return settings | ({SETTINGS[0]: extra} if extra else {})
 
 
 def sha256(file: Path) -> str:

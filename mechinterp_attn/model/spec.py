@@ -16,7 +16,8 @@ Mixture = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]  # slop
 
 # What no model comes near: numbers beyond are mistakes, and are refused before anything is made of them.
 LARGEST = dict.fromkeys(("n_layers", "n_heads", "n_kv_heads"), 2**16)
-LARGEST |= dict.fromkeys(("d_model", "d_head", "d_mlp", "rotary_dim", "d_vocab", "d_vocab_out"), 2**31)
+LARGEST |= dict.fromkeys(("d_head", "rotary_dim"), 2**20)
+LARGEST |= dict.fromkeys(("d_model", "d_mlp", "d_vocab", "d_vocab_out"), 2**31)
 LARGEST |= {"n_ctx": 2**40}
 
 

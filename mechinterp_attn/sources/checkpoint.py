@@ -19,6 +19,7 @@ from mechinterp_attn.sources.config import spec_from_config
 
 _GROUPED = re.compile(r"attn\._([Wb])_([KV])$")
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Buffers that TransformerLens has kept in state dicts and that are no weights.
 _BUFFERS = ("attn.mask", "attn.IGNORE", "attn.rotary_sin", "attn.rotary_cos")
 
@@ -68,7 +69,7 @@ class Checkpoint:
         tensors = {name: t for name, t in self.state_dict.items() if not name.endswith(_BUFFERS)}
         problems = wrong_tensors(tensors, spec, expected_shapes)
         for name, tensor in tensors.items():
-            where = first_non_finite(tensor) if tensor.dtype.is_floating_point else None
+            where = first_non_finite(tensor) if tensor.dtype in _DTYPES else None
             if where is not None:
                 problems.append(f"{name} is {float(tensor[where])} at index {list(where)}")
         if problems:
@@ -117,7 +118,7 @@ def expected_shapes(spec: Spec) -> tuple[Shapes, Shapes]:
 def wrong_tensors(
     tensors: Mapping[str, Tensor], spec: Spec, shapes: Callable[[Spec], tuple[Shapes, Shapes]]
 ) -> list[str]:
-    """Every tensor that is missing, unknown, misshapen or not made of floating point numbers.
+    """Every tensor that is missing, unknown, misshapen or not of 16, 32 or 64 bit numbers.
 
     Args:
         shapes: of the tensors that there must be and of those that there may be.
@@ -132,7 +133,7 @@ def wrong_tensors(
             problems.append(f"unknown tensor {name} {tuple(tensor.shape)}")
         elif tuple(tensor.shape) != shape:
             problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
-        elif not tensor.dtype.is_floating_point:
+        elif tensor.dtype not in _DTYPES:
             problems.append(f"{name} has dtype {tensor.dtype}, expected floating point")
     return problems
 

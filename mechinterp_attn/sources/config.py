@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+from typing_extensions import TypedDict
 
 from mechinterp_attn.core.errors import CheckpointError, UnsupportedModelError
+from mechinterp_attn.core.fields import short, wrong_fields
 from mechinterp_attn.model.gates import GATES
-from mechinterp_attn.model.spec import NormKind, Positions, Spec
+from mechinterp_attn.model.spec import LARGEST, NormKind, Positions, Spec
 
 NORMS: dict[str | None, NormKind] = {
     "LN": "LN", "LNPre": "LN", "RMS": "RMS", "RMSPre": "RMS", None: None,
@@ -35,7 +37,7 @@ def spec_from_config(cfg: Mapping[str, Any], name: str) -> Spec:
         CheckpointError: with every missing or impossible field.
         UnsupportedModelError: with every unsupported part.
     """
-    _need_fields(cfg, name)
+    check_fields(cfg, name)
     _refuse_unsupported(cfg, name)
     norm = NORMS[cfg.get("normalization_type")]
     stream_norm: NormKind = NORMS[cfg.get("stream_norm")]
@@ -45,7 +47,7 @@ def spec_from_config(cfg: Mapping[str, Any], name: str) -> Spec:
     final: NormKind = "RMS" if cfg.get("final_rms") else norm or stream_norm
     d_vocab_out = cfg.get("d_vocab_out") or -1
     pre_norm = None if stream_norm or cfg.get("pre_norm") is False else norm
-    return Spec(
+    spec = Spec(
         n_layers=cfg["n_layers"],
         n_heads=cfg["n_heads"],
         n_kv_heads=cfg.get("n_key_value_heads") or cfg["n_heads"],
@@ -80,22 +82,98 @@ def spec_from_config(cfg: Mapping[str, Any], name: str) -> Spec:
         score_cap=_cap(cfg.get("attn_scores_soft_cap")),
         logit_cap=_cap(cfg.get("output_logits_soft_cap")),
     )
+    if wrong := spec.contradictions():
+        raise CheckpointError(name, [f"config has {reason}" for reason in wrong])
+    return spec
 
 
-def _need_fields(cfg: Mapping[str, Any], name: str) -> None:
+class _Fields(TypedDict, total=False):
+    """What a config may say besides its sizes; other fields are not read."""
+
+    act_fn: str | None
+    attn_only: bool | None
+    gated_mlp: bool | None
+    parallel_attn_mlp: bool | None
+    normalization_type: str | None
+    stream_norm: str | None
+    embed_norm: str | None
+    qk_norm: str | None
+    use_qk_norm: bool | None
+    pre_norm: bool | None
+    final_norm: bool | None
+    final_rms: bool | None
+    use_normalization_before_and_after: bool | None
+    post_embedding_ln: bool | None
+    prediction_head: bool | None
+    eps: float
+    positional_embedding_type: str | None
+    attention_dir: str
+    use_attn_scale: bool | None
+    attn_scale: float | None
+    scale_attn_by_inverse_layer_idx: bool | None
+    attn_scores_soft_cap: float | None
+    output_logits_soft_cap: float | None
+    use_local_attn: bool | None
+    attn_types: list[str] | None
+    window_size: int | None
+    windows: list[int | None] | None
+    n_key_value_heads: int | None
+    d_vocab_out: int | None
+    rotary_dim: int | None
+    rotary_base: float | None
+    rotary_adjacent_pairs: bool | None
+    rotary_frequencies: list[float] | None
+    rotary_factor: float | None
+    use_NTK_by_parts_rope: bool | None
+    NTK_by_parts_low_freq_factor: float
+    NTK_by_parts_high_freq_factor: float
+    NTK_by_parts_factor: float
+    NTK_original_ctx_len: int
+    float32_inside: bool | None
+    default_prepend_bos: bool | None
+    bos_token: str | None
+
+
+def check_fields(cfg: Mapping[str, Any], name: str) -> None:
+    """Refuse a config with a field that is missing, of the wrong type or out of range.
+
+    Raises:
+        CheckpointError: with every such field.
+    """
     need = ["n_layers", "n_heads", "d_model", "d_head", "n_ctx", "d_vocab"]
-    if not cfg.get("attn_only"):
-        need += ["d_mlp", "act_fn"]
-    missing = [f"config has no {n!r}" for n in need if cfg.get(n) is None]
-    numbers = [n for n in need if n != "act_fn" and cfg.get(n) is not None]
-    least = {"n_layers": 0}  # the zero-layer transformer: an embedding and an unembedding
-    bad = [
-        f"config has {n}={cfg[n]!r}, expected {'an integer from 0' if n in least else 'a positive integer'}"
-        for n in numbers
-        if isinstance(cfg[n], bool) or not isinstance(cfg[n], int) or cfg[n] < least.get(n, 1)
+    need += [] if cfg.get("attn_only") else ["d_mlp"]
+    names = need if cfg.get("attn_only") else [*need, "act_fn"]
+    wrong = [f"config has no {n!r}" for n in names if cfg.get(n) is None]
+    for n in need:
+        value, least = cfg.get(n), 0 if n == "n_layers" else 1  # no layers: embedding and unembedding alone
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            expected = "an integer from 0" if n == "n_layers" else "a positive integer"
+            wrong.append(f"config has {n}={short(value)}, expected {expected}")
+        elif value > LARGEST[n]:
+            wrong.append(f"config has {n}={short(value)}, expected at most {LARGEST[n]:,}")
+    known = {n: cfg[n] for n in _Fields.__annotations__ if n in cfg}
+    wrong += wrong_fields(_Fields, known, what="config has ")
+    for n in ("n_key_value_heads", "d_vocab_out", "rotary_dim", "window_size", "NTK_original_ctx_len"):
+        if isinstance(known.get(n), int) and not -1 <= known[n] <= (
+            most := LARGEST.get(n, LARGEST["n_ctx"])
+        ):
+            wrong.append(f"config has {n}={short(known[n])}, expected at most {most:,}")
+    wrong += [
+        f"config has {n}={value}, expected a finite number"
+        for n, value in known.items()
+        if isinstance(value, float) and not math.isfinite(value)
     ]
-    if missing or bad:
-        raise CheckpointError(name, missing + bad)
+    if not wrong and known.get("use_NTK_by_parts_rope"):
+        parts = [f"NTK_by_parts_{part}" for part in ("low_freq_factor", "high_freq_factor", "factor")]
+        wrong += [
+            f"config has no {n!r}, which use_NTK_by_parts_rope needs" for n in parts if n not in known
+        ]
+        if not wrong and (known[parts[0]] == known[parts[1]] or known[parts[2]] <= 0):
+            wrong.append(f"config has {', '.join(f'{n}={known[n]}' for n in parts)}, which make no table")
+    if wrong:
+        raise CheckpointError(name, wrong)
 
 
 def _refuse_unsupported(cfg: Mapping[str, Any], name: str) -> None:

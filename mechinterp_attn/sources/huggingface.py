@@ -10,7 +10,6 @@ import contextlib
 import copy
 import importlib.util
 import math
-import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.errors import CheckpointError, MechInterpError
 from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.sources.foreign import check_folder, check_size, unfit
 from mechinterp_attn.sources.tokenizer import give_tokenizer
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _ADJACENT = ("GPTJ", "CodeGen", "Cohere", "Glm")
 # Families that compute parts in float32 even when they run in float64, besides all with RMS norms.
 _FLOAT64 = ("GPT2", "GPTNeoX", "Bert")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", None)
 
 
@@ -261,23 +262,27 @@ def boot(
 
     Raises:
         MechInterpError: it cannot be fetched or read, or TransformerLens has no adapter for it.
+        CheckpointError: a folder asks for more than it holds, or its tokenizer is damaged.
     """
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForMaskedLM,
-        AutoTokenizer,
-    )
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    name, at = str(source), {"revision": revision} if revision else {}
+    name = str(source)
+    at: dict[str, Any] = {"revision": revision} if revision else {}
     place = name
     if is_gguf := name.endswith(".gguf"):
         _need_gguf(name)
         place, at = str(Path(name).parent), {"gguf_file": Path(name).name}
-    try:
+    elif Path(name).is_dir():
+        check_folder(Path(name))
+    at |= {"trust_remote_code": False}  # without it, users are asked whether to run a folder's code
+    with _said(f"{name!r} cannot be read as a Hugging Face model"):
         config = AutoConfig.from_pretrained(place, **at)
+        config.transformers_weights = config.fusion_config = (
+            None  # no file and no code of a config's choice
+        )
+        if is_gguf:
+            check_size(Path(name), config)
         kind = (getattr(config, "architectures", None) or [""])[0]
         loader = (
             AutoModelForMaskedLM
@@ -289,26 +294,63 @@ def boot(
         stored = getattr(config, "dtype", None) or torch.float32
         wide = torch.float32 if stored in (torch.float16, torch.bfloat16) else stored
         options = at | {"dtype": dtype or wide, "attn_implementation": "eager"}
+        options |= {} if is_gguf else {"use_safetensors": True}
         with _our_bars():
-            model = loader.from_pretrained(place, **options).eval()
-    except (OSError, ValueError, KeyError, struct.error) as error:
-        raise MechInterpError(f"{name!r} cannot be read as a Hugging Face model: {error}") from error
-    try:
-        found = is_gguf or _has_tokenizer(name)
-        tokenizer = AutoTokenizer.from_pretrained(place, **at) if found else None
-    except (OSError, ValueError, KeyError):
-        tokenizer = None
-    try:
-        with some_tokenizer(copy.deepcopy(tokenizer), config.vocab_size) as needed:
-            bridge = TransformerBridge.boot_transformers(
-                place, hf_model=model, tokenizer=needed, device="cpu", dtype=dtype or wide
+            model, loaded = loader.from_pretrained(
+                place, config=config, output_loading_info=True, **options
             )
-    except (ValueError, NotImplementedError, KeyError, AttributeError) as error:
-        raise MechInterpError(f"TransformerLens has no bridge for {name!r} ({kind}): {error}") from error
+    if reasons := unfit(loaded, getattr(config, "num_hidden_layers", 0)):
+        raise CheckpointError(name, reasons)
+    model.eval()
+    tokenizer = _tokenizer(Path(name), place, at)
+    with (
+        _said(f"TransformerLens has no bridge for {name!r} ({kind})"),
+        some_tokenizer(copy.deepcopy(tokenizer), config.vocab_size) as needed,
+    ):
+        bridge = TransformerBridge.boot_transformers(
+            place, hf_model=model, tokenizer=needed, device="cpu", dtype=dtype or wide
+        )
     give_tokenizer(bridge, tokenizer)
     if is_gguf:
         bridge.cfg.model_name = Path(name).stem
     return bridge
+
+
+@contextlib.contextmanager
+def _said(what: str) -> Iterator[None]:
+    """Whatever a library raises about a model from outside, said as an error of ours."""
+    try:
+        yield
+    except MechInterpError:
+        raise
+    except Exception as error:  # they raise of every class, down to RecursionError
+        why = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in why:
+            why = (
+                "it needs code of its own, which is not run; load it with transformers yourself and give "
+                "mia.convert a bridge: TransformerBridge.boot_transformers(name, hf_model=model)"
+            )
+        raise MechInterpError(f"{what}: {why}") from error
+
+
+def _tokenizer(file: Path, place: str, at: dict[str, Any]) -> Any:
+    """The tokenizer beside a model; None where there is none.
+
+    Raises:
+        CheckpointError: a folder's tokenizer is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    if file.is_dir() and not any((file / name).is_file() for name in _TOKENIZERS):
+        return None  # transformers gives such a folder an empty one
+    try:
+        return AutoTokenizer.from_pretrained(place, **at)
+    except Exception as error:
+        if not file.is_dir():
+            return None
+        raise CheckpointError(
+            str(file), [f"its tokenizer is damaged or unknown ({' '.join(str(error).split())})"]
+        ) from error
 
 
 def _need_gguf(name: str) -> None:
@@ -334,13 +376,6 @@ def _our_bars() -> Iterator[None]:
         logging.set_tqdm_hook(previous)
 
 
-def _has_tokenizer(name: str) -> bool:
-    """Folders without any tokenizer file get an empty tokenizer from transformers: that is none."""
-    folder = Path(name)
-    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-    return not folder.is_dir() or any((folder / file).is_file() for file in files)
-
-
 @contextlib.contextmanager
 def some_tokenizer(tokenizer: Any, size: int) -> Iterator[Any]:
     """Booting needs some tokenizer, readable from where it was saved, or the hub is asked for one."""
@@ -355,4 +390,4 @@ def some_tokenizer(tokenizer: Any, size: int) -> Iterator[Any]:
         PreTrainedTokenizerFast(
             tokenizer_object=backend, bos_token="<0>", eos_token="<0>", pad_token="<0>"
         ).save_pretrained(folder)
-        yield AutoTokenizer.from_pretrained(folder)
+        yield AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ from mechinterp_attn.core.errors import CheckpointError
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+_NONE: Mapping[str, Any] = {}
 _MADE_UP = ("bos_token", "eos_token", "pad_token")
 
 
-def read_tokenizer(file: Path, bos_token: str | None = None, **settings: Any) -> Any:
+def read_tokenizer(file: Path, bos_token: str | None = None, settings: Mapping[str, Any] = _NONE) -> Any:
     """A Hugging Face tokenizer from a ``tokenizer.json``, or None where there is no such file.
 
     Args:
@@ -29,13 +31,14 @@ def read_tokenizer(file: Path, bos_token: str | None = None, **settings: Any) ->
         return None
     from transformers import PreTrainedTokenizerFast
 
+    given: dict[str, Any] = {"bos_token": bos_token} | dict(settings)
     if not settings:
         # A bridge looks the name and add_bos_token up, and would go to the hub for a tokenizer that adds
         # no BOS.
-        settings = dict(eos_token=bos_token, pad_token=bos_token, name_or_path=file.parent.name)
-        settings["add_bos_token"] = bos_token is not None
+        given |= dict(eos_token=bos_token, pad_token=bos_token, name_or_path=file.parent.name)
+        given["add_bos_token"] = bos_token is not None
     try:
-        return PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token=bos_token, **settings)
+        return PreTrainedTokenizerFast(tokenizer_file=str(file), **given)
     except Exception as error:  # what the library raises on a damaged file has no class of its own
         raise CheckpointError(
             str(file.parent), [f"{file.name} is damaged or no tokenizer ({' '.join(str(error).split())})"]

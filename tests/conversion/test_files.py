@@ -149,9 +149,15 @@ def test_shards_of_a_checkpoint_are_one_model(sharded):
     ("index", "message"),
     [
         ("{", "index.json cannot be read"),
-        ('{"weight_map": 3}', "index.json cannot be read"),
-        ('{"weight_map": {"a": "../one.safetensors"}}', "names '../one.safetensors', which is no file"),
-        ('{"weight_map": {"a": "gone.safetensors"}}', "names 'gone.safetensors', which is no file"),
+        ('{"weight_map": 3}', "index.json has weight_map=3"),
+        (
+            '{"weight_map": {"a": "../one.safetensors"}}',
+            "names '../one.safetensors', which is no safetensors file",
+        ),
+        (
+            '{"weight_map": {"a": "gone.safetensors"}}',
+            "names 'gone.safetensors', which is no safetensors file",
+        ),
     ],
 )
 def test_an_index_that_leads_nowhere_is_refused(sharded, index, message):
@@ -173,7 +179,7 @@ def test_a_revision_reaches_the_hub(monkeypatch):
     monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
     with pytest.raises(mia.MechInterpError, match="no network in this test"):
         mia.load("owner/name", revision="v2")
-    assert asked == [("owner/name", {"revision": "v2"})]
+    assert asked == [("owner/name", {"revision": "v2", "trust_remote_code": False})]
 
 
 def test_a_revision_of_something_local_is_refused(sharded):
