@@ -15,6 +15,7 @@ from torch import Tensor
 from mechinterp_attn.circuits.circuit import Tokens, token_ids, token_texts
 from mechinterp_attn.circuits.ends import LOGITS, as_read, average_unembedding
 from mechinterp_attn.circuits.groups import refuse_non_finite
+from mechinterp_attn.circuits.listed import how_many, listed, listed_note, original, size_of
 from mechinterp_attn.circuits.plan import Plan
 from mechinterp_attn.circuits.streaming import plan_product, top_of_rows
 from mechinterp_attn.core.errors import MechInterpError
@@ -46,11 +47,12 @@ class Bigrams(Result):
 def bigrams(
     model: AttentionOnlyModel,
     *,
-    top_k: int = 10,
+    top_k: int | None = None,
     sources: Tokens | None = None,
     text: str | Tensor | None = None,
     counts: Int[Tensor, "first second"] | None = None,
     bias: bool = False,
+    special_tokens: bool = False,
     plan: bool = False,
 ) -> Bigrams | Plan:
     """The table ``W_E W_U`` (Elhage et al. 2021, "zero-layer transformers"), row by row.
@@ -60,12 +62,14 @@ def bigrams(
 
     Args:
         model: the converted model.
-        top_k: followers per source token.
+        top_k: followers per source token; by default 10, or all where there are fewer.
         sources: only these source tokens (texts of one token, or ids); None for all.
         text: a text, or token ids ``[pos]``, whose bigrams to compare the table with.
         counts: the same as a table of how often each token follows each other one;
             ``mia.bigram_counts()`` has those of the bundled models' corpus. Give one of the two.
         bias: add ``b_U``.
+        special_tokens: list special tokens and ids that no text stands for (padding rows of the
+            vocabulary), which are left out by default.
         plan: say what it would cost instead of doing it.
 
     Raises:
@@ -73,21 +77,24 @@ def bigrams(
             compare, counts of another vocabulary, or both.
     """
     spec = model.spec
-    ids = torch.arange(spec.d_vocab) if sources is None else token_ids(model, sources, spec.d_vocab)
-    if not 1 <= top_k <= spec.d_vocab_out:
-        raise MechInterpError(f"top_k={top_k} is out of range; expected 1 to {spec.d_vocab_out}")
+    ids = listed(model, special_tokens) if sources is None else token_ids(model, sources, spec.d_vocab)
+    ids = torch.arange(spec.d_vocab) if ids is None else ids
+    outputs = listed(model, special_tokens, output=True)
+    n_outputs = size_of(outputs, spec.d_vocab_out)
+    top_k = how_many(top_k, n_outputs)
     followers = _followers(model, text, counts)
     if plan:
         return plan_product(
             f"bigrams of {len(ids):,} tokens",
-            (len(ids), spec.d_model, spec.d_vocab_out),
+            (len(ids), spec.d_model, n_outputs),
             model.W_E.device,
             exact=model.W_E.dtype == torch.float64,
         )
     refuse_non_finite(model, ())
     left, right = _table(model, ids.to(model.W_E.device), bias)
-    bar = "bigrams" if len(ids) * spec.d_vocab_out > 2e8 else None
-    found = top_of_rows(left, right, min(top_k + 2, spec.d_vocab_out), progress=bar)
+    right = right if outputs is None else right[:, outputs]
+    bar = "bigrams" if len(ids) * n_outputs > 2e8 else None
+    found = top_of_rows(left, right, min(top_k + 2, n_outputs), progress=bar)
     exact = torch.cat(
         [
             (left[r].double() * right.T[c].double()).sum(-1)
@@ -96,7 +103,8 @@ def bigrams(
     )
     error = float((exact - found.value).abs().max())
     value, order = exact.view(len(ids), -1).topk(top_k)
-    column = found.column.view(len(ids), -1).gather(1, order).flatten().tolist()
+    places = found.column.view(len(ids), -1).gather(1, order).flatten()
+    column = original(outputs, places).tolist()
     source_ids = ids.repeat_interleave(top_k).tolist()
     frame = pd.DataFrame(
         {
@@ -120,6 +128,7 @@ def bigrams(
         "norms": "final gain folded, scale left out",
         "b_U": "added" if bias else "left out",
         "logits": LOGITS,
+        **listed_note(model, special_tokens),
     }
     return Bigrams(
         frame=frame,

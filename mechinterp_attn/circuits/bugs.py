@@ -18,8 +18,9 @@ from torch import Tensor
 from mechinterp_attn.circuits.circuit import Tokens, token_ids, token_texts
 from mechinterp_attn.circuits.ends import BIASES, average_unembedding, embedding, norms_note
 from mechinterp_attn.circuits.groups import finite_head
+from mechinterp_attn.circuits.listed import fewest, listed_note, original, size_of
 from mechinterp_attn.circuits.plan import Plan
-from mechinterp_attn.circuits.trigrams import Lists, again, halves_of, lists_of, plan_of
+from mechinterp_attn.circuits.trigrams import Listing, Lists, again, halves_of, lists_of, plan_of
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -52,6 +53,7 @@ def factoring_bugs(
     sources: Tokens | None = None,
     text: str | Tensor | None = None,
     top_k: int = 10,
+    special_tokens: bool = False,
     plan: bool = False,
 ) -> FactoringBugs | Plan:
     """Crossings of good skip-trigrams that a head implies although they are not good themselves.
@@ -68,6 +70,9 @@ def factoring_bugs(
         top_k: how many rows to give.
         sources: only these source tokens; by default the 50 with the strongest trigrams.
         text: a text or token ids ``[pos]`` that says which trigrams are good.
+        top_k: at most so many.
+        special_tokens: list special tokens and ids that no text stands for (padding rows of the
+            vocabulary), which are left out by default.
         plan: say what it would cost instead of doing it.
 
     Raises:
@@ -82,9 +87,12 @@ def factoring_bugs(
     ids = None if sources is None else token_ids(model, sources, spec.d_vocab)
     if plan:
         return plan_of(model, [one], spec.d_vocab if ids is None else len(ids))
-    searched = torch.arange(spec.d_vocab, device=model.W_E.device) if ids is None else ids
-    width = min(WIDTH, spec.d_vocab, spec.d_vocab_out)
-    lists = lists_of(one, halves_of(model, one), searched, width)
+    tokens = Listing.of(model, special_tokens)
+    every = torch.arange(spec.d_vocab, device=model.W_E.device)
+    searched = original(tokens.inputs, every[: size_of(tokens.inputs, len(every))]) if ids is None else ids
+    lists = lists_of(
+        one, halves_of(model, one), searched, min(WIDTH, fewest(model, special_tokens)), tokens
+    )
     best = lists.qk[:, 0].clamp_min(0) * lists.ov[:, 0].clamp_min(0)
     counts = None if text is None else _trigram_counts(model, text)
     parts = [
@@ -98,7 +106,7 @@ def factoring_bugs(
         "trigrams computed one by one from the circuits", _bugs_error(model, one, frame), 1e-8 * scale
     )
     notes = {"head": one.label, "support": "the direct path" if text is None else "trigrams of the text"}
-    notes |= {"norms": norms_note(model), "biases": BIASES}
+    notes |= {"norms": norms_note(model), "biases": BIASES} | listed_note(model, special_tokens)
     return FactoringBugs(frame=frame, receipt=Receipt((check,), notes))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from mechinterp_attn.circuits.circuit import qk_circuit, token_texts
 from mechinterp_attn.circuits.ends import BIASES, CHUNK, as_read, norms_note
 from mechinterp_attn.circuits.groups import finite_head
+from mechinterp_attn.circuits.listed import how_many, listed, listed_note, original, size_of
 from mechinterp_attn.circuits.streaming import top_entries
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
@@ -119,7 +120,8 @@ def token_positions(
     head: str | Head,
     *,
     query: Literal["token", "position"] = "token",
-    top_k: int = 10,
+    top_k: int | None = None,
+    special_tokens: bool = False,
 ) -> TokenPositions:
     """Strongest pairs of a token with a position: ``(W_E W_Q + b_Q) W_K^T W_pos^T``, or with ``W_E`` and
     ``W_pos`` exchanged.
@@ -130,6 +132,9 @@ def token_positions(
         top_k: how many rows to give.
         query: which of the two asks; the other one is the key. Entries are taken against the
             average key, so that they compare across queries.
+        top_k: how many pairs; by default 10, or all where there are fewer.
+        special_tokens: list special tokens and ids that no text stands for (padding rows of the
+            vocabulary), which are left out by default.
 
     Raises:
         MechInterpError: no such head, a model without learned positions, or top_k out of range.
@@ -143,16 +148,18 @@ def token_positions(
         raise MechInterpError(f"query={query!r}; expected 'token' or 'position'")
     circuit, P = qk_circuit(model, one), model.W_pos.detach().double()
     asking, asked = as_read(model, P, bias=True), as_read(model, P)
-    if not 1 <= top_k <= model.spec.d_vocab * len(P):
-        raise MechInterpError(f"top_k={top_k} is out of range; expected 1 to {model.spec.d_vocab * len(P)}")
+    ids = listed(model, special_tokens)
+    top_k = how_many(top_k, size_of(ids, model.spec.d_vocab) * len(P))
     if query == "token":
-        left, keys = circuit.left(), one.key_read(asked)
+        left, keys = circuit.left(ids), one.key_read(asked)
+        keys = keys - keys.mean(0) if one.compares_keys else keys
     else:
         left, keys = one.query_read(asking), circuit.right().T
-    if one.compares_keys:
-        keys = keys - keys.mean(0)
+        keys = keys - keys.mean(0) if one.compares_keys else keys
+        keys = keys if ids is None else keys[ids]
     found = top_entries(left, keys.T.contiguous(), top_k)
     token, position = (found.row, found.column) if query == "token" else (found.column, found.row)
+    token = original(ids, token)
     again = (left[found.row] * keys[found.column]).sum(-1)
     error = float((again - found.value).abs().max())
     check = Check("listed entries computed one by one", error, 1e-9 * max(1.0, float(again.abs().max())))
@@ -166,6 +173,7 @@ def token_positions(
         }
     )
     notes = {"dtype": "float64", "query": query, "norms": norms_note(model), "biases": BIASES}
+    notes |= listed_note(model, special_tokens)
     return TokenPositions(frame=frame, receipt=Receipt((check,), notes), head=one.label)
 
 

@@ -13,11 +13,14 @@ from torch import Tensor
 from mechinterp_attn.circuits.circuit import token_texts
 from mechinterp_attn.circuits.ends import CHUNK, LOGITS, as_read, average_unembedding, norms_note
 from mechinterp_attn.circuits.groups import finite_head
+from mechinterp_attn.circuits.listed import TOP, fewest, listed, listed_note, original
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Head
 from mechinterp_attn.model.low_rank import LowRank
+
+COMPONENTS = 5  # directions where no number is given
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -40,7 +43,12 @@ class SingularDirections(Result):
 
 @torch.no_grad()
 def singular_directions(
-    model: AttentionOnlyModel, head: str | Head, *, components: int = 5, top_k: int = 10
+    model: AttentionOnlyModel,
+    head: str | Head,
+    *,
+    components: int | None = None,
+    top_k: int | None = None,
+    special_tokens: bool = False,
 ) -> SingularDirections:
     """SVD of ``W_OV`` through its thin factors, each direction read through ``W_E`` and ``W_U``.
 
@@ -48,19 +56,25 @@ def singular_directions(
         model: the converted model.
         top_k: how many rows to give.
         head: a label or a head (virtual ones too).
-        components: how many directions, strongest first;  top_k: tokens per direction and side.
+        components: how many directions, strongest first; by default 5, or all where there are fewer.
+        top_k: tokens per direction and side; by default 10, or all where there are fewer.
+        special_tokens: list special tokens and ids that no text stands for (padding rows of the
+            vocabulary), which are left out by default.
 
     Raises:
         MechInterpError: no such head, non-finite weights, or components or top_k out of range.
     """
     one = finite_head(model, head)
     write, average = one.bank.seen(one.W_O.double()), average_unembedding(model)[:, None]
-    spec = model.spec
     rank = min(one.W_V.shape)
-    if not 1 <= components <= rank or not 1 <= top_k <= min(spec.d_vocab, spec.d_vocab_out):
+    inputs, outputs = listed(model, special_tokens), listed(model, special_tokens, output=True)
+    most = fewest(model, special_tokens)
+    components = min(COMPONENTS, rank) if components is None else components
+    top_k = min(TOP, most) if top_k is None else top_k
+    if not 1 <= components <= rank or not 1 <= top_k <= most:
         raise MechInterpError(
-            f"components={components}, top_k={top_k}; expected 1 to {rank} components and 1 to "
-            f"{min(spec.d_vocab, spec.d_vocab_out)} tokens"
+            f"components={components}, top_k={top_k}; expected 1 to {rank} components and "
+            f"1 to {most} tokens"
         )
     left = torch.linalg.qr(one.W_V.double())
     right = torch.linalg.qr(write.T)
@@ -70,11 +84,13 @@ def singular_directions(
     tokens_out = torch.cat(
         [written @ (x.double() - average) for x in model.W_U.detach().split(CHUNK, 1)], 1
     )
-    strongest = tokens_in.gather(1, tokens_in.abs().argmax(1, keepdim=True))
+    seen = tokens_in if inputs is None else tokens_in[:, inputs]
+    strongest = seen.gather(1, seen.abs().argmax(1, keepdim=True))
     sign = torch.where(strongest < 0, -1.0, 1.0).to(tokens_in)
     parts = []
-    for side, table in (("in", tokens_in * sign), ("out", tokens_out * sign)):
-        value, ids = table.topk(top_k)
+    for side, table, some in (("in", tokens_in * sign, inputs), ("out", tokens_out * sign, outputs)):
+        value, places = (table if some is None else table[:, some]).topk(top_k)
+        ids = original(some, places)
         for c in range(components):
             parts.append(
                 pd.DataFrame(
@@ -92,9 +108,11 @@ def singular_directions(
     norm = LowRank(one.W_V.double(), write).norm()
     error = abs(float(S.square().sum().sqrt()) - norm)
     check = Check("singular values give the norm of the circuit", error, 1e-9 * max(1.0, norm))
+    notes = {"dtype": "float64", "norms": norms_note(model), "logits": LOGITS}
+    notes |= listed_note(model, special_tokens)
     return SingularDirections(
         frame=pd.concat(parts, ignore_index=True),
-        receipt=Receipt((check,), {"dtype": "float64", "norms": norms_note(model), "logits": LOGITS}),
+        receipt=Receipt((check,), notes),
         head=one.label,
         singular_values=S,
     )

@@ -20,9 +20,9 @@ from torch import Tensor
 from mechinterp_attn.circuits.circuit import Tokens, ov_circuit, qk_circuit, token_ids, token_texts
 from mechinterp_attn.circuits.ends import BIASES, norms_note
 from mechinterp_attn.circuits.groups import finite_head
+from mechinterp_attn.circuits.listed import fewest, how_many, listed, listed_note, original, size_of
 from mechinterp_attn.circuits.plan import Plan
 from mechinterp_attn.circuits.streaming import plan_product, top_of_rows
-from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -58,13 +58,26 @@ class Lists:
     ov: Float[Tensor, "source n"]
 
 
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The ids that trigrams are made of; None for all of a vocabulary."""
+
+    inputs: Int[Tensor, " id"] | None
+    outputs: Int[Tensor, " id"] | None
+
+    @classmethod
+    def of(cls, model: AttentionOnlyModel, special_tokens: bool) -> Listing:
+        return cls(listed(model, special_tokens), listed(model, special_tokens, output=True))
+
+
 @torch.no_grad()
 def skip_trigrams(
     model: AttentionOnlyModel,
     head: Heads | None = None,
     *,
     sources: Tokens | None = None,
-    top_k: int = 10,
+    top_k: int | None = None,
+    special_tokens: bool = False,
     plan: bool = False,
 ) -> SkipTrigrams | Plan:
     """The strongest skip-trigrams, exactly, without a vocabulary^3 table.
@@ -82,7 +95,10 @@ def skip_trigrams(
         head: one head (virtual ones too), several, or None for all heads that move information
             between positions.
         sources: only these source tokens, ranked one by one; None searches all of them together.
-        top_k: how many trigrams (per source where sources are given).
+        top_k: how many trigrams (per source where sources are given); by default 10, or as many as there
+            are tokens where these are fewer.
+        special_tokens: list special tokens and ids that no text stands for (padding rows of the
+            vocabulary), which are left out by default.
         plan: say what it would cost at most instead of doing it.
 
     Raises:
@@ -90,21 +106,20 @@ def skip_trigrams(
     """
     heads = _heads(model, head)
     spec = model.spec
-    limit = min(spec.d_vocab, spec.d_vocab_out)
-    if not 1 <= top_k <= limit:
-        raise MechInterpError(f"top_k={top_k} is out of range; expected 1 to {limit}")
+    tokens = Listing.of(model, special_tokens)
+    top_k = how_many(top_k, fewest(model, special_tokens))
     ids = None if sources is None else token_ids(model, sources, spec.d_vocab)
     if plan:
-        return plan_of(model, heads, spec.d_vocab if ids is None else len(ids))
+        return plan_of(model, heads, size_of(tokens.inputs if ids is None else ids, spec.d_vocab))
     frames: list[pd.DataFrame] = []
     error, floor = 0.0, -1.0
     bar = Progress(heads, desc="skip-trigrams", unit="head", show=len(heads) * spec.d_vocab > 2e5)
     for one in bar:
         halves = halves_of(model, one)
         if ids is None:
-            found = _strongest(model, one, halves, top_k, floor)
+            found = _strongest(model, one, halves, tokens, top_k, floor)
         else:
-            lists = lists_of(one, halves, ids, top_k)
+            lists = lists_of(one, halves, ids, top_k, tokens)
             found = [_frame(model, one, lists, *_best_of_each(lists, top_k))]
         if found:
             frames += found
@@ -122,6 +137,7 @@ def skip_trigrams(
     scale = max(1.0, float(table["qk"].abs().max()), float(table["ov"].abs().max()))
     check = Check("halves computed one by one from the circuits", error, 1e-8 * scale)
     notes = {"dtype": "float64", "norms": norms_note(model), "biases": BIASES, "heads searched": len(heads)}
+    notes |= listed_note(model, special_tokens)
     return SkipTrigrams(frame=table, receipt=Receipt((check,), notes))
 
 
@@ -156,13 +172,16 @@ def plan_of(model: AttentionOnlyModel, heads: list[Head], sources: int) -> Plan:
     )
 
 
-def lists_of(head: Head, halves: Halves, source: Tensor, width: int) -> Lists:
-    """For each source token: the strongest outputs, and the queries that attend to it most."""
+def lists_of(head: Head, halves: Halves, source: Tensor, width: int, tokens: Listing) -> Lists:
+    """The best destinations and outputs, out of some tokens, of every source."""
     query, key, read, write = halves
-    outputs = top_of_rows(read[source], write, width)
+    written = write if tokens.outputs is None else write[:, tokens.outputs]
+    outputs = top_of_rows(read[source], written, width)
     if head.mixes_positions:
-        found = top_of_rows(key[source], query.T.contiguous(), width)
-        destination, attended = found.column.view(-1, width), found.value.view(-1, width)
+        asking = query if tokens.inputs is None else query[tokens.inputs]
+        found = top_of_rows(key[source], asking.T.contiguous(), width)
+        destination = original(tokens.inputs, found.column).view(-1, width)
+        attended = found.value.view(-1, width)
     else:
         destination = source[:, None]
         attended = (query[source] * key[source]).sum(-1, keepdim=True)
@@ -170,13 +189,13 @@ def lists_of(head: Head, halves: Halves, source: Tensor, width: int) -> Lists:
         source,
         destination,
         attended,
-        outputs.column.view(-1, width),
+        original(tokens.outputs, outputs.column).view(-1, width),
         outputs.value.view(-1, width),
     )
 
 
 def _strongest(
-    model: AttentionOnlyModel, head: Head, halves: Halves, k: int, floor: float
+    model: AttentionOnlyModel, head: Head, halves: Halves, tokens: Listing, k: int, floor: float
 ) -> list[pd.DataFrame]:
     """Tables that hold the ``k`` strongest trigrams of a head, as far as they are stronger than
     ``floor``.
@@ -185,11 +204,13 @@ def _strongest(
     attended = key.norm(dim=1) * query.norm(dim=1).max()
     if not head.mixes_positions:
         attended = (query * key).sum(-1).clamp_min(0)
-    bound, order = (attended * read.norm(dim=1) * write.norm(dim=0).max()).sort(descending=True)
+    bound = attended * read.norm(dim=1) * write.norm(dim=0).max()
+    bound, order = (bound if tokens.inputs is None else bound[tokens.inputs]).sort(descending=True)
+    order = original(tokens.inputs, order)
     found: list[pd.DataFrame] = []
     first, size = 0, 256  # few at first: they lift the floor
     while first < len(order) and float(bound[first]) > floor:
-        lists = lists_of(head, halves, order[first : first + size], k)
+        lists = lists_of(head, halves, order[first : first + size], k, tokens)
         found.append(_frame(model, head, lists, *_best(lists, k)))
         floor = max(floor, _last_of(k, found))
         first, size = first + size, SOURCES

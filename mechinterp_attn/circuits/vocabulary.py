@@ -20,6 +20,7 @@ from mechinterp_attn.circuits.circuit import (
     token_texts,
 )
 from mechinterp_attn.circuits.groups import finite_head
+from mechinterp_attn.circuits.listed import how_many, listed, listed_note, original, size_of
 from mechinterp_attn.circuits.plan import Plan
 from mechinterp_attn.circuits.streaming import (
     Entries,
@@ -73,10 +74,11 @@ def ov_top(
     model: AttentionOnlyModel,
     head: str | Head,
     *,
-    top_k: int = 10,
+    top_k: int | None = None,
     over: Over = "all",
     sources: Tokens | None = None,
     largest: bool = True,
+    special_tokens: bool = False,
     precision: Precision = "float32",
     plan: bool = False,
 ) -> TokenPairs | Plan:
@@ -86,11 +88,14 @@ def ov_top(
     Args:
         model: the converted model.
         head: label such as ``L1H2``, ``L0N7`` or ``L0H1 > L1H4``, or a ``Head`` (virtual ones too).
-        top_k: how many entries; per row or column where ``over`` says so.
+        top_k: how many entries; per row or column where ``over`` says so. By default 10, or all where
+            there are fewer.
         over: rank ``"all"`` entries together, every source token's ``"rows"``, or every output
             token's ``"columns"``.
         sources: only these attended tokens (texts of one token, or ids).
         largest: False for the most negative entries.
+        special_tokens: list special tokens and ids that no text stands for (padding rows of the
+            vocabulary), which are left out by default.
         precision: of the search (float64 where it is small or the model is); the entries listed
             are always computed again in float64.
         plan: say what it would cost instead of doing it.
@@ -100,6 +105,7 @@ def ov_top(
     """
     circuit = ov_circuit(model, finite_head(model, head))
     options: dict[str, Any] = {"top_k": top_k, "over": over, "sources": sources, "largest": largest}
+    options["special_tokens"] = special_tokens
     return _top(circuit, **options, precision=precision, plan=plan)
 
 
@@ -107,11 +113,12 @@ def qk_top(
     model: AttentionOnlyModel,
     head: str | Head,
     *,
-    top_k: int = 10,
+    top_k: int | None = None,
     over: Over = "all",
     sources: Tokens | None = None,
     largest: bool = True,
     offset: int | None = None,
+    special_tokens: bool = False,
     precision: Precision = "float32",
     plan: bool = False,
 ) -> TokenPairs | Plan:
@@ -124,26 +131,29 @@ def qk_top(
     earlier heads (see ``VirtualHead``); where it ends in a neuron the value is the pre-activation on
     the query token after the earlier heads have moved the key token to it.
 
-    Args: as for ``ov_top``; ``sources`` are query tokens.
-        offset: the key stands this many tokens before the query, for rotary heads; None leaves
-            rotations out.
-
     Args:
         model: the converted model.
-        head: a label (``"L0H3"``), a ``Head`` or a virtual head.
-        top_k: how many rows to give.
-        over: "all" for the largest entries of the circuit, "rows" for those of every query token.
-        sources: query tokens; all by default.
-        largest: False for the smallest entries.
-        offset: how far the key lies behind the query, for rotary models.
-        precision: arithmetic of the search; listed values are float64.
-        plan: the cost instead of the answer.
+        head: label such as ``L1H2``, ``L0N7`` or ``L0H1 > L1H4``, or a ``Head`` (virtual ones too).
+        top_k: how many entries; per row or column where ``over`` says so. By default 10, or all where
+            there are fewer.
+        over: rank ``"all"`` entries together, every query token's ``"rows"``, or every key token's
+            ``"columns"``.
+        sources: only these query tokens (texts of one token, or ids).
+        largest: False for the most negative entries.
+        offset: the key stands this many tokens before the query, for rotary heads; None leaves
+            rotations out.
+        special_tokens: list special tokens and ids that no text stands for (padding rows of the
+            vocabulary), which are left out by default.
+        precision: of the search (float64 where it is small or the model is); the entries listed
+            are always computed again in float64.
+        plan: say what it would cost instead of doing it.
 
     Raises:
         MechInterpError: no such head or token, or top_k or offset out of range.
     """
     circuit = qk_circuit(model, finite_head(model, head), offset=offset)
     options: dict[str, Any] = {"top_k": top_k, "over": over, "sources": sources, "largest": largest}
+    options["special_tokens"] = special_tokens
     return _top(circuit, **options, precision=precision, plan=plan)
 
 
@@ -151,23 +161,25 @@ def qk_top(
 def _top(
     circuit: VocabularyCircuit,
     *,
-    top_k: int,
+    top_k: int | None,
     over: Over,
     sources: Tokens | None,
     largest: bool,
+    special_tokens: bool,
     precision: Precision,
     plan: bool,
 ) -> TokenPairs | Plan:
     model = circuit.model
-    ids = None if sources is None else token_ids(model, sources, circuit.shape[0])
-    rows, columns = len(ids) if ids is not None else circuit.shape[0], circuit.shape[1]
+    output = circuit.which == "OV"
+    ids = listed(model, special_tokens) if sources is None else token_ids(model, sources, circuit.shape[0])
+    others = None if circuit.own_token else listed(model, special_tokens, output=output)
+    rows, columns = size_of(ids, circuit.shape[0]), size_of(others, circuit.shape[1])
     limit = {"all": rows * columns, "rows": columns, "columns": rows}
     if circuit.own_token:
         limit = {"all": rows, "rows": 1, "columns": 1}
     if over not in limit:
         raise MechInterpError(f"over={over!r}; expected 'all', 'rows' or 'columns'")
-    if not 1 <= top_k <= limit[over]:
-        raise MechInterpError(f"top_k={top_k} is out of range; expected 1 to {limit[over]}")
+    top_k = how_many(top_k, limit[over])
     work = rows * (1 if circuit.own_token else columns) * circuit.rank
     if plan:
         what = f"{circuit.which} circuit of {circuit.head.label} over {rows:,} x {columns:,} tokens"
@@ -177,7 +189,7 @@ def _top(
     dtype = torch.float64 if exact else torch.bfloat16 if precision == "bfloat16" else torch.float32
     narrow = torch.float64 if exact else torch.float32
     left = circuit.left(ids, narrow).to(dtype)
-    right = circuit.right(None, narrow).to(dtype).contiguous()
+    right = circuit.right(others, narrow).to(dtype).contiguous()
     bar = f"{circuit.which} {circuit.head.label}" if work > 5e10 else None
     search: dict[str, Any] = {"sign": 1 if largest else -1, "progress": bar}
     wanted = min(top_k + SPARE, limit[over])
@@ -192,8 +204,8 @@ def _top(
         else:
             turned = top_of_rows(right.T.contiguous(), left.T.contiguous(), wanted, **search)
             found = Entries(turned.column, turned.row, turned.value)
-    given = torch.arange(rows, device=left.device) if ids is None else ids
-    exact_value = circuit.at(given[found.row], found.column)
+    found = Entries(original(ids, found.row), original(others, found.column), found.value)
+    exact_value = circuit.at(found.row, found.column)
     error = float((exact_value - found.value).abs().max())
     kept, exact_value = _ranked(
         found, exact_value, wanted if over != "all" else len(found.row), top_k, largest
@@ -201,18 +213,18 @@ def _top(
     scale = max(1.0, float(exact_value.abs().max()))
     used = "float64" if exact else precision
     check = Check(f"{used} search against float64 entries", error, UNIT_ROUNDOFF[used] * scale)
-    source_ids, other_ids = given[kept.row].cpu().numpy(), kept.column.cpu().numpy()
+    source_ids, other_ids = kept.row.cpu().numpy(), kept.column.cpu().numpy()
     frame = pd.DataFrame(
         {
             "source": _texts(model, source_ids),
             "source_id": source_ids,
-            "token": _texts(model, other_ids, output=circuit.which == "OV"),
+            "token": _texts(model, other_ids, output=output),
             "token_id": other_ids,
             "value": exact_value.cpu().numpy(),
             "rank": np.arange(len(other_ids)) % top_k + 1,
         }
     )
-    notes = circuit.notes | {"dtype": f"values float64, search {used}"}
+    notes = circuit.notes | {"dtype": f"values float64, search {used}"} | listed_note(model, special_tokens)
     return TokenPairs(
         frame=frame,
         receipt=Receipt((check,), notes),

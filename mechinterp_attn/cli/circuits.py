@@ -76,7 +76,7 @@ def circuits(
         ),
     ],
     heads: Heads = None,
-    top: Top = 10,
+    top: Top = None,
     over: Annotated[Over, typer.Option(help="ov, qk: rank all entries, rows or columns.")] = Over.all,
     source: Annotated[
         list[str] | None, typer.Option(help="Only this source token; may be given several times.")
@@ -104,7 +104,7 @@ def circuits(
     """Read circuits from the weights: tables over tokens, copying, composition, virtual heads."""
     import mechinterp_attn as mia
 
-    loaded, top = load(model), top or 10
+    loaded = load(model)
     own = mia.circuits
     tokens = [token_of(loaded, text) or text for text in source] if source else None
     if analysis in (Analysis.ov, Analysis.qk):
@@ -114,7 +114,7 @@ def circuits(
         result: Any = ranked(loaded, one_head(heads, f"circuits ... {analysis}"), **options, plan=plan)
     elif analysis is Analysis.composition:
         earlier = _select(src or (",".join(heads) if heads else None))
-        options = {"rank_by": rank_by.value, "max_bytes": max_bytes, "resume": resume, "top_k": top}
+        options = {"rank_by": rank_by.value, "max_bytes": max_bytes, "resume": resume, "top_k": top or 10}
         result = own.composition(loaded, kind.value, earlier, _select(dst), **options, plan=plan)
     else:
         result = _others(loaded, analysis, heads, tokens, top, src, dst, length, plan)
@@ -122,7 +122,7 @@ def circuits(
         typer.echo(str(result))
         return
     ranked_here = analysis in (Analysis.copying, Analysis.positions)  # the others come as long as asked
-    rows = result.top(top) if ranked_here else result.frame
+    rows = result.top(top or 10) if ranked_here else result.frame
     deliver(result, rows, as_json=as_json, csv=csv, figure=figure)
 
 
@@ -131,7 +131,7 @@ def _others(
     analysis: Analysis,
     heads: list[str] | None,
     tokens: list[str | int] | None,
-    top: int,
+    top: int | None,
     src: str | None,
     dst: str | None,
     length: int,
@@ -146,13 +146,13 @@ def _others(
         return own.skip_trigrams(model, heads or None, sources=tokens, top_k=top, plan=plan)
     if analysis is Analysis.factoring_bugs:
         head = one_head(heads, name)
-        return own.factoring_bugs(model, head, sources=tokens, top_k=top, plan=plan)
+        return own.factoring_bugs(model, head, sources=tokens, top_k=top or 10, plan=plan)
     if analysis is Analysis.copying:
         return own.copying_scores(model, heads or None, plan=plan)
     if analysis is Analysis.virtual:
         src, dst = src or "attention", dst or "attention"
         ends = {"src": _select(src), "dst": _select(dst)}
-        return own.virtual_heads(model, **ends, length=length, top_k=top, plan=plan)
+        return own.virtual_heads(model, **ends, length=length, top_k=top or 10, plan=plan)
     if analysis is Analysis.positions:
         return own.position_circuit(model, one_head(heads, name))
     return own.singular_directions(model, one_head(heads, name), top_k=top, components=1)

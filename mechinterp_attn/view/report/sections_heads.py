@@ -7,6 +7,7 @@ from typing import cast
 import pandas as pd
 
 from mechinterp_attn import circuits
+from mechinterp_attn.circuits.listed import fewest
 from mechinterp_attn.core.text import signed
 from mechinterp_attn.view.report.blocks import Block, chart, column, patterns, section, table, token
 from mechinterp_attn.view.report.study import SCORES, Study
@@ -91,8 +92,8 @@ def vocabulary(study: Study) -> Block | None:
             ("OV", circuits.ov_top, ("Attended token", "Output token")),
             ("QK", circuits.qk_top, ("Query token", "Key token")),
         ):
-            size = study.model.spec.d_vocab * study.model.spec.d_vocab_out
-            result = cast(circuits.TokenPairs, run(study.model, label, top_k=min(20, size)))
+            most = fewest(study.model) ** 2
+            result = cast(circuits.TokenPairs, run(study.model, label, top_k=min(20, most)))
             blocks.append(
                 table(
                     f"{circuit.lower()}-{label}",
@@ -172,7 +173,7 @@ SIDES = {
 
 def _with_tokens(study: Study, frame: pd.DataFrame) -> tuple[pd.DataFrame, circuits.ReadsAndWrites]:
     """The frame with a column of tokens for every side that its heads have."""
-    most = min(TOKENS, study.model.spec.d_vocab, study.model.spec.d_vocab_out)
+    most = min(TOKENS, fewest(study.model))
     found = circuits.reads_and_writes(study.model, frame["head"].tolist(), top_k=most)
     lists = found.frame.groupby(["head", "side"])["token"].agg(list)
     frame = frame.copy()
