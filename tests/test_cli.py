@@ -1,5 +1,6 @@
 """The command line as a whole: one grammar, documented JSON, exit codes, Ctrl-C, terminals."""
 
+import io
 import json
 import os
 import pty
@@ -215,6 +216,35 @@ def test_a_log_gets_progress_in_lines(monkeypatch, capsys):
     assert "\r" not in err
     assert "\x1b" not in err
     assert all(line.startswith(("work: ", "its parts: ")) for line in err.splitlines())
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1"])
+@pytest.mark.parametrize("words", ["circuits gelu-2l directions L1H3", "circuits gelu-2l bigrams --top 2"])
+def test_a_console_without_some_signs_gets_others(monkeypatch, encoding, words):
+    """U+FFFD and this package's own ↵ are in no code page of Windows."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["mechinterp-attn", *words.split()])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert not left.value.code
+    out.flush()
+    assert out.buffer.getvalue().count(b"\n") > 2
+
+
+def test_a_prompt_is_what_was_typed(run):
+    """Under LC_ALL=C Python takes the bytes of an é for two surrogates; half a character is replaced."""
+    words = ("paths", "relu-1l", "top", "--top", "3", "--json", "--prompt")
+    assert run(*words, "caf\udcc3\udca9 Dor") == run(*words, "café Dor")
+    assert run(*words, "caf\udcc3 Dor") == run(*words, "caf\ufffd Dor")
+
+
+def test_a_file_that_cannot_be_written_is_said_before_the_work(run, monkeypatch):
+    monkeypatch.setattr(common, "load", lambda model: pytest.fail("the work"))
+    for option in ("--csv", "--figure"):
+        code, out, err = run("circuits", "relu-1l", "bigrams", option, "none/of/these.csv")
+        assert (code, out) == (2, "")
+        assert "does not exist; make it first" in err
 
 
 def test_the_shell_completes():

@@ -6,18 +6,28 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from mechinterp_attn.causal.faithfulness import Faithfulness, Minimality, faithfulness, minimality
 from mechinterp_attn.causal.task import Task
 from mechinterp_attn.causal.wires import ENDS, Edge, edge_name
 from mechinterp_attn.core.errors import MechInterpError, listing
+from mechinterp_attn.core.fields import wrong_fields
 from mechinterp_attn.core.files import write_text
 from mechinterp_attn.core.pictures import draw
+from mechinterp_attn.core.reading import read_json
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
+
+
+class _Saved(TypedDict):
+    heads: list[str]
+    edges: list[Edge]
+    scores: NotRequired[list[float]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,16 +147,10 @@ class Circuit:
         Raises:
             MechInterpError: the file is no circuit.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise MechInterpError(f"{path} is not JSON: {error}") from None
-        wrong = [] if isinstance(data, dict) else [f"{type(data).__name__} instead of an object"]
-        if not wrong:
-            wrong += [f"no {name!r}" for name in ("heads", "edges") if not isinstance(data.get(name), list)]
-        if wrong:
+        data = read_json(path)
+        if wrong := wrong_fields(_Saved, data):
             raise MechInterpError(listing(f"{path} is no circuit", wrong))
-        edges = tuple((str(src), str(dst), str(mode)) for src, dst, mode in data["edges"])
+        edges = tuple((src, dst, mode) for src, dst, mode in data["edges"])
         return cls(tuple(data["heads"]), edges, task, tuple(data.get("scores", ())))
 
     def __repr__(self) -> str:

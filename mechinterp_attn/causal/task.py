@@ -17,7 +17,9 @@ from mechinterp_attn.causal.bound import Bound, bind
 from mechinterp_attn.causal.metrics import NAMES, NEEDS_AGAINST, NEEDS_ANSWER, Metric
 from mechinterp_attn.causal.runs import scores
 from mechinterp_attn.core.errors import MechInterpError, listing
+from mechinterp_attn.core.fields import short
 from mechinterp_attn.core.files import write_text
+from mechinterp_attn.core.reading import parse_json, read_text
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]] | Tensor
@@ -221,15 +223,15 @@ class Task:
             MechInterpError: what cannot be read, with the line.
         """
         rows: list[dict[str, Any]] = []
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_text(path).split("\n"), 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = parse_json(line)
+            except ValueError as error:
                 raise MechInterpError(f"{path}, line {number} is not JSON: {error}") from None
             if not isinstance(row, dict):
-                raise MechInterpError(f"{path}, line {number} is {row!r}; expected an object")
+                raise MechInterpError(f"{path}, line {number} is {short(row)}; expected an object")
             rows.append(row)
         head = rows.pop(0) if rows and "clean" not in rows[0] else {}
         options: dict[str, Any] = {"name": head.get("task") or Path(path).stem}

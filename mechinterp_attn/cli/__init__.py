@@ -11,7 +11,7 @@ import traceback
 import typer
 
 from mechinterp_attn.cli import circuits, detect, models, paths, report
-from mechinterp_attn.cli.common import BUG, INTERRUPTED, WRONG_INPUT, fail, remark
+from mechinterp_attn.cli.common import BUG, INTERRUPTED, WRONG_INPUT, any_console, fail, remark
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.interrupt import gentle_interrupt
 
@@ -35,6 +35,7 @@ def main() -> None:
     def say() -> None:
         remark("stopping at the next step; Ctrl-C again to stop at once")
 
+    any_console()
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     with gentle_interrupt(say) as stopped:

@@ -42,6 +42,29 @@ def _hush(quiet: bool) -> bool:
     return quiet
 
 
+def _typed(text: str | None) -> str | None:
+    """A text of the command line as it was typed. Where the system's encoding is not the terminal's
+    (``LC_ALL=C``), Python has its bytes as surrogates; they are UTF-8 nearly always.
+    """
+    if text is None or text.isprintable():
+        return text
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _writable(file: Path | None) -> Path | None:
+    """A file that can be written: said before the work, not after it."""
+    from mechinterp_attn.core.files import check_writable
+
+    return None if file is None else check_writable(file)
+
+
+def any_console() -> None:
+    """Let answers go to every console: what its encoding has no sign for is replaced, as by ``?``."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -57,7 +80,9 @@ Heads = Annotated[
         help="Heads such as L1H2, L0N7 or 'L0H1 > L1H4'; all where that makes sense.", metavar="HEADS"
     ),
 ]
-Prompt = Annotated[str | None, typer.Option(help="The text to analyse.", show_default=False)]
+Prompt = Annotated[
+    str | None, typer.Option(help="The text to analyse.", show_default=False, callback=_typed)
+]
 Ids = Annotated[
     str | None,
     typer.Option(
@@ -65,18 +90,31 @@ Ids = Annotated[
     ),
 ]
 Target = Annotated[
-    str | None, typer.Option(help="The next token to explain; by default the model's own.", metavar="TOKEN")
+    str | None,
+    typer.Option(
+        help="The next token to explain; by default the model's own.", metavar="TOKEN", callback=_typed
+    ),
 ]
-Against = Annotated[str | None, typer.Option(help="Explain the logit over this token's.", metavar="TOKEN")]
+Against = Annotated[
+    str | None,
+    typer.Option(help="Explain the logit over this token's.", metavar="TOKEN", callback=_typed),
+]
 Position = Annotated[int, typer.Option(help="Where it is predicted; negative counts from the end.")]
 Top = Annotated[int | None, typer.Option("--top", "-k", help="How many rows, the first ones.", min=1)]
 Seed = Annotated[int, typer.Option(help="Of all that is random.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the table as JSON: one object a row.")]
 CsvFile = Annotated[
-    Path | None, typer.Option("--csv", help="Write the table to this file, print its path.", metavar="FILE")
+    Path | None,
+    typer.Option(
+        "--csv",
+        help="Write the table to this file, print its path.",
+        metavar="FILE",
+        callback=_writable,
+    ),
 ]
 FigureFile = Annotated[
-    Path | None, typer.Option("--figure", help="Also write the figure, as HTML.", metavar="FILE")
+    Path | None,
+    typer.Option("--figure", help="Also write the figure, as HTML.", metavar="FILE", callback=_writable),
 ]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Nothing on standard error but errors.", callback=_hush)

@@ -34,7 +34,7 @@ def wrong_fields(kind: Any, data: Any, *, what: str = "") -> list[str]:
 
 
 def _line(error: Any, what: str) -> str:
-    place = ".".join(str(part) for part in error["loc"])
+    place = ".".join(str(part) for part in error["loc"] if part != "[key]")
     said = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         return f"{what}{place}, which is not a known field"

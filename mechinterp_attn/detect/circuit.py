@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import pandas as pd
 import torch
-import yaml
 from torch import Tensor
 
 from mechinterp_attn.causal.batches import Batch, as_batch, look, pad
@@ -19,17 +16,13 @@ from mechinterp_attn.core.errors import MechInterpError, listing
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.core.tolerance import TOLERANCE
 from mechinterp_attn.detect.ablation import ablate
-from mechinterp_attn.detect.induction import ATTENDS
-from mechinterp_attn.detect.probes import ROLES, random_repeats
+from mechinterp_attn.detect.circuit_spec import Behaviour, Spec, Written, read_spec
+from mechinterp_attn.detect.probes import random_repeats
 from mechinterp_attn.detect.scores import score_heads
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import HeadBank
 
-Spec = Mapping[str, Any] | str | Path
-
 CARRIES = 0.5  # share of a behaviour that a circuit carries where the spec names no number
-DEPENDS = 0.3  # share of what a head holds that depends on an edge, likewise
-_KEYS = ("name", "heads", "edges", "behaviour")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -116,8 +109,8 @@ def check_circuit(
         seed: of the random draws.
         draws: how many random sequences.
     """
-    data = _read(spec)
-    members, roles = _heads(model, data)
+    circuit = read_spec(spec)
+    members, roles = _heads(model, circuit)
     claims: list[tuple[str, float, float]] = []
     checks: list[Check] = []
     if roles:
@@ -126,13 +119,13 @@ def check_circuit(
         scores = scored.frame.set_index("head")
         for head, role, least in roles:
             claims.append((f"{head} {role}", float(scores[role][head]), least - tolerance))
-    batch, where = _behaviour(model, data.get("behaviour", "induction"), seed=seed, draws=draws)
-    for edge, least in _edges(data):
+    batch, where = _behaviour(model, circuit.behaviour, seed=seed, draws=draws)
+    for edge, least in circuit.edges:
         measured, check = _dependence(model, edge, batch, where)
         claims.append((edge, measured, least - tolerance))
         checks.append(check)
-    if "behaviour" in data:
-        more, own = _carried(model, data["behaviour"], members, batch, where, tolerance)
+    if circuit.behaviour is not None:
+        more, own = _carried(model, circuit.behaviour, members, batch, where, tolerance)
         claims += more
         checks += own
     frame = pd.DataFrame(claims, columns=["claim", "measured", "at_least"])
@@ -157,7 +150,7 @@ def _dependence(model: AttentionOnlyModel, edge: str, batch: Batch, where: Tenso
 def _alone(model: AttentionOnlyModel, edge: str, batch: Batch) -> Tensor:
     """What an edge brings on the last sequence, from three runs with nothing beside it."""
     match = EDGE.fullmatch(edge)
-    assert match is not None  # checked by _read
+    assert match is not None  # checked by read_spec
     (first, i), (last, index) = (model.heads.find(match[end]) for end in (1, 3))
     tokens = batch.tokens[-1:, batch.real[-1]]
     side, z = last.hook(match[2].lower()), last.hook("z")
@@ -178,13 +171,12 @@ def _alone(model: AttentionOnlyModel, edge: str, batch: Batch) -> Tensor:
 
 def _carried(
     model: AttentionOnlyModel,
-    behaviour: Any,
+    stated: Behaviour,
     members: list[str],
     batch: Batch,
     where: Tensor,
     tolerance: float,
 ) -> tuple[list[tuple[str, float, float]], list[Check]]:
-    stated = behaviour if isinstance(behaviour, Mapping) else {}
     everything = list(model.heads)
     outside = sorted(set(everything) - set(members))
     change = {}
@@ -211,11 +203,13 @@ def _carried(
     return claims, checks
 
 
-def _behaviour(model: AttentionOnlyModel, behaviour: Any, *, seed: int, draws: int) -> tuple[Batch, Tensor]:
-    """The tokens of a behaviour, and which next tokens show it."""
-    stated = behaviour if isinstance(behaviour, Mapping) else {"task": behaviour}
+def _behaviour(
+    model: AttentionOnlyModel, stated: Behaviour | None, *, seed: int, draws: int
+) -> tuple[Batch, Tensor]:
+    """The tokens of a behaviour, and which next tokens show it; repeats where none is stated."""
+    stated = stated or {"task": "induction"}
     if "texts" in stated:
-        batch = as_batch(model, list(stated["texts"]))
+        batch = as_batch(model, stated["texts"])
         return batch, batch.predicts
     if "prompts" in stated:
         rows, starts = [], []
@@ -232,72 +226,24 @@ def _behaviour(model: AttentionOnlyModel, behaviour: Any, *, seed: int, draws: i
     return probe.batch, probe.repeated
 
 
-def _read(spec: Spec) -> Mapping[str, Any]:
-    """A spec as a mapping, its form checked.
-
-    Raises:
-        MechInterpError: with every mistake.
-    """
-    if isinstance(spec, Path):
-        spec = spec.read_text(encoding="utf-8")
-    try:
-        data = yaml.safe_load(spec) if isinstance(spec, str) else spec
-    except yaml.YAMLError as error:
-        raise MechInterpError(f"the circuit is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, Mapping):
-        raise MechInterpError(
-            f"the circuit is {data!r}; expected a mapping with heads, edges and behaviour, as YAML or dict"
-        )
-    wrong = [f"unknown key {key!r} (known: {', '.join(_KEYS)})" for key in data if key not in _KEYS]
-    if not isinstance(data.get("heads"), Mapping) or not data["heads"]:
-        wrong.append("no heads: expected 'heads' with a role for every label, such as L0H2: previous_token")
-    for edge, least in _edges(data):
-        if not EDGE.fullmatch(edge):
-            wrong.append(f"edge {edge!r}: expected 'L0H2 -K-> L1H3' (or -Q-> or -V->)")
-        elif not isinstance(least, (int, float)):
-            wrong.append(f"edge {edge!r}: {least!r} is no number")
-    behaviour = data.get("behaviour", "induction")
-    tasks = behaviour if isinstance(behaviour, Mapping) else {"task": behaviour}
-    if not ({"texts", "prompts"} & set(tasks)) and tasks.get("task") != "induction":
-        wrong.append(f"behaviour {behaviour!r}: expected 'induction', or a mapping with texts or prompts")
-    known = ("task", "texts", "prompts", "carries", "needed")
-    wrong += [f"behaviour has an unknown key {name!r}" for name in tasks if name not in known]
-    if wrong:
-        raise MechInterpError(listing("the circuit cannot be read", wrong))
-    return data
-
-
-def _heads(
-    model: AttentionOnlyModel, data: Mapping[str, Any]
-) -> tuple[list[str], list[tuple[str, str, float]]]:
+def _heads(model: AttentionOnlyModel, circuit: Written) -> tuple[list[str], list[tuple[str, str, float]]]:
     """The labels of the circuit's heads, and its claims (head, role, least score)."""
     members: list[str] = []
-    roles, wrong = [], []
-    for label, role in data["heads"].items():
-        found = [head for head in model.heads if fnmatchcase(head, str(label))]
+    claims, wrong = [], []
+    for label, roles in circuit.heads.items():
+        found = [head for head in model.heads if fnmatchcase(head, label)]
         if not found:
             wrong.append(f"no head {label}; this model has {model.heads!r}")
         members += found
-        for name, least in role.items() if isinstance(role, Mapping) else [(role, ATTENDS)]:
-            if name in ROLES:
-                roles += [(head, name, float(least)) for head in found]
-            elif name != "member":
-                wrong.append(f"{label}: role {name!r}; expected {', '.join(ROLES)} or member")
-    for edge, _ in _edges(data):
+        claims += [
+            (head, role, least) for role, least in roles.items() if role != "member" for head in found
+        ]
+    for edge, _ in circuit.edges:
         ends = EDGE.fullmatch(edge)
-        assert ends is not None  # checked by _read
+        assert ends is not None  # checked by read_spec
         wrong += [
             f"edge {edge!r}: {end} is not among the heads" for end in ends.group(1, 3) if end not in members
         ]
     if wrong:
         raise MechInterpError(listing("the circuit does not fit the model", wrong))
-    return list(dict.fromkeys(members)), roles
-
-
-def _edges(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Each edge with its number; both forms, ``L0H2 -K-> L1H3`` and ``{L0H2 -K-> L1H3: 0.8}``."""
-    edges: list[tuple[str, Any]] = []
-    for one in data.get("edges") or ():
-        items = one.items() if isinstance(one, Mapping) else [(str(one), DEPENDS)]
-        edges += [(" ".join(str(edge).split()), least) for edge, least in items]
-    return edges
+    return list(dict.fromkeys(members)), claims

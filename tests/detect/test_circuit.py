@@ -102,24 +102,70 @@ def test_a_bundled_model_keeps_its_circuit():
         mia.detect.assert_circuit(model, wrong | {"behaviour": {"task": "induction", "needed": 0}}, draws=4)
 
 
+LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nheads: *b"
+DEEP = "[" * 5000
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("[1, 2]", r"the circuit is \[1, 2\]; expected a mapping"),
+        ("circuit.yaml", r"expected a mapping .* or the pathlib.Path of a YAML file"),
         ("heads: {a: [", "the circuit is not YAML"),
+        ("heads: !!python/object/apply:os.system [exit]", "the circuit is not YAML: could not determine"),
+        (LAUGHS, "aliases are not read"),
+        (DEEP, "nested too deeply"),
+        ("heads: {L0H0: member}\nheads: {L1H0: member}", "the key 'heads' stands twice"),
+        ("heads: {L0H0: member, L0H0: induction}", "the key 'L0H0' stands twice"),
         (
-            {"head": {}, "edges": ["L0H0 > L1H0"], "behaviour": "copying"},
-            "unknown key 'head' .* no heads: .* edge 'L0H0 > L1H0': .* behaviour 'copying'",
+            "heads: {L0H0: previous_tokn}",
+            "heads.L0H0.previous_tokn='previous_tokn', expected 'previous_token'",
+        ),
+        ("heads: {L0H0: {induction: high}}", "heads.L0H0.induction='high', expected a valid number"),
+        ("heads: {L0H0: {induction: true}}", "heads.L0H0.induction=True, expected a valid number"),
+        ("heads: {L0H0: {induction: .nan}}", "heads.L0H0.induction=nan, expected a finite number"),
+        ("heads: {L0H0: }", "heads.L0H0=None, expected an object"),
+        ("heads: L0H0", "heads='L0H0', expected an object"),
+        ("heads: {}", "heads={}, expected .* at least 1 item"),
+        ("heads: {L0H0: member}\nedges: L0H0 -K-> L1H0", "edges='L0H0 -K-> L1H0', expected a valid array"),
+        ("heads: {L0H0: member}\nedges: [{L0H0 -K-> L1H0: much}]", "edges.0.L0H0 -K-> L1H0='much'"),
+        ("heads: {L0H0: member}\nbehavior: induction", "behavior, which is not a known field"),
+        (
+            "heads: {L0H0: member}\nbehaviour: {tasks: induction}",
+            "behaviour.tasks, which is not a known field",
+        ),
+        ("heads: {L0H0: member}\nbehaviour: {carries: 0.5}", "behaviour has nothing to look at"),
+        ("heads: {L0H0: member}\nbehaviour: {task: induction, texts: [a]}", "has task and texts; expected"),
+        ("heads: {L0H0: member}\nbehaviour: {task: induction, needed: '1'}", "behaviour.needed='1'"),
+        (
+            "heads: {L0H0: member}\nbehaviour: {texts: a text}",
+            "behaviour.texts='a text', expected a valid array",
+        ),
+        ("heads: {L0H0: member}\nbehaviour: {prompts: [{prompt: a}]}", "no behaviour.prompts.0.answer"),
+        (
+            {"heads": {"L0H0": "member"}, "edges": ["L0H0 > L1H0"]},
+            "edge 'L0H0 > L1H0', expected 'L0H2 -K->",
         ),
         (
-            {"heads": {"L7H0": "member", "L0H0": "clever"}, "edges": ["L0H0 -K-> L1H1"]},
-            "no head L7H0; .* L0H0: role 'clever'; expected previous_token, .* L1H1 is not among the heads",
+            {"head": {}, "edges": ["L0H0 > L1H0"], "behaviour": "copying"},
+            "no heads; behaviour.task='copying', expected 'induction'; head, which is not a known field",
+        ),
+        (
+            {"heads": {"L7H0": "member", "L0H0": "member"}, "edges": ["L0H0 -K-> L1H1"]},
+            "no head L7H0; .* L1H1 is not among the heads",
         ),
     ],
 )
 def test_a_spec_that_cannot_be_read_says_all_that_is_wrong(model, spec, message):
-    with pytest.raises(MechInterpError, match=message):
+    with pytest.raises(MechInterpError, match=message) as caught:
         mia.detect.assert_circuit(model, spec)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_file_that_is_not_there_is_said(model, tmp_path):
+    for wrong, message in ((tmp_path / "none.yaml", "No such file"), (tmp_path, "not a regular file")):
+        with pytest.raises(MechInterpError, match=message):
+            mia.detect.assert_circuit(model, wrong)
 
 
 def test_a_model_without_the_behaviour():

@@ -18,8 +18,8 @@ test("numbers read the same at every size, and what is no number says so", () =>
 });
 
 test("CSV quotes what needs quotes, and no cell is a formula", () => {
-  const text = toCsv(["a", "b"], [['say "x"', "1,5"], ["=1+1", "@x"], ["-1.5", -1.5], [null, [" a", "\n"]]]);
-  assert.deepEqual(text.split("\r\n"), ["a,b", '"say ""x""","1,5"', "'=1+1,'@x", "-1.5,-1.5", ',""" a"" ""\\n"""', ""]);
+  const text = toCsv(["a", "b"], [['say "x"', "1,5"], ["=1+1", "@x"], ["\n=1", "\uff1d1"], ["-1.5", -1.5], [null, [" a", "\n"]]]);
+  assert.deepEqual(text.split("\r\n"), ["a,b", '"say ""x""","1,5"', "'=1+1,'@x", "\"'\n=1\",'\uff1d1", "-1.5,-1.5", ',""" a"" ""\\n"""', ""]);
 });
 
 test("text on a coloured ground keeps a contrast of 4.5 on every colour of the scale", () => {

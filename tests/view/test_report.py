@@ -282,7 +282,7 @@ def test_the_data_beside_the_page_makes_the_same_page(report, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "cannot be read as JSON"),
+        ("{", "is not JSON"),
         ("[]", "not the data of a report"),
         ('{"format": "mechinterp_attn.report", "version": 99}', "format 99, this release reads 1"),
     ],

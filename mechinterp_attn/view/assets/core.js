@@ -40,7 +40,7 @@ function download(name, content, type) {
 function toCsv(columns, rows) {
   const cell = (x) => {
     let text = x === null || x === undefined ? "" : Array.isArray(x) ? x.map((t) => JSON.stringify(t)).join(" ") : String(x);
-    if (typeof x === "string" && /^[=+\-@\t\r]/.test(text) && Number.isNaN(Number(text))) text = "'" + text;
+    if (typeof x === "string" && /^[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]/.test(text) && Number.isNaN(Number(text))) text = "'" + text;
     return /[",\r\n]/.test(text) ? '"' + text.replaceAll('"', '""') + '"' : text;
   };
   return [columns, ...rows].map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";

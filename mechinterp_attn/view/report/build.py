@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from mechinterp_attn import paths
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.files import write_text
 from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.core.reading import read_json
 from mechinterp_attn.core.text import inert_json, shown
 from mechinterp_attn.version import __version__
 from mechinterp_attn.view.report.blocks import Block, section
@@ -73,10 +73,7 @@ class Report:
         Raises:
             MechInterpError: the file cannot be read, or is not the data of a report of this version.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise MechInterpError(f"{path} cannot be read as JSON ({error})") from error
+        data = read_json(path)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise MechInterpError(f"{path} is not the data of a report; give the .json beside a report")
         if data.get("version") != VERSION:
