@@ -270,7 +270,7 @@ def test_ctrl_c_gives_what_there_was_and_the_next_run_goes_on(tmp_path):
         "attn-2l",
         "--corpus",
         "long.txt",
-        "--save",
+        "--resume",
         "pass.safetensors",
         "--json",
         "--top",

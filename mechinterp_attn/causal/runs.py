@@ -218,7 +218,8 @@ class Backward:
     """A forward and a backward pass over prompts.
 
     Attributes:
-        metric: of every prompt, ``[n]``;  other: of every counterfactual, with paired rules.
+        metric: of every prompt, ``[n]``.
+        other: of every counterfactual, with paired rules.
         z, gradient: what every head holds and how the metric changes with it, by path, ``[n, pos, head,
             ...]``; with paired rules, ``other_z`` is what it holds in the counterfactual run.
         embed, embed_gradient: the same of the embedding, ``[n, pos, d_model]``.

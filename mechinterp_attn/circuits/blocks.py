@@ -40,8 +40,10 @@ class Block:
     """Squared scores of some writing heads with some reading heads.
 
     Attributes:
-        rank: inner dimension of the writing heads;  first: the first one's place among those.
-        reader: the reading group;  column: the first reading head's place in it.
+        rank: inner dimension of the writing heads.
+        first: the first one's place among those.
+        reader: the reading group.
+        column: the first reading head's place in it.
     """
 
     rank: int
@@ -62,7 +64,8 @@ class Job:
         block: how many vectors of either side are multiplied at once.
         vectors_per_unit: at most so many vectors of a reading group are held at a time.
         cache_bytes: how much of the writing side may be held between units.
-        held: that, by inner dimension and first head;  scratch: the block that products are made in.
+        held: that, by inner dimension and first head.
+        scratch: the block that products are made in.
             Fresh memory is slow to touch for the first time: both last from unit to unit.
     """
 

@@ -75,8 +75,8 @@ class VocabularyCircuit:
     """A head's circuit over the vocabulary, never multiplied out.
 
     Attributes:
+        model, head: what it was made from.
         which: "OV" or "QK".
-        model, head: what it was made from;  which: "OV" or "QK".
         offset: how many tokens before the query the key stands, for rotary heads; None leaves
             rotations out.
     """

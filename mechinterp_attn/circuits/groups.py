@@ -61,8 +61,10 @@ class HeadGroup:
     Attributes:
         name: of the bank, such as ``L0H`` or ``L3N``; of a virtual head, its label.
         layer, kind: as of its heads.
-        rank: inner dimension of the OV circuits;  qk_rank: of the QK circuits.
-        bank: where the weights come from;  heads: their places in it (a slice for all of them).
+        rank: inner dimension of the OV circuits.
+        qk_rank: of the QK circuits.
+        bank: where the weights come from.
+        heads: their places in it (a slice for all of them).
         chosen: the heads themselves, where they are not just those places of a bank.
     """
 

@@ -14,10 +14,10 @@ class Plan:
     """The cost of a call, without running it.
 
     Attributes:
-        bytes: the largest memory beyond the model's.
-        chunks: in how many pieces the work is done.
         what: what would be computed.
-        flops: multiplications and additions;  bytes: memory beyond the model's;  chunks: blocks.
+        flops: multiplications and additions.
+        bytes: memory beyond the model's.
+        chunks: blocks.
         seconds: flops at the rate that a short multiplication of this very block shape reaches here.
     """
 

@@ -54,7 +54,6 @@ def singular_directions(
 
     Args:
         model: the converted model.
-        top_k: how many rows to give.
         head: a label or a head (virtual ones too).
         components: how many directions, strongest first; by default 5, or all where there are fewer.
         top_k: tokens per direction and side; by default 10, or all where there are fewer.

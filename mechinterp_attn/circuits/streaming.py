@@ -225,8 +225,9 @@ class _Product:
     reused buffer.
 
     Attributes:
-        rows, columns: the numbers they had;  sizes: norms of the rows;  reach: norms of the columns,
-            with what rounding may add.
+        rows, columns: the numbers they had.
+        sizes: norms of the rows.
+        reach: norms of the columns, with what rounding may add.
     """
 
     def __init__(self, left: Tensor, right: Tensor, sign: int):

@@ -50,8 +50,8 @@ class TokenPairs(Result):
     """The largest entries of a circuit over the vocabulary.
 
     Attributes:
+        head: label of the head.
         circuit: "OV" or "QK".
-        head: label of the head;  circuit: "OV" or "QK".
         frame: one row per entry: ``source`` and ``source_id`` (OV: the token attended to; QK: the
             query token), ``token`` and ``token_id`` (OV: the token whose logit changes; QK: the key
             token), ``value`` and ``rank`` (from 1, within what was ranked together).

@@ -52,7 +52,7 @@ def detect(
     ] = None,
     field: Annotated[str, typer.Option(help="Where a line of a .jsonl corpus has its text.")] = "text",
     limit: Annotated[int | None, typer.Option(help="Only so many documents.", min=1)] = None,
-    save: Annotated[
+    resume: Annotated[
         Path | None, typer.Option(help="Keep what was counted here; the same command goes on from it.")
     ] = None,
     workers: Annotated[
@@ -71,7 +71,7 @@ def detect(
     import mechinterp_attn as mia
     from mechinterp_attn.core.errors import MechInterpError
 
-    given = {"save": save, "workers": workers, "passages": passages, "limit": limit}
+    given = {"resume": resume, "workers": workers, "passages": passages, "limit": limit}
     only = [name for name, value in given.items() if value is not None]
     if corpus is None and only:
         raise MechInterpError(f"--{only[0]} is about a corpus; give one with --corpus")
@@ -85,7 +85,7 @@ def detect(
             estimate=by == "estimate",
             field=field,
             limit=limit,
-            save=save,
+            resume=resume,
             workers=workers,
         )
         if passages is not None:

@@ -73,7 +73,8 @@ class SavedState:
         """Write the state, whole or not at all.
 
         Args:
-            tensors: what was found so far;  progress: how far that is, as JSON has it.
+            tensors: what was found so far.
+            progress: how far that is, as JSON has it.
             now: write in any case; otherwise only if the last write is ``EVERY`` seconds ago.
         """
         from safetensors.torch import save_file

@@ -17,6 +17,7 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.fingerprint import fingerprint
 from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.core.renamed import renamed_arguments
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.core.resume import SavedState
 from mechinterp_attn.core.tolerance import TOLERANCE
@@ -39,7 +40,6 @@ class CorpusScores(Result):
     """What every head does on a corpus.
 
     Attributes:
-        tokens: how many were read.
         tally: the sums behind the scores.
         model: its name.
         frame: one row per head: the columns of ``score_heads``; ``written``, the mean norm of what
@@ -47,7 +47,8 @@ class CorpusScores(Result):
             token) for the heads that were cut; ``estimate`` of the loss change, if asked for.
         ablations: one row per head, virtual head or edge that was cut: ``head, loss_change,
             logit_change``.
-        loss: of the model (nats a token);  tokens: how many next tokens were counted.
+        loss: of the model (nats a token).
+        tokens: how many next tokens were counted.
     """
 
     title: ClassVar[str] = "Heads over a corpus"
@@ -103,6 +104,7 @@ class CorpusScores(Result):
 
 
 @torch.no_grad()
+@renamed_arguments(top="top_k", save="resume")
 def over_corpus(
     model: AttentionOnlyModel,
     texts: Texts,
@@ -111,11 +113,11 @@ def over_corpus(
     estimate: bool = False,
     length: int | None = None,
     batch: int = 8,
-    top: int = 10,
+    top_k: int = 10,
     context: int = 16,
     limit: int | None = None,
     field: str = "text",
-    save: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> CorpusScores:
@@ -128,7 +130,6 @@ def over_corpus(
 
     Args:
         model: the converted model.
-        context: tokens in each window.
         field: of a JSONL line: the one that holds the text.
         texts: a text file, a JSONL file, or anything that gives documents, such as one split of a
             Hugging Face dataset (streaming ones too): texts, token ids, or mappings with ``field``.
@@ -136,16 +137,17 @@ def over_corpus(
         estimate: also estimate the loss change of every head from a backward pass per window.
         length: tokens of a window, BOS included; the model's context by default.
         batch: windows at a time, fewer where ``max_bytes`` says so.
-        top: how many passages to keep for every head;  context: tokens on each side.
+        top_k: how many passages to keep for every head.
+        context: tokens on each side.
         limit: stop after so many documents.
-        save: a file that takes what was counted, after every 32 thousand tokens; a later call with
+        resume: a file that takes what was counted, after every 32 thousand tokens; a later call with
             the same arguments goes on from there. Nothing is lost or counted twice.
         workers: let so many Ray workers count, while this process reads (extra ``ray``; a running
             cluster is used). None: count in this process.
         max_bytes: of patterns, values and logits held at a time.
 
     Raises:
-        MechInterpError: unreadable texts, settings out of range, a ``save`` file of another pass or
+        MechInterpError: unreadable texts, settings out of range, a ``resume`` file of another pass or
             of a corpus that has changed.
     """
     model.heads.required()
@@ -154,12 +156,12 @@ def over_corpus(
         estimate=estimate,
         length=length or model.spec.n_ctx,
         batch=batch,
-        top=top,
+        top_k=top_k,
         context=context,
         max_bytes=max_bytes,
     )
     settings.check(model, workers)
-    state = None if save is None else _state(save, model, settings, field)
+    state = None if resume is None else _state(resume, model, settings, field)
     tally = None if state is None else Tally.load(state)
     first: list[Window] = []
     pieces = _pieces(model, texts, settings, field, limit, state, tally, first)
@@ -184,20 +186,20 @@ def over_corpus(
 
 
 def _state(
-    save: str | os.PathLike[str], model: AttentionOnlyModel, settings: Settings, field: str
+    path: str | os.PathLike[str], model: AttentionOnlyModel, settings: Settings, field: str
 ) -> SavedState:
     """The file of a pass. Batch size, memory and workers do not make it another one.
 
     Raises:
         MechInterpError: the model has hooks, which a file cannot tell apart.
     """
-    refuse_hooks(model, "save")
+    refuse_hooks(model, "resume")
     about = {
         "model": fingerprint(model.spec, model.state_dict()), "heads": settings.names(model),
-        "estimate": settings.estimate, "length": settings.length, "top": settings.top,
+        "estimate": settings.estimate, "length": settings.length, "top": settings.top_k,
         "context": settings.context, "field": field,
     }  # fmt: skip
-    return SavedState(save, what="a pass over a corpus", option="save", about=about)
+    return SavedState(path, what="a pass over a corpus", option="resume", about=about)
 
 
 def _pieces(

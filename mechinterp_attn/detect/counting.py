@@ -31,7 +31,7 @@ class Settings:
     estimate: bool
     length: int
     batch: int
-    top: int
+    top_k: int
     context: int
     max_bytes: int
 
@@ -39,7 +39,7 @@ class Settings:
         wrong = []
         if not 2 <= self.length <= model.spec.n_ctx:
             wrong.append(f"length={self.length}; expected 2 to {model.spec.n_ctx}, the model's context")
-        for name in ("batch", "top"):
+        for name in ("batch", "top_k"):
             if getattr(self, name) < 1:
                 wrong.append(f"{name}={getattr(self, name)}; expected at least 1")
         if self.context < 0:
@@ -159,7 +159,7 @@ def _best(written: Tensor, counted: Tensor, batch: Batch, places: Tensor, settin
     """The passages of one batch where each head of a bank writes most."""
     width, context = batch.tokens.shape[1], settings.context
     values = written.masked_fill(~counted[..., None], -torch.inf).flatten(0, 1).T.float()  # [head, b * p]
-    value, flat = values.topk(min(settings.top, values.shape[1]), dim=1)
+    value, flat = values.topk(min(settings.top_k, values.shape[1]), dim=1)
     value, flat = value.cpu(), flat.cpu()
     row, position = flat // width, flat % width
     around = position[..., None] + torch.arange(-context, context + 1)
@@ -174,4 +174,4 @@ def _best(written: Tensor, counted: Tensor, batch: Batch, places: Tensor, settin
     )
     found.place[value == -torch.inf] = -1
     found.tokens[value == -torch.inf] = -1
-    return Best.empty(len(value), settings.top, context) + found
+    return Best.empty(len(value), settings.top_k, context) + found

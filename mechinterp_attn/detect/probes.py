@@ -25,9 +25,9 @@ class Probe:
     """Random tokens repeated: ``[BOS] t1 .. tp t1 .. tp ...``, the t all different, none of them special.
 
     Attributes:
-        repeats: how often the random part is repeated.
         tokens: ``[draw, pos]``.
-        period: how many tokens until they repeat;  repeats: how often they stand there.
+        period: how many tokens until they repeat.
+        repeats: how often they stand there.
         front: how many special tokens stand in front: a BOS where the model's texts have one.
         seed: of the draws.
     """

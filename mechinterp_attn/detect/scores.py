@@ -80,9 +80,9 @@ def score_heads(
 
     Args:
         model: the converted model.
-        draws: how many random sequences.
         heads: labels or heads, virtual ones such as ``"L0H1 > L1H2"`` too; None: all single heads.
-        seed: of the random tokens;  draws: how many random sequences.
+        seed: of the random tokens.
+        draws: how many random sequences.
         tokens: score on these instead: tokens ``[batch, pos]``, a text, or texts of any lengths.
         max_bytes: of patterns and values held at a time.
 
@@ -209,12 +209,11 @@ def match(
 
     Args:
         model: the converted model.
-        exclude_current_token: leave the diagonal out of pattern and attention, as TransformerLens's head
-            detector can.
         tokens: one prompt, or several for named pairs (the mean over prompts).
         pairs: ``"previous_token"``, ``"duplicate_token"``, ``"induction"``, ``"current_token"``,
             ``"first_token"``, or weights ``[pos, pos]``, query by key.
-        exclude_bos: leave attention to the first token out;  exclude_current_token: to the token itself.
+        exclude_bos: leave attention to the first token out.
+        exclude_current_token: to the token itself.
 
     Raises:
         MechInterpError: pairs of an unknown name or of another shape than the tokens.

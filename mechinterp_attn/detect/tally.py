@@ -84,12 +84,13 @@ class Tally:
 
     Attributes:
         sums: of attention by role.
-        loss: sum of the losses (nats), ``[1]``;  tokens: how many next tokens that is, ``[1]``.
+        loss: sum of the losses (nats), ``[1]``.
+        tokens: how many next tokens that is, ``[1]``.
         cut: sums of the changes of every cut head, of the loss and of the right token's logit,
             ``[2, cut]``.
         estimate: sum of the estimated loss changes, ``[head]``, or ``[0]`` where none were asked for.
-        written: sum over positions of the norm of what each head writes, ``[head]``;  positions: how
-            many, ``[1]``.
+        written: sum over positions of the norm of what each head writes, ``[head]``.
+        positions: how many, ``[1]``.
         best: the passages where each head writes most.
         windows: how many windows of tokens were counted.
         place: the last of them.

@@ -28,7 +28,8 @@ class Window:
     """A piece of a document, no longer than a model's context.
 
     Attributes:
-        document: its number;  start: of the piece, in tokens of the document.
+        document: its number.
+        start: of the piece, in tokens of the document.
         tokens: ``[pos]``, between the special tokens that the model's texts have (``added_tokens``).
         mark: the fingerprint of this window and all windows before it.
         so_far: how many next tokens there are in this window and all windows before it.
@@ -55,7 +56,8 @@ def windows(
     The last window of a document may be short, and is left out if it has no next token.
 
     Args:
-        field, texts: as for ``documents``;  limit: leave out documents from this number on.
+        field, texts: as for ``documents``.
+        limit: leave out documents from this number on.
 
     Raises:
         MechInterpError: as for ``documents``; tokens outside the vocabulary.

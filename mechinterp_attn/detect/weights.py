@@ -78,10 +78,10 @@ def score_weights(
 
     Args:
         model: the converted model.
-        draws: how many random sequences.
         heads: labels or heads for ``frame``, virtual ones such as ``"L0H1 > L1H2"`` too, whose OV is
             the product; None: all single heads.
-        seed: of random tokens and random heads;  draws: of 25 random tokens for ``pure_copying``.
+        seed: of random tokens and random heads.
+        draws: of 25 random tokens for ``pure_copying``.
 
     Raises:
         MechInterpError: inputs and outputs have different vocabularies, so nothing can be copied; no

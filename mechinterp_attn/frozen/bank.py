@@ -171,6 +171,7 @@ def freeze_bank(bank: HeadBank, pattern: Tensor, norm: FrozenNorm, post: FrozenN
 
     Args:
         pattern: the bank's compact pattern on one prompt.
-        norm: the norm in front, with its scales of the run;  post: the one on what the bank writes.
+        norm: the norm in front, with its scales of the run.
+        post: the one on what the bank writes.
     """
     raise TypeError(f"no frozen form of a {type(bank).__name__}; give one with freeze_bank.register")

@@ -61,14 +61,13 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
     ):
         """Takes the tensors over as they are (no copy); names as ``state_dict()`` gives them.
 
-        ``shared``: somebody else holds some of them as well, so that training must copy them first.
-        ``default_prepend_bos``: whether texts begin with a BOS, where the tokenizer has one.
-
         Args:
+            spec: what the model is.
             weights: tensors by name, as ``state_dict()`` gives them.
             tokenizer: a Hugging Face tokenizer, or none.
-            shared: the weights are the source's own: copied before training.
-            default_prepend_bos: whether texts begin with a BOS.
+            provenance: where the model came from, as JSON can hold it.
+            shared: somebody else holds some of the weights as well, so that training must copy them first.
+            default_prepend_bos: whether texts begin with a BOS, where the tokenizer has one.
         """
         super().__init__()
         self._shared = False  # set at the end: ``eval`` below calls ``train``

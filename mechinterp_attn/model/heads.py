@@ -48,11 +48,9 @@ class Head:
         kind: "attention" or "mlp".
         layer: the block it comes from.
         index: its number among the heads of its bank.
-        b_Q: ``[d_head]``.
-        b_K: ``[d_head]``.
-        b_V: ``[d_value]``.
         bank: the bank that holds it.
-        W_Q, W_K, W_V: ``[d_model, d_head]``;  b_Q, b_K, b_V: ``[d_head]``.
+        W_Q, W_K, W_V: ``[d_model, d_head]``.
+        b_Q, b_K, b_V: ``[d_head]``.
         W_O: ``[d_head, d_model]``. (Values and outputs of a virtual head may be narrower.)
         model: the model it was taken from with ``model["L0H3"]``; None where a bank gave it.
     """
@@ -177,7 +175,8 @@ class HeadBank(nn.Module, ABC):
     nothing downstream asks what kind of bank it has.
 
     Attributes:
-        kind: "attention" or "mlp";  letter: "H" or "N", as in labels.
+        kind: "attention" or "mlp".
+        letter: "H" or "N", as in labels.
         part: the bank's name inside its block, ``blocks.{layer}.{part}``.
         b_O: the bias of the whole sublayer, added beside the heads, ``[d_model]``.
         place: which sublayer of its block this is, counted from 0.

@@ -22,7 +22,8 @@ class Nodes:
     """(bank, head, position) triples in the order of the forward pass.
 
     Attributes:
-        bank: the bank's number in ``frozen.banks``;  depth: its sublayer.
+        bank: the bank's number in ``frozen.banks``.
+        depth: its sublayer.
         value: the node's contribution to the target through all paths.
     """
 

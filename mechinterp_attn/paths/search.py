@@ -43,9 +43,9 @@ class TopPaths(Result):
     """The paths with the largest contributions to a logit, by absolute value.
 
     Attributes:
-        remainder: what the paths that are not listed add.
         total: the logit (or difference) itself.
-        explained: the sum of the listed paths;  remainder: what all other paths add up to.
+        explained: the sum of the listed paths.
+        remainder: what all other paths add up to.
         proven: no path that is not listed is larger than the smallest listed one.
         bound: no path that the search did not look at is larger than this (0 where it looked at all).
         expansions: how many partial paths were opened.

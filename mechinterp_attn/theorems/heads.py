@@ -30,10 +30,10 @@ class SoftmaxHeads:
 
     Attributes:
         layout: how the stream is laid out.
-        W_O: ``[head, d_head, width]``.
         W_Q, W_K: ``[head, width, rank]``; ``W_QK = W_Q @ W_K.T``. A rank of 0 attends evenly to
             what the mask allows. W_K may have one entry that all heads share.
-        W_V: ``[head, width, d_head]``;  W_O: ``[head, d_head, width]``;  ``W_OV = W_V @ W_O``.
+        W_V: ``[head, width, d_head]``.
+        W_O: ``[head, d_head, width]``;  ``W_OV = W_V @ W_O``.
         mask: the rule for who sees whom.
         penalty: ``Omega * B [positions, positions]`` where the mask is written into the weights: it
             is the block of W_QK that reads the one-hot position coordinates.

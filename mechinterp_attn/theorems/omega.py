@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.renamed import renamed_arguments
 from mechinterp_attn.theorems.heads import SoftmaxHeads, Sublayer, project
 
 
@@ -71,35 +72,37 @@ def mask_error_bound(sublayer: Sublayer, X: Float[Tensor, "*batch row width"], o
     return math.exp(sublayer_log_leak(sublayer, X) - omega)
 
 
-def least_omega(log_leak: float, tol: float) -> float:
-    """The least Omega whose bound is ``tol`` (for one sublayer's output).
+@renamed_arguments(tol="tolerance")
+def least_omega(log_leak: float, tolerance: float) -> float:
+    """The least Omega whose bound is ``tolerance`` (for one sublayer's output).
 
     Args:
         log_leak: the logarithm of what the masked rows weigh at Omega 0 (``sublayer_log_leak``).
-        tol: the largest error of a sublayer's output that is let through.
+        tolerance: the largest error of a sublayer's output that is let through.
 
     Raises:
         MechInterpError: the tolerance is not positive.
     """
-    if not tol > 0:
-        raise MechInterpError(f"tol={tol}; expected a positive error")
-    return max(log_leak - math.log(tol), 0.0)
+    if not tolerance > 0:
+        raise MechInterpError(f"tolerance={tolerance}; expected a positive error")
+    return max(log_leak - math.log(tolerance), 0.0)
 
 
-def check_omega(omega: float, log_leak: float, tol: float) -> None:
+@renamed_arguments(tol="tolerance")
+def check_omega(omega: float, log_leak: float, tolerance: float) -> None:
     """Whether Omega keeps the tolerance.
 
     Args:
         omega: how strongly a mask in the weights forbids a row.
         log_leak: the logarithm of what the masked rows weigh at Omega 0 (``sublayer_log_leak``).
-        tol: the largest error of a sublayer's output that is let through.
+        tolerance: the largest error of a sublayer's output that is let through.
 
     Raises:
         MechInterpError: it does not; says the least that would.
     """
-    least = least_omega(log_leak, tol)
+    least = least_omega(log_leak, tolerance)
     if omega < least:
         raise MechInterpError(
             f"omega={omega:g} bounds the error of the masks by {math.exp(log_leak - omega):.1e} only, "
-            f"more than tol={tol:.1e}; the least omega that does is {least:.2f}"
+            f"more than tolerance={tolerance:.1e}; the least omega that does is {least:.2f}"
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mechinterp_attn.conversion.reference import run_checkpoint
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.renamed import renamed_arguments
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.sources.bridge import run_bridge
@@ -41,13 +42,14 @@ PRODUCT_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 MASK_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
+@renamed_arguments(tol="tolerance")
 def attention_only(
     model: Source,
     masks: Literal["exact", "weights"] = "exact",
     omega: float | None = None,
     *,
     activation: str | SoftmaxActivation | None = None,
-    tol: float | None = None,
+    tolerance: float | None = None,
 ) -> LiteralModel:
     """A trained transformer as literal attention-only transformer, measured against the original.
 
@@ -61,28 +63,28 @@ def attention_only(
         masks: "exact" for masks as masks, "weights" for masks written into ``W_QK`` through one-hot
             positions.
         omega: the size of the penalty of masks in weights; by default the least whose bound keeps
-            ``tol`` on random tokens (see ``calibrate_omega``).
+            ``tolerance`` on random tokens (see ``calibrate_omega``).
         activation: what stands for the model's activation function; by default the paper's
             generalised SiLU (exact for SiLU), or the softmax mixture the model was converted with.
-        tol: the error that masks in weights may make in a sublayer's output.
+        tolerance: the error that masks in weights may make in a sublayer's output.
 
     Raises:
         UnsupportedModelError: the model has parts that are no softmax heads; all are listed.
-        MechInterpError: masks in weights below float32; omega too small for tol (says the least that
+        MechInterpError: masks in weights below float32; omega too small for tolerance (says the least that
             would do); omega without masks in weights.
     """
     if masks not in ("exact", "weights"):
         raise MechInterpError(f"masks={masks!r}; expected 'exact' or 'weights'")
-    if masks == "exact" and (omega is not None or tol is not None):
-        raise MechInterpError("omega and tol are for masks='weights'; masks='exact' has no error")
+    if masks == "exact" and (omega is not None or tolerance is not None):
+        raise MechInterpError("omega and tolerance are for masks='weights'; masks='exact' has no error")
     practical = _practical(model)
     exact = LiteralModel(practical, activation=activation)
     literal, tokens = exact, _random_tokens(practical)
     if masks == "weights":
         check_precision(practical.W_E.dtype)
-        if omega is None or tol is not None:
+        if omega is None or tolerance is not None:
             leak = max((leak for _, _, leak in _leaks(exact, tokens)), default=-math.inf)
-            goal = MASK_TOLERANCE[practical.W_E.dtype] if tol is None else tol
+            goal = MASK_TOLERANCE[practical.W_E.dtype] if tolerance is None else tolerance
             if omega is None:
                 omega = least_omega(leak, goal)
             else:
@@ -244,25 +246,28 @@ class OmegaCalibration(Result):
 
 
 @torch.no_grad()
-def calibrate_omega(model: Source, tokens: Int[Tensor, "batch pos"] | str, tol: float) -> OmegaCalibration:
-    """The least Omega that keeps the masks' error in every sublayer's output under ``tol``.
+@renamed_arguments(tol="tolerance")
+def calibrate_omega(
+    model: Source, tokens: Int[Tensor, "batch pos"] | str, tolerance: float
+) -> OmegaCalibration:
+    """The least Omega that keeps the masks' error in every sublayer's output under ``tolerance``.
 
-    By the bound ``Omega >= Delta + ln(2 n max|x W_OV| / tol)``, summed over the heads of a sublayer,
+    By the bound ``Omega >= Delta + ln(2 n max|x W_OV| / tolerance)``, summed over the heads of a sublayer,
     with the scores and values that the model has on these tokens; then measured at that Omega.
 
     Args:
         model: the converted model.
         tokens: ids ``[batch, pos]`` or a text.
-        tol: how much the masks may add to the output of a sublayer.
+        tolerance: how much the masks may add to the output of a sublayer.
 
     Raises:
-        MechInterpError: tol is not positive, or the model is below float32.
+        MechInterpError: tolerance is not positive, or the model is below float32.
     """
     practical = _practical(model)
     check_precision(practical.W_E.dtype)
     exact = LiteralModel(practical)
     ids = exact.as_tokens(tokens)
-    least = [least_omega(leak, tol) for _, _, leak in _leaks(exact, ids)]
+    least = [least_omega(leak, tolerance) for _, _, leak in _leaks(exact, ids)]
     omega = max(least, default=0.0)
     sweep = mask_sweep(practical, ids, [omega])
     measured = sweep.frame[sweep.frame["sublayer"] != "logits"]
@@ -277,10 +282,10 @@ def calibrate_omega(model: Source, tokens: Int[Tensor, "batch pos"] | str, tol: 
     )
     eps = torch.finfo(practical.W_E.dtype).eps
     check = Check(
-        "largest error at this omega", float(frame["error"].max()) if least else 0.0, tol + 1e4 * eps
+        "largest error at this omega", float(frame["error"].max()) if least else 0.0, tolerance + 1e4 * eps
     )
     return OmegaCalibration(
-        frame=frame, receipt=Receipt((check,), {**sweep.receipt.notes, "tol": tol}), omega=omega
+        frame=frame, receipt=Receipt((check,), {**sweep.receipt.notes, "tolerance": tolerance}), omega=omega
     )
 
 

@@ -151,7 +151,7 @@ def test_frozen_scores_are_the_frozen_models():
     frozen = mia.paths.freeze(model, torch.tensor(task.clean[0]))
     direction = torch.zeros_like(frozen.logits)
     direction[-1, task.answer[0]], direction[-1, task.against[0]] = 1, -1
-    fields = frozen.gradients(frozen.read_back(direction @ model.W_U.detach().T))
+    fields = frozen.backward(frozen.read_back(direction @ model.W_U.detach().T)).streams
     at = 0
     for i, sublayer in enumerate(frozen.sublayers):
         for bank in sublayer.banks:

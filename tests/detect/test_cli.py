@@ -32,8 +32,8 @@ def test_every_view_sorts_by_its_scores():
     assert {row["role"] for row in circuit} == {"induction", "previous_token"}
     with pytest.raises(MechInterpError, match=r"no score 'magic' here; there are .*copying_z.*loss_change"):
         rows("--by", "magic")
-    with pytest.raises(MechInterpError, match="--save is about a corpus; give one with --corpus"):
-        rows("--save", "somewhere")
+    with pytest.raises(MechInterpError, match="--resume is about a corpus; give one with --corpus"):
+        rows("--resume", "somewhere")
 
 
 def test_chosen_heads_of_every_kind_as_a_csv_file(tmp_path):
@@ -51,9 +51,9 @@ def test_a_corpus(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"body": "It was the best of times. " * n}) + "\n" for n in (3, 5)))
     arguments = ("--corpus", str(path), "--field", "body", "--by", "written", "--top", "4")
-    found = rows(*arguments, "--save", str(tmp_path / "pass"))
+    found = rows(*arguments, "--resume", str(tmp_path / "pass"))
     assert len(found) == 4
-    assert found == rows(*arguments, "--save", str(tmp_path / "pass"))
+    assert found == rows(*arguments, "--resume", str(tmp_path / "pass"))
     cut = rows("L1H1", *arguments[:4], "--by", "loss_change", "--top", "1")
     assert cut[0]["head"] == "L1H1"
     assert rows(*arguments[:4], "--by", "estimate", "--top", "1")[0]["estimate"] is not None

@@ -48,7 +48,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def whole(model, texts):
-    return mia.detect.over_corpus(model, texts, heads=HEADS, length=16, top=4, context=3)
+    return mia.detect.over_corpus(model, texts, heads=HEADS, length=16, top_k=4, context=3)
 
 
 def same(one, other, within=1e-12):
@@ -85,7 +85,7 @@ def test_it_is_the_same_as_scoring_the_windows_at_once(model, texts, whole):
 
 def test_estimates_are_those_of_ablate(model, texts, whole):
     cut_up = [text[start : start + 15] for text in texts for start in range(0, len(text), 15)]
-    options = dict(heads=["L0H1", "L1N3", "L0H0"], length=16, top=4, context=3)
+    options = dict(heads=["L0H1", "L1N3", "L0H0"], length=16, top_k=4, context=3)
     result = mia.detect.over_corpus(model, texts, estimate=True, **options)
     expected = mia.detect.ablate(model, cut_up, exact=0).frame.set_index("head")["estimate"]
     assert result.frame["estimate"].tolist() == pytest.approx(expected[result.frame["head"]].tolist())
@@ -94,14 +94,19 @@ def test_estimates_are_those_of_ablate(model, texts, whole):
     assert rank == pytest.approx(both["loss_change"].corr(both["estimate"], method="spearman"), abs=1e-3)
 
 
+def centred(x):
+    """As every norm behind it sees it: LayerNorm takes the mean out."""
+    return x - x.mean(-1, keepdim=True)
+
+
 def test_passages_are_where_the_head_writes_most(model, texts, whole):
     found = []
     for document, text in enumerate(texts):
         for start in range(0, len(text), 15):
             window = text[start : start + 15]
             _, cache = model.run_with_cache(window)
-            z = cache["blocks.1.attn.hook_z"][0, 1:, 2] @ model["L1H2"].W_O
-            post = cache["blocks.0.mlp.hook_post"][0, 1:, 7].abs() * model["L0N7"].W_O.norm()
+            z = centred(cache["blocks.1.attn.hook_z"][0, 1:, 2] @ model["L1H2"].W_O)
+            post = cache["blocks.0.mlp.hook_post"][0, 1:, 7].abs() * centred(model["L0N7"].W_O).norm()
             for i, (head, neuron) in enumerate(zip(z.norm(dim=-1).tolist(), post.tolist(), strict=True)):
                 around = window[max(0, i - 3) : i], window[i], window[i + 1 : i + 4]
                 found.append((head, neuron, document, start + i, around))
@@ -127,12 +132,12 @@ def test_batch_size_changes_nothing(model, texts, whole):
     for batch in (1, 5):
         same(
             whole,
-            mia.detect.over_corpus(model, texts, heads=HEADS, length=16, top=4, context=3, batch=batch),
+            mia.detect.over_corpus(model, texts, heads=HEADS, length=16, top_k=4, context=3, batch=batch),
         )
 
 
 def test_neither_pieces_nor_the_order_of_documents_matter(model, texts, whole, monkeypatch):
-    options = dict(heads=HEADS, length=16, top=4, context=3)
+    options = dict(heads=HEADS, length=16, top_k=4, context=3)
     backwards = mia.detect.over_corpus(model, texts[::-1], **options)
     same(whole, backwards)
     monkeypatch.setattr(corpus, "PIECE", 48)
@@ -142,7 +147,7 @@ def test_neither_pieces_nor_the_order_of_documents_matter(model, texts, whole, m
 @pytest.mark.parametrize("die_at", [1, 8])
 def test_an_interrupted_pass_goes_on_where_it_was(model, texts, tmp_path, monkeypatch, die_at):
     monkeypatch.setattr(corpus, "PIECE", 48)
-    options = dict(heads=HEADS[:2], estimate=True, length=16, top=4, context=3, batch=2)
+    options = dict(heads=HEADS[:2], estimate=True, length=16, top_k=4, context=3, batch=2)
     whole = mia.detect.over_corpus(model, texts, **options)
 
     def until_killed():
@@ -153,18 +158,18 @@ def test_an_interrupted_pass_goes_on_where_it_was(model, texts, tmp_path, monkey
 
     path = tmp_path / "pass.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        mia.detect.over_corpus(model, until_killed(), save=path, **options)
-    resumed = mia.detect.over_corpus(model, texts, save=path, **options)
+        mia.detect.over_corpus(model, until_killed(), resume=path, **options)
+    resumed = mia.detect.over_corpus(model, texts, resume=path, **options)
     same(whole, resumed, within=0)
-    again = mia.detect.over_corpus(model, texts, save=path, **options)  # all done: nothing more
+    again = mia.detect.over_corpus(model, texts, resume=path, **options)  # all done: nothing more
     same(whole, again, within=0)
 
 
 def test_a_pass_goes_on_with_its_own_model_settings_and_texts_only(model, texts, tmp_path):
-    options = dict(heads=HEADS[:2], length=16, top=4, context=3, save=tmp_path / "pass")
+    options = dict(heads=HEADS[:2], length=16, top_k=4, context=3, resume=tmp_path / "pass")
     mia.detect.over_corpus(model, texts, limit=4, **options)
     further = mia.detect.over_corpus(model, texts, limit=7, **options)  # a higher limit goes further
-    same(further, mia.detect.over_corpus(model, texts[:7], **(options | dict(save=None))))
+    same(further, mia.detect.over_corpus(model, texts[:7], **(options | dict(resume=None))))
     with pytest.raises(MechInterpError, match=r"texts up to document 6 are not the ones .* have changed"):
         mia.detect.over_corpus(model, [*texts[:6], "abcabc", *texts[7:]], **options)
     replaced = ["".join(reversed(text)) for text in texts[:6]]  # all but the last one that was counted
@@ -173,7 +178,7 @@ def test_a_pass_goes_on_with_its_own_model_settings_and_texts_only(model, texts,
     with pytest.raises(MechInterpError, match=r"up to document 6 are not the ones .* limit is smaller"):
         mia.detect.over_corpus(model, texts, limit=2, **options)
     with pytest.raises(MechInterpError, match=r"other work \(top: 4 there, 3 here\)"):
-        mia.detect.over_corpus(model, texts, **(options | dict(top=3)))
+        mia.detect.over_corpus(model, texts, **(options | dict(top_k=3)))
     other = mia.convert(tiny_bridge(seed=9))
     other.tokenizer = Letters()
     with pytest.raises(MechInterpError, match=r"other work .*model: "):
@@ -187,7 +192,7 @@ def test_a_pass_goes_on_with_its_own_model_settings_and_texts_only(model, texts,
     with pytest.raises(MechInterpError, match=r"other work .*model: "):
         mia.detect.over_corpus(swapped, texts, **options)
     hooked = model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: z * 0)])
-    with hooked, pytest.raises(MechInterpError, match="save= does not go with a model that has hooks"):
+    with hooked, pytest.raises(MechInterpError, match="resume= does not go with a model that has hooks"):
         mia.detect.over_corpus(model, texts, **options)
 
 
@@ -204,7 +209,7 @@ def texts():
         time.sleep({pause})
         yield {sentence!r} * n
 
-mia.detect.over_corpus(mia.load("gelu-2l"), texts(), heads=["L1H1"], top=3, save=sys.argv[1])
+mia.detect.over_corpus(mia.load("gelu-2l"), texts(), heads=["L1H1"], top_k=3, resume=sys.argv[1])
 """
 
 
@@ -221,10 +226,10 @@ def test_a_process_killed_in_the_middle_loses_nothing_and_counts_nothing_twice(t
     process.kill()
     assert process.wait() == -signal.SIGKILL  # not before it was through
     model, texts = mia.load("gelu-2l"), [SENTENCE * n for n in lengths]
-    options = dict(heads=["L1H1"], top=3)
+    options = dict(heads=["L1H1"], top_k=3)
     with safe_open(path, "pt") as file:
         counted = int(file.get_tensor("tokens"))
-    resumed = mia.detect.over_corpus(model, texts, save=path, **options)
+    resumed = mia.detect.over_corpus(model, texts, resume=path, **options)
     whole = mia.detect.over_corpus(model, texts, **options)
     assert 0 < counted < whole.tokens
     same(whole, resumed, within=1e-9)  # the killed process may have run with other threads
@@ -234,11 +239,11 @@ def test_a_file_that_is_no_pass(model, texts, tmp_path):
     path = tmp_path / "pass"
     path.write_text("not a pass")
     with pytest.raises(MechInterpError, match="it is not a pass over a corpus"):
-        mia.detect.over_corpus(model, texts, save=path)
+        mia.detect.over_corpus(model, texts, resume=path)
 
 
 def test_files_and_datasets(model, texts, whole, tmp_path):
-    options = dict(heads=HEADS, length=16, top=4, context=3)
+    options = dict(heads=HEADS, length=16, top_k=4, context=3)
     lines = tmp_path / "texts.jsonl"
     lines.write_text("".join(json.dumps({"id": i, "body": text}) + "\n\n" for i, text in enumerate(texts)))
     same(whole, mia.detect.over_corpus(model, lines, field="body", **options))
@@ -255,10 +260,10 @@ def test_files_and_datasets(model, texts, whole, tmp_path):
 def test_documents_of_token_ids(model, texts, whole):
     """As they come out of tokenised data sets, and for models without a tokenizer."""
     rows = [model.to_tokens(text)[0] for text in texts]  # with the BOS, which is not doubled
-    options = dict(heads=HEADS, length=16, top=4, context=3)
+    options = dict(heads=HEADS, length=16, top_k=4, context=3)
     same(whole, mia.detect.over_corpus(model, [{"ids": row} for row in rows], field="ids", **options))
     silent = mia.convert(tiny_bridge())
-    found = mia.detect.over_corpus(silent, [[3, 1, 2, 3, 1], torch.tensor([5, 6])], top=2)
+    found = mia.detect.over_corpus(silent, [[3, 1, 2, 3, 1], torch.tensor([5, 6])], top_k=2)
     assert found.tokens == 5
     assert found.passages("L0H0")["tokens"][0][0].startswith("<")
     with pytest.raises(MechInterpError, match=r"document 0 has token id 99; expected \[pos\], ids 0..12"):
@@ -288,7 +293,7 @@ def test_text_files_are_cut_at_line_ends(tmp_path):
             "document 0 has no 'text', only 'body'; name the field of the text with field=",
         ),
         ([""], {}, "no window of at least 2 tokens"),
-        (["abc"], dict(length=99, top=0), "length=99; expected 2 to 24.*; top=0; expected at least 1"),
+        (["abc"], dict(length=99, top_k=0), "length=99; expected 2 to 24.*; top_k=0; expected at least 1"),
         (["abc"], dict(heads=["L7H7"]), "no head L7H7"),
         (["abc"], dict(workers=0), "workers=0; expected at least 1"),
         (["abc"], dict(max_bytes=100), "one sequence of 24 tokens needs about .* raise max_bytes"),
@@ -329,15 +334,15 @@ def test_ray_workers_give_the_very_numbers_of_one_process(tmp_path, two_workers,
     model = mia.load("gelu-2l")
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": SENTENCE * n}) + "\n" for n in (40, 4, 9, 100, 2, 60)))
-    options = dict(heads=["L1H1", ("L0H2", "L1H1")], estimate=True, top=3, context=4)
+    options = dict(heads=["L1H1", ("L0H2", "L1H1")], estimate=True, top_k=3, context=4)
     serial = mia.detect.over_corpus(model, path, **options)
     assert serial.tally.windows * 128 > 8 * 512  # more pieces than workers
     same(serial, mia.detect.over_corpus(model, path, workers=2, **options), within=0)
     begun = tmp_path / "begun"
-    mia.detect.over_corpus(model, path, limit=3, save=begun, **options)
+    mia.detect.over_corpus(model, path, limit=3, resume=begun, **options)
     copy = shutil.copy(begun, tmp_path / "copy")
-    alone = mia.detect.over_corpus(model, path, save=copy, **options)
-    finished = mia.detect.over_corpus(model, path, save=begun, workers=2, **options)
+    alone = mia.detect.over_corpus(model, path, resume=copy, **options)
+    finished = mia.detect.over_corpus(model, path, resume=begun, workers=2, **options)
     same(alone, finished, within=0)
     same(serial, finished, within=1e-6)  # the limit cut batches elsewhere, whose sums are float32
     assert two_workers.is_initialized()  # a cluster that was there is left running

@@ -106,7 +106,7 @@ def test_the_least_omega_is_the_least():
     check_omega(omega + 1e-9, leak, 1e-6)
     with pytest.raises(MechInterpError, match=f"the least omega that does is {omega:.2f}"):
         check_omega(omega - 1, leak, 1e-6)
-    with pytest.raises(MechInterpError, match="tol=0"):
+    with pytest.raises(MechInterpError, match="tolerance=0"):
         least_omega(leak, 0.0)
 
 

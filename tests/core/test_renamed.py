@@ -1,0 +1,26 @@
+"""Arguments under their old names."""
+
+import pytest
+
+import mechinterp_attn as mia
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.theorems import least_omega
+
+
+def test_the_old_name_works_and_warns() -> None:
+    with pytest.warns(FutureWarning, match=r"least_omega\(tol=\) is called tolerance= now"):
+        assert least_omega(3.0, tol=0.01) == least_omega(3.0, tolerance=0.01)  # type: ignore[call-arg]
+
+
+def test_both_names_at_once_are_refused() -> None:
+    with pytest.raises(MechInterpError, match="tol= and tolerance= are the same argument"):
+        least_omega(3.0, tolerance=0.1, tol=0.1)  # type: ignore[call-arg]
+
+
+def test_a_pass_over_a_corpus_knows_its_old_names(tmp_path) -> None:
+    model = mia.load("attn-1l")
+    texts = ["Mr. Dorling was a tall man."]
+    new = mia.detect.over_corpus(model, texts, top_k=2, resume=tmp_path / "new")
+    with pytest.warns(FutureWarning):
+        old = mia.detect.over_corpus(model, texts, top=2, save=tmp_path / "old")  # type: ignore[call-arg]
+    assert old.frame.equals(new.frame)
