@@ -91,7 +91,7 @@ def circuits(
     rank_by: Annotated[RankBy, typer.Option(help="composition: what the best are best by.")] = RankBy.score,
     max_bytes: Annotated[int, typer.Option(help="composition: memory it may use.")] = 2**30,
     resume: Annotated[
-        Path | None, typer.Option(help="composition: file that keeps the state of the search.")
+        Path | None, typer.Option(help="Keep what was found here; the same command goes on from it.")
     ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say the cost only (positions and directions are quick).")

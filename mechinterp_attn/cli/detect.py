@@ -53,7 +53,7 @@ def detect(
     field: Annotated[str, typer.Option(help="Where a line of a .jsonl corpus has its text.")] = "text",
     limit: Annotated[int | None, typer.Option(help="Only so many documents.", min=1)] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Keep what was counted here; the same command goes on from it.")
+        Path | None, typer.Option(help="Keep what was found here; the same command goes on from it.")
     ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Let so many Ray workers read the corpus.", min=1)
