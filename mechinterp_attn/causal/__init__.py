@@ -5,6 +5,7 @@ from mechinterp_attn.causal.circuit import Circuit
 from mechinterp_attn.causal.discover import Discovery, discover
 from mechinterp_attn.causal.effects import Effects, effects
 from mechinterp_attn.causal.faithfulness import Faithfulness, Minimality, faithfulness, minimality
+from mechinterp_attn.causal.path import PathEffects, path_patch
 from mechinterp_attn.causal.rules import Rules
 from mechinterp_attn.causal.task import Task
 
@@ -14,11 +15,13 @@ __all__ = [
     "Effects",
     "Faithfulness",
     "Minimality",
+    "PathEffects",
     "Rules",
     "Task",
     "discover",
     "effects",
     "faithfulness",
     "minimality",
+    "path_patch",
     "tasks",
 ]

@@ -55,6 +55,7 @@ def results(model) -> dict[str, Result]:
         mia.causal.effects(model, behaviour, exact=2),
         mia.causal.faithfulness(model, behaviour, ["L0H1", "L1H2"], sizes=[1, 2], draws=1),
         mia.causal.minimality(model, behaviour, ["L0H1", "L1H2"]),
+        mia.causal.path_patch(model, behaviour, "L0H* -> L1H2 -> logits"),
         detect.ablate(model, PROMPT),
         detect.check_circuit(model, {"heads": {"L0H0": {"previous_token": 0.0}}}),
         detect.in_context_learning(model, PROMPT, early=1, late=8),
