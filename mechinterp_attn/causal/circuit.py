@@ -100,6 +100,7 @@ class Circuit:
         """How much of the behaviour the circuit carries alone, and what is left without it.
 
         Args:
+            model: the converted model.
             task: prompts, best others than it was found on; by default the circuit's own.
             options: of ``causal.faithfulness``; with ``sizes``, the circuit's first heads or edges.
 
@@ -109,7 +110,13 @@ class Circuit:
         return faithfulness(model, self._task(task), self, **({"sizes": [len(self)]} | options))
 
     def minimality(self, model: AttentionOnlyModel, task: Task | None = None, **options: Any) -> Minimality:
-        """What each of its heads or edges is worth in it; arguments and errors as for ``faithfulness``."""
+        """What each of its heads or edges is worth in it; arguments and errors as for ``faithfulness``.
+
+        Args:
+            model: the converted model.
+            task: prompts; by default the circuit's own.
+            options: of ``causal.minimality``.
+        """
         return minimality(model, self._task(task), self, **options)
 
     def draw(self) -> Figure:

@@ -78,6 +78,7 @@ def faithfulness(
     the circuit brings what it brings in the counterfactual; each reader has a stream of its own.
 
     Args:
+        model: the converted model.
         task: the prompts, with counterfactuals: others than the ranking was found on (``task.split``);
             the receipt says how many are the same.
         ranking: what ``causal.discover`` gives; a ``Circuit``; a table with ``head`` (or ``src, dst,
@@ -169,6 +170,7 @@ def minimality(
     """Leave every head or edge out of a circuit, one at a time.
 
     Args:
+        model: the converted model.
         task: the prompts, with counterfactuals.
         circuit: a ``Circuit``, or what else ``faithfulness`` takes as a ranking, all of it.
         max_bytes: of what is held at a time.
