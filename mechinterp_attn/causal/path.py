@@ -76,6 +76,7 @@ def path_patch(
     holds differently goes to the third, and so on. All other heads hold what they hold in the plain run.
 
     Args:
+        model: the converted model.
         task: the behaviour; ``patch="corrupt"`` needs its counterfactuals.
         path: such as ``"L0H2 -K-> L1H3 -> logits"``, or several. Stations are heads of any kind, "embed" at
             the start and "logits" at the end, or patterns and kinds (``"L0H* -K-> L1H3 -> logits"``), of
