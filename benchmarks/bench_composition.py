@@ -135,7 +135,7 @@ def stream(model: mia.AttentionOnlyModel, kind: str, clock, turns: int) -> list[
     def search_all():
         return mia.circuits.composition(model, kind, top_k=1000)
 
-    plan = mia.circuits.composition(model, kind, top_k=1000, plan=True)
+    plan = mia.plan(mia.circuits.composition, model, kind, top_k=1000)
     print(plan)
     memory = memory_of(search_all)
     yardstick = Yardstick(model.W_E.device, clock)

@@ -43,7 +43,7 @@ def main() -> None:
     model = random_model().to(args.device)
     device = model.W_E.device
     sources = list(range(args.rows))
-    print(mia.circuits.ov_top(model, "L0H0", sources=sources, plan=True))
+    print(mia.plan(mia.circuits.ov_top, model, "L0H0", sources=sources))
     flops = 2 * args.rows * VOCABULARY * D_HEAD
     yardsticks = Yardsticks(device, args.rows, clock)
     work = {

@@ -12,6 +12,8 @@ from .conversion.fidelity import verify as verify
 from .conversion.modes import mixtures as mixtures
 from .core.errors import FailedCheckWarning as FailedCheckWarning
 from .core.errors import MechInterpError as MechInterpError
+from .core.plan import Plan as Plan
+from .core.plan import plan as plan
 from .model.attention_only import AttentionOnlyModel as AttentionOnlyModel
 from .model.heads import Head as Head
 from .sources.checkpoint import Checkpoint as Checkpoint

@@ -12,7 +12,6 @@ from mechinterp_attn.circuits.circuit import (
 )
 from mechinterp_attn.circuits.composition import CompositionScores, composition
 from mechinterp_attn.circuits.copying import CopyingScores, copying_scores
-from mechinterp_attn.circuits.plan import Plan
 from mechinterp_attn.circuits.positions import (
     PositionCircuit,
     TokenPositions,
@@ -23,6 +22,7 @@ from mechinterp_attn.circuits.rank_one import ReadsAndWrites, reads_and_writes
 from mechinterp_attn.circuits.spectrum import SingularDirections, singular_directions
 from mechinterp_attn.circuits.trigrams import SkipTrigrams, skip_trigrams
 from mechinterp_attn.circuits.vocabulary import TokenPairs, ov_top, qk_top
+from mechinterp_attn.core.plan import Plan
 from mechinterp_attn.model.select import resolve_head, virtual_head
 from mechinterp_attn.model.virtual import VirtualHead
 

@@ -16,9 +16,9 @@ from mechinterp_attn.circuits.circuit import Tokens, token_ids, token_texts
 from mechinterp_attn.circuits.ends import LOGITS, as_read, average_unembedding
 from mechinterp_attn.circuits.groups import refuse_non_finite
 from mechinterp_attn.circuits.listed import how_many, listed, listed_note, original, size_of
-from mechinterp_attn.circuits.plan import Plan
 from mechinterp_attn.circuits.streaming import plan_product, top_of_rows
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.plan import MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
@@ -43,6 +43,26 @@ class Bigrams(Result):
     correlations: pd.DataFrame | None = field(repr=False)
 
 
+def _plan(
+    model: AttentionOnlyModel, top_k: int | None, sources: Tokens | None, special_tokens: bool
+) -> Plan:
+    spec = model.spec
+    ids = listed(model, special_tokens) if sources is None else token_ids(model, sources, spec.d_vocab)
+    rows, columns = (
+        size_of(ids, spec.d_vocab),
+        size_of(listed(model, special_tokens, output=True), spec.d_vocab_out),
+    )
+    return plan_product(
+        f"bigrams of {rows:,} tokens",
+        (rows, spec.d_model, columns),
+        model.W_E.device,
+        each_row=True,
+        exact=model.W_E.dtype == torch.float64,
+        listed=rows * how_many(top_k, columns),
+    )
+
+
+@plans(_plan, option=True)
 @torch.no_grad()
 def bigrams(
     model: AttentionOnlyModel,
@@ -53,8 +73,8 @@ def bigrams(
     counts: Int[Tensor, "first second"] | None = None,
     bias: bool = False,
     special_tokens: bool = False,
-    plan: bool = False,
-) -> Bigrams | Plan:
+    max_bytes: int = MAX_BYTES,
+) -> Bigrams:
     """The table ``W_E W_U`` (Elhage et al. 2021, "zero-layer transformers"), row by row.
 
     The final norm's gain (and centring) is folded into ``W_U``; its scale, which stretches a row
@@ -70,7 +90,7 @@ def bigrams(
         bias: add ``b_U``.
         special_tokens: list special tokens and ids that no text stands for (padding rows of the
             vocabulary), which are left out by default.
-        plan: say what it would cost instead of doing it.
+        max_bytes: memory beyond the model's that may be used, the table included.
 
     Raises:
         MechInterpError: no such token, non-finite weights, top_k out of range, a text too short to
@@ -83,13 +103,7 @@ def bigrams(
     n_outputs = size_of(outputs, spec.d_vocab_out)
     top_k = how_many(top_k, n_outputs)
     followers = _followers(model, text, counts)
-    if plan:
-        return plan_product(
-            f"bigrams of {len(ids):,} tokens",
-            (len(ids), spec.d_model, n_outputs),
-            model.W_E.device,
-            exact=model.W_E.dtype == torch.float64,
-        )
+    within(_plan(model, top_k, sources, special_tokens), max_bytes, "fewer sources or a smaller top_k")
     refuse_non_finite(model, ())
     left, right = _table(model, ids.to(model.W_E.device), bias)
     right = right if outputs is None else right[:, outputs]

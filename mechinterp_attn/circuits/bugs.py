@@ -19,9 +19,9 @@ from mechinterp_attn.circuits.circuit import Tokens, token_ids, token_texts
 from mechinterp_attn.circuits.ends import BIASES, average_unembedding, embedding, norms_note
 from mechinterp_attn.circuits.groups import finite_head
 from mechinterp_attn.circuits.listed import fewest, listed_note, original, size_of
-from mechinterp_attn.circuits.plan import Plan
 from mechinterp_attn.circuits.trigrams import Listing, Lists, again, halves_of, lists_of, plan_of
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.plan import MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Head
@@ -45,6 +45,12 @@ class FactoringBugs(Result):
     title: ClassVar[str] = "Bugs of factoring: crossings that good trigrams imply"
 
 
+def _plan(model: AttentionOnlyModel, head: str | Head, sources: Tokens | None) -> Plan:
+    n = model.spec.d_vocab if sources is None else len(token_ids(model, sources, model.spec.d_vocab))
+    return plan_of(model, [finite_head(model, head)], n, n, WIDTH)
+
+
+@plans(_plan, option=True)
 @torch.no_grad()
 def factoring_bugs(
     model: AttentionOnlyModel,
@@ -54,8 +60,8 @@ def factoring_bugs(
     text: str | Tensor | None = None,
     top_k: int = 10,
     special_tokens: bool = False,
-    plan: bool = False,
-) -> FactoringBugs | Plan:
+    max_bytes: int = MAX_BYTES,
+) -> FactoringBugs:
     """Crossings of good skip-trigrams that a head implies although they are not good themselves.
 
     For a source, every pair of its strong destinations and outputs gets the product of the halves.
@@ -73,7 +79,7 @@ def factoring_bugs(
         top_k: at most so many.
         special_tokens: list special tokens and ids that no text stands for (padding rows of the
             vocabulary), which are left out by default.
-        plan: say what it would cost instead of doing it.
+        max_bytes: memory beyond the model's that may be used, the table included.
 
     Raises:
         MechInterpError: no such head or token, top_k below 1, or a head that sees only its own token.
@@ -85,8 +91,7 @@ def factoring_bugs(
         raise MechInterpError(f"top_k={top_k}; expected at least 1")
     spec = model.spec
     ids = None if sources is None else token_ids(model, sources, spec.d_vocab)
-    if plan:
-        return plan_of(model, [one], spec.d_vocab if ids is None else len(ids))
+    within(_plan(model, head, sources), max_bytes, "fewer sources")
     tokens = Listing.of(model, special_tokens)
     every = torch.arange(spec.d_vocab, device=model.W_E.device)
     searched = original(tokens.inputs, every[: size_of(tokens.inputs, len(every))]) if ids is None else ids

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import pandas as pd
 import torch
 
 from mechinterp_attn.circuits.composition import CompositionScores, composition
-from mechinterp_attn.circuits.copying import CopyingScores, copying_scores
+from mechinterp_attn.circuits.copying import copying_scores
 from mechinterp_attn.circuits.groups import Select, groups_of
-from mechinterp_attn.circuits.plan import Plan
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.plan import MAX_BYTES, Plan, plan, plans
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -38,6 +38,28 @@ class VirtualHeads(Result):
     sort_by: ClassVar[str | None] = "norm"
 
 
+def _plan(model: AttentionOnlyModel, src: Select, dst: Select, length: int, max_bytes: int) -> Plan:
+    pairs = plan(composition, model, "V", src, dst, max_bytes=max_bytes)
+    if length == 2:
+        return pairs
+    groups = groups_of(model, dst)
+    chains = flops = 0
+    for one in groups_of(model, src):
+        for two in groups:
+            if one.writes_at < two.reads_at:
+                last = [three for three in groups if two.writes_at < three.reads_at]
+                n, rank = len(one) * len(two), min(one.rank, two.rank)
+                chains += n * sum(len(three) for three in last)
+                flops += 2 * n * rank * sum(len(three) * three.rank for three in last) * model.spec.d_model
+    return replace(
+        pairs,
+        what=f"chains of three, at most {chains:,}",
+        flops=pairs.flops + flops,
+        seconds=pairs.seconds * (1 + flops / pairs.flops),
+    )
+
+
+@plans(_plan, option=True)
 @torch.no_grad()
 def virtual_heads(
     model: AttentionOnlyModel,
@@ -46,8 +68,8 @@ def virtual_heads(
     dst: Select = "attention",
     length: int = 2,
     top_k: int = 20,
-    plan: bool = False,
-) -> VirtualHeads | Plan:
+    max_bytes: int = MAX_BYTES,
+) -> VirtualHeads:
     """Rank chains of heads by the size of what they move together (Elhage et al. 2021).
 
     Chains of three are found exactly without trying all: a pair is lengthened only while its norm
@@ -59,7 +81,7 @@ def virtual_heads(
             of ``src``, the others are out of ``dst``.
         length: heads in a chain, 2 or 3.
         top_k: how many to list; no more than there are.
-        plan: say what it would cost (at most, for chains of three) instead of doing it.
+        max_bytes: memory beyond the model's that may be used, the table included.
 
     Raises:
         MechInterpError: no chain that composes, non-finite weights, too many pairs to list, length not
@@ -67,21 +89,19 @@ def virtual_heads(
     """
     if top_k < 1 or length not in (2, 3):
         raise MechInterpError(f"top_k={top_k}, length={length}; expected at least 1, and 2 or 3")
-    if plan:
-        return _plan(model, src, dst, length)
-    scores = cast(CompositionScores, composition(model, "V", src, dst))
+    scores = composition(model, "V", src, dst, max_bytes=max_bytes)
     norms: dict[str, float] = {}
     for select in (src, dst):
         for group in groups_of(model, select):
             norms |= dict(zip(group.labels, group.write_norms().tolist(), strict=True))
     frame = _with_norms(scores, norms)
     if length == 3:
-        frame = _lengthened(model, frame, dst, norms, top_k)
+        frame = _lengthened(model, frame, dst, norms, top_k, max_bytes)
     frame = frame.head(top_k).reset_index(drop=True)
     frame["copying_score"] = float("nan")
     if model.spec.d_vocab == model.spec.d_vocab_out:
         heads = [virtual_head(model, a, b) for a, b in zip(frame["src"], frame["dst"], strict=True)]
-        copying = cast(CopyingScores, copying_scores(model, heads))
+        copying = copying_scores(model, heads, max_bytes=max_bytes)
         frame["copying_score"] = frame["head"].map(copying.frame.set_index("head")["copying_score"])
     return VirtualHeads(frame=frame, receipt=scores.receipt)
 
@@ -95,7 +115,12 @@ def _with_norms(scores: CompositionScores, norms: Mapping[str, float]) -> pd.Dat
 
 
 def _lengthened(
-    model: AttentionOnlyModel, pairs: pd.DataFrame, dst: Select, norms: Mapping[str, float], top_k: int
+    model: AttentionOnlyModel,
+    pairs: pd.DataFrame,
+    dst: Select,
+    norms: Mapping[str, float],
+    top_k: int,
+    max_bytes: int,
 ) -> pd.DataFrame:
     """The strongest chains of three, out of all pairs, largest norm first.
 
@@ -116,29 +141,8 @@ def _lengthened(
         if len(found) == top_k and bound.iloc[first] <= found["norm"].iloc[-1]:
             break  # no later pair can be lengthened to as much
         batch = pairs.loc[bound.index[first : first + BATCH], "head"]
-        scores = cast(CompositionScores, composition(model, "V", batch.tolist(), dst))
+        scores = composition(model, "V", batch.tolist(), dst, max_bytes=max_bytes)
         more = _with_norms(scores, {**norms, **own[batch].to_dict()})
         found = pd.concat([found, more]) if len(found) else more
         found = found.sort_values("norm", ascending=False, kind="stable").head(top_k)
     return found
-
-
-def _plan(model: AttentionOnlyModel, src: Select, dst: Select, length: int) -> Plan:
-    pairs = cast(Plan, composition(model, "V", src, dst, plan=True))
-    if length == 2:
-        return pairs
-    groups = groups_of(model, dst)
-    chains = flops = 0
-    for one in groups_of(model, src):
-        for two in groups:
-            if one.writes_at < two.reads_at:
-                last = [three for three in groups if two.writes_at < three.reads_at]
-                n, rank = len(one) * len(two), min(one.rank, two.rank)
-                chains += n * sum(len(three) for three in last)
-                flops += 2 * n * rank * sum(len(three) * three.rank for three in last) * model.spec.d_model
-    return replace(
-        pairs,
-        what=f"chains of three, at most {chains:,}",
-        flops=pairs.flops + flops,
-        seconds=pairs.seconds * (1 + flops / pairs.flops),
-    )

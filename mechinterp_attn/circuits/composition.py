@@ -23,11 +23,11 @@ from mechinterp_attn.circuits.ends import norms_note, seen_width
 from mechinterp_attn.circuits.groups import Composition, HeadGroup, Select, groups_of, refuse_non_finite
 from mechinterp_attn.circuits.lifted import lifted_cost, lifted_scores, lifts
 from mechinterp_attn.circuits.null import mean_and_spread, shape_null
-from mechinterp_attn.circuits.plan import Plan, make_plan
 from mechinterp_attn.circuits.state import SearchState
 from mechinterp_attn.circuits.streaming import Precision, block_shape, wide
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import draw
+from mechinterp_attn.core.plan import CELL, MAX_BYTES, Plan, make_plan, plans
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 MAX_PAIRS = 2_000_000  # that are listed one by one without ``top_k``
+PAIR = 20 * CELL  # of a pair in the table, and of what the table is made from
 SPARE = 32  # pairs searched beyond top_k, so that rounding cannot push one out
 LEAST = 256  # vectors of a block, however little memory there is
 SMALL = 1e9  # FLOPs below which float64 is used outright
@@ -77,6 +78,23 @@ class CompositionScores(Result):
         return draw(self, ranking=ranking, k=k)
 
 
+def _plan(
+    model: AttentionOnlyModel,
+    kind: Composition,
+    src: Select,
+    dst: Select,
+    top_k: int | None,
+    rank_by: RankBy,
+    max_bytes: int,
+    precision: Precision,
+) -> Plan:
+    job, units, n_pairs = _search(model, kind, src, dst, top_k, rank_by, max_bytes, precision)
+    dense = top_k is None
+    lifted = dense and lifts(job, units, max_bytes - _result_bytes(job, n_pairs))
+    return _cost(job, units, n_pairs, dense=dense, lifted=lifted)
+
+
+@plans(_plan, option=True)
 @torch.no_grad()
 def composition(
     model: AttentionOnlyModel,
@@ -86,12 +104,11 @@ def composition(
     *,
     top_k: int | None = None,
     rank_by: RankBy = "score",
-    max_bytes: int = 2**30,
+    max_bytes: int = MAX_BYTES,
     resume: str | os.PathLike[str] | None = None,
     engine: Literal["local", "ray"] = "local",
     precision: Precision = "float32",
-    plan: bool = False,
-) -> CompositionScores | Plan:
+) -> CompositionScores:
     """How much of what a head writes a later head reads, for all pairs of two sets of heads.
 
     Args:
@@ -102,24 +119,54 @@ def composition(
         top_k: list only the strongest pairs, streaming over all; None lists every pair.
         rank_by: what top_k ranks by. Scores of pairs of different shapes have different random
             means; "z" compares each with its own.
-        max_bytes: memory beyond the model's that may be used.
+        max_bytes: memory beyond the model's that may be used, the scores and their table included.
         resume: a file that keeps the state of a streamed search. It is written as the search goes
             on; an interrupted search starts again where it stopped.
         engine: "ray" runs the blocks on the workers of a Ray cluster (the ``ray`` extra).
         precision: of the search; "tf32" and "bfloat16" only where asked for here. Listed pairs of a
             streamed search are computed again in float64.
-        plan: say what it would cost instead of doing it.
 
     Raises:
         MechInterpError: no such head, no pair that composes, non-finite weights, top_k out of range,
             max_bytes too small (the message says what is enough), or a state file of another search.
     """
+    if engine not in ("local", "ray"):
+        raise MechInterpError(f"engine={engine!r}; expected 'local' or 'ray'")
+    job, units, n_pairs = _search(model, kind, src, dst, top_k, rank_by, max_bytes, precision)
+    if top_k is None and n_pairs > MAX_PAIRS:
+        raise MechInterpError(
+            f"{n_pairs:,} pairs are too many to list; give top_k= (up to {MAX_PAIRS:,} pairs are listed)"
+        )
+    least = _least_bytes(job, n_pairs, dense=top_k is None)
+    if max_bytes < least:
+        raise MechInterpError(f"max_bytes={max_bytes:,} is too small; {least:,} is the least that works")
+    refuse_non_finite(model, (group.bank for group in (*job.sources, *job.readers)))
+    if top_k is None:
+        return _dense(job, units, lifts(job, units, max_bytes - _result_bytes(job, n_pairs)))
+    return _streamed(job, units, n_pairs, top_k, resume, engine)
+
+
+def _search(
+    model: AttentionOnlyModel,
+    kind: Composition,
+    src: Select,
+    dst: Select,
+    top_k: int | None,
+    rank_by: RankBy,
+    max_bytes: int,
+    precision: Precision,
+) -> tuple[Job, list[Unit], int]:
+    """The work of a search, cut into units, and its number of pairs.
+
+    Raises:
+        MechInterpError: arguments that name no search.
+    """
     if kind not in ("Q", "K", "V"):
         raise MechInterpError(f"kind={kind!r}; expected 'Q', 'K' or 'V'")
-    if rank_by not in ("score", "z") or precision not in TOLERANCE or engine not in ("local", "ray"):
+    if rank_by not in ("score", "z") or precision not in TOLERANCE:
         raise MechInterpError(
-            f"rank_by={rank_by!r}, precision={precision!r}, engine={engine!r}; expected 'score' or 'z', "
-            "'float32', 'tf32' or 'bfloat16', 'local' or 'ray'"
+            f"rank_by={rank_by!r}, precision={precision!r}; expected 'score' or 'z', and 'float32', 'tf32' "
+            "or 'bfloat16'"
         )
     sources = groups_of(model, src)
     readers = sources if src is None and dst is None else groups_of(model, dst)
@@ -130,20 +177,7 @@ def composition(
         raise MechInterpError("none of the dst heads reads what a src head writes; src must come earlier")
     if top_k is not None and not 1 <= top_k <= n_pairs:
         raise MechInterpError(f"top_k={top_k} is out of range; expected 1 to {n_pairs} (all pairs)")
-    if top_k is None and n_pairs > MAX_PAIRS and not plan:
-        raise MechInterpError(
-            f"{n_pairs:,} pairs are too many to list; give top_k= (up to {MAX_PAIRS:,} pairs are listed)"
-        )
-    lifted = top_k is None and lifts(job, units, max_bytes - _scores_bytes(job))
-    if plan:
-        return _plan(job, units, n_pairs, dense=top_k is None, lifted=lifted)
-    least = _least_bytes(job, dense=top_k is None)
-    if max_bytes < least:
-        raise MechInterpError(f"max_bytes={max_bytes:,} is too small; {least:,} is the least that works")
-    refuse_non_finite(model, (group.bank for group in (*sources, *readers)))
-    if top_k is None:
-        return _dense(job, units, lifted)
-    return _streamed(job, units, n_pairs, top_k, resume, engine)
+    return job, units, n_pairs
 
 
 def _job(
@@ -224,7 +258,7 @@ def _streamed(
     done = saved.load(sink) if saved is not None else set()
     left = [i for i in range(len(units)) if i not in done]
     flops = [job.flops(unit) for unit in units]
-    plan = _plan(job, [units[i] for i in left], n_pairs)
+    plan = _cost(job, [units[i] for i in left], n_pairs)
     bar = Progress(
         total=sum(flops) / 1e9,
         initial=sum(flops[i] for i in done) / 1e9,
@@ -406,36 +440,39 @@ def _used(job: Job) -> str:
     return "float64" if job.dtype == torch.float64 else job.precision
 
 
-def _bytes(job: Job, units: list[Unit], *, dense: bool) -> int:
-    """Memory that a run takes beyond the model's."""
+def _bytes(job: Job, units: list[Unit]) -> int:
+    """Memory that a run takes beyond the model's and beside its result."""
     size = torch.finfo(job.dtype).bits // 8
     written = sum(len(g) * g.rank for g in job.sources) * job.d_model * size
     widest = max((u.last - u.first) * job.readers[u.group].reading_rank(job.kind) for u in units)
     blocks = 3 * job.block[0] * job.block[1] * size
-    total = min(written, job.cache_bytes) + widest * job.d_model * (8 + size) + blocks
-    return total + (_scores_bytes(job) if dense else 0)
+    return min(written, job.cache_bytes) + widest * job.d_model * (8 + size) + blocks
 
 
-def _least_bytes(job: Job, *, dense: bool) -> int:
+def _least_bytes(job: Job, n_pairs: int, *, dense: bool) -> int:
     size = torch.finfo(job.dtype).bits // 8
     ranks = [g.rank for g in job.sources] + [g.reading_rank(job.kind) for g in job.readers]
     least = max(LEAST, *ranks) * job.d_model * (8 + size) * 2 + 6 * LEAST**2 * size
-    return least + (_scores_bytes(job) if dense else 0)
+    return least + (_result_bytes(job, n_pairs) if dense else 0)
 
 
-def _scores_bytes(job: Job) -> int:
-    return 16 * sum(map(len, job.sources)) * sum(map(len, job.readers))
+def _result_bytes(job: Job, n_pairs: int) -> int:
+    """All scores, twice while they are made, and the table of the pairs."""
+    return 2 * CELL * sum(map(len, job.sources)) * sum(map(len, job.readers)) + PAIR * n_pairs
 
 
-def _plan(job: Job, units: list[Unit], n_pairs: int, *, dense: bool = False, lifted: bool = False) -> Plan:
-    flops, needed = sum(job.flops(unit) for unit in units), _bytes(job, units, dense=dense)
+def _cost(job: Job, units: list[Unit], n_pairs: int, *, dense: bool = False, lifted: bool = False) -> Plan:
+    listed = n_pairs if dense else job.top_k
+    result = CELL * (8 * listed + (sum(map(len, job.sources)) * sum(map(len, job.readers)) if dense else 0))
+    flops, needed = sum(job.flops(unit) for unit in units), _bytes(job, units)
     if lifted:
         flops, needed = lifted_cost(job)
-        needed += _scores_bytes(job)
+    needed += _result_bytes(job, n_pairs) if dense else PAIR * listed
     return make_plan(
         what=f"{job.kind}-composition of {n_pairs:,} pairs",
         flops=flops,
         bytes=needed,
+        result=result,
         chunks=len(units),
         device=job.device,
         shape=(job.block[0], job.d_model, job.block[1]),

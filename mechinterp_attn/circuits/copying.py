@@ -21,9 +21,9 @@ from mechinterp_attn.circuits.circuit import ov_circuit, positive_share
 from mechinterp_attn.circuits.ends import CHUNK, LOGITS, norms_note, seen_width, unembed_embed
 from mechinterp_attn.circuits.groups import HeadGroup, Select, groups_of, refuse_non_finite
 from mechinterp_attn.circuits.null import largest_by_chance
-from mechinterp_attn.circuits.plan import Plan, make_plan
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import draw
+from mechinterp_attn.core.plan import CELL, MAX_BYTES, Plan, make_plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
@@ -63,6 +63,11 @@ class CopyingScores(Result):
         return draw(self, head)
 
 
+def _plan(model: AttentionOnlyModel, heads: Select, diagonals: bool) -> Plan:
+    return _plan_of(model, groups_of(model, heads), diagonals)
+
+
+@plans(_plan, option=True)
 @torch.no_grad()
 def copying_scores(
     model: AttentionOnlyModel,
@@ -70,8 +75,8 @@ def copying_scores(
     *,
     diagonals: bool = False,
     seed: int = 0,
-    plan: bool = False,
-) -> CopyingScores | Plan:
+    max_bytes: int = MAX_BYTES,
+) -> CopyingScores:
     """Copying scores of heads by the eigenvalues of their OV circuits.
 
     Args:
@@ -80,7 +85,7 @@ def copying_scores(
         diagonals: add the two alternatives that Elhage et al. name: the share of tokens that a head
             raises at all and of those it raises most. A pass over the vocabulary for every head.
         seed: of the random heads and of the tokens that ``diagonals`` looks at.
-        plan: say what it would cost instead of doing it.
+        max_bytes: memory beyond the model's that may be used, the table included.
 
     Raises:
         MechInterpError: no such head, non-finite weights, or input and output vocabularies that
@@ -93,8 +98,7 @@ def copying_scores(
             f"{spec.d_vocab_out} of them"
         )
     groups = groups_of(model, heads)
-    if plan:
-        return _plan(model, groups, diagonals)
+    within(_plan_of(model, groups, diagonals), max_bytes, "fewer heads")
     refuse_non_finite(model, (group.bank for group in groups))
     middle = unembed_embed(model)
     scale = float(middle.norm()) / seen_width(model)  # spread of u @ middle @ w for random unit u and w
@@ -140,17 +144,19 @@ def copying_scores(
     return CopyingScores(frame=frame, receipt=Receipt((check,), notes), eigenvalues=eigenvalues)
 
 
-def _plan(model: AttentionOnlyModel, groups: list[HeadGroup], diagonals: bool) -> Plan:
+def _plan_of(model: AttentionOnlyModel, groups: list[HeadGroup], diagonals: bool) -> Plan:
     d, v = model.spec.d_model, model.spec.d_vocab
     vectors = sum(len(group) * group.rank for group in groups)
     flops = 2 * v * d * d + 2 * vectors * d * d
     if diagonals:
         flops += 2 * vectors * v * (2 * d + TOKENS)
+    result = CELL * sum(len(group) * (10 + 2 * group.rank) for group in groups)  # a row, and eigenvalues
     widest = max(min(len(group), BATCH) * group.rank for group in groups)
     return make_plan(
         what=f"copying scores of {sum(map(len, groups)):,} heads",
         flops=flops,
-        bytes=8 * (d * d + 2 * CHUNK * d + 4 * widest * d),
+        bytes=8 * (d * d + 2 * CHUNK * d + 4 * widest * d) + 3 * result,
+        result=result,
         chunks=sum(-(-len(group) // BATCH) for group in groups),
         device=model.W_E.device,
         shape=(min(v, CHUNK), d, d),

@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechinterp_attn.circuits.plan import Plan, make_plan
+from mechinterp_attn.core.plan import CELL, Plan, make_plan
 from mechinterp_attn.core.progress import Progress
 
 Precision = Literal["float32", "tf32", "bfloat16"]
+TABLE = 8  # columns of a table of entries, at most
 GROUP = 32  # entries whose maximum is compared at once
 SEED = 128  # rows that are sorted for a first threshold
 FIRST = 4  # how many blocks wide the first one of a row is: its best entries keep most others out
@@ -58,20 +59,25 @@ def plan_product(
     times: int = 1,
     each_row: bool = False,
     exact: bool = False,
+    listed: int = 0,
 ) -> Plan:
     """What it costs to look through ``[n, k] @ [k, m]`` for ``(n, k, m) = shape``, some times over.
 
     Args:
         each_row: for the best of every row, not of the whole.
+        listed: how many entries end up in a table.
     """
     n, k, m = shape
     rows, columns = (min(size, most) for size, most in zip((n, m), block_shape(device), strict=True))
     block = rows * min(m, FIRST * columns if each_row else columns)
+    result = TABLE * CELL * listed
     return make_plan(
         what=what,
         flops=2 * n * k * m * times,
-        # Both factors, once more in order of their norms, and once more while that is made.
-        bytes=(8 if exact else 4) * (3 * (n + m) * k + block),
+        # Both factors, once more in order of their norms, and once more while that is made; the entries
+        # and their table, and once more while that is made.
+        bytes=(8 if exact else 4) * (3 * (n + m) * k + block) + 3 * result,
+        result=result,
         chunks=-(-n // rows) * -(-m // columns) * times,
         device=device,
         shape=(rows, k, columns),

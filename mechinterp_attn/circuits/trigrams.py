@@ -21,8 +21,8 @@ from mechinterp_attn.circuits.circuit import Tokens, ov_circuit, qk_circuit, tok
 from mechinterp_attn.circuits.ends import BIASES, norms_note
 from mechinterp_attn.circuits.groups import finite_head
 from mechinterp_attn.circuits.listed import fewest, how_many, listed, listed_note, original, size_of
-from mechinterp_attn.circuits.plan import Plan
 from mechinterp_attn.circuits.streaming import plan_product, top_of_rows
+from mechinterp_attn.core.plan import MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -70,6 +70,21 @@ class Listing:
         return cls(listed(model, special_tokens), listed(model, special_tokens, output=True))
 
 
+def _plan(
+    model: AttentionOnlyModel,
+    head: Heads | None,
+    sources: Tokens | None,
+    top_k: int | None,
+    special_tokens: bool,
+) -> Plan:
+    spec, k = model.spec, how_many(top_k, fewest(model, special_tokens))
+    ids = listed(model, special_tokens) if sources is None else token_ids(model, sources, spec.d_vocab)
+    n = size_of(ids, spec.d_vocab)
+    at_once = n if sources is not None else min(n, SOURCES)
+    return plan_of(model, _heads(model, head), n, at_once, k)
+
+
+@plans(_plan, option=True)
 @torch.no_grad()
 def skip_trigrams(
     model: AttentionOnlyModel,
@@ -78,8 +93,8 @@ def skip_trigrams(
     sources: Tokens | None = None,
     top_k: int | None = None,
     special_tokens: bool = False,
-    plan: bool = False,
-) -> SkipTrigrams | Plan:
+    max_bytes: int = MAX_BYTES,
+) -> SkipTrigrams:
     """The strongest skip-trigrams, exactly, without a vocabulary^3 table.
 
     QK entries are comparable only within one query, so each is taken against the destination's
@@ -99,7 +114,7 @@ def skip_trigrams(
             are tokens where these are fewer.
         special_tokens: list special tokens and ids that no text stands for (padding rows of the
             vocabulary), which are left out by default.
-        plan: say what it would cost at most instead of doing it.
+        max_bytes: memory beyond the model's that may be used, the table included.
 
     Raises:
         MechInterpError: no such head or token, non-finite weights, or top_k out of range.
@@ -109,8 +124,9 @@ def skip_trigrams(
     tokens = Listing.of(model, special_tokens)
     top_k = how_many(top_k, fewest(model, special_tokens))
     ids = None if sources is None else token_ids(model, sources, spec.d_vocab)
-    if plan:
-        return plan_of(model, heads, size_of(tokens.inputs if ids is None else ids, spec.d_vocab))
+    within(
+        _plan(model, head, sources, top_k, special_tokens), max_bytes, "fewer sources or a smaller top_k"
+    )
     frames: list[pd.DataFrame] = []
     error, floor = 0.0, -1.0
     bar = Progress(heads, desc="skip-trigrams", unit="head", show=len(heads) * spec.d_vocab > 2e5)
@@ -160,15 +176,21 @@ def halves_of(model: AttentionOnlyModel, head: Head) -> Halves:
     return query, key, ov.left(), ov.right()
 
 
-def plan_of(model: AttentionOnlyModel, heads: list[Head], sources: int) -> Plan:
-    """The memory that a search over these heads takes."""
+def plan_of(model: AttentionOnlyModel, heads: list[Head], sources: int, at_once: int, width: int) -> Plan:
+    """What a search over these heads costs, for so many sources and lists of this width.
+
+    Args:
+        at_once: sources whose lists are held together.
+    """
     spec, widest = model.spec, max(head.W_Q.shape[1] for head in heads)
     return plan_product(
         f"skip-trigrams of {len(heads):,} heads and {sources:,} source tokens, at most",
         (sources, widest, spec.d_vocab + spec.d_vocab_out),
         model.W_E.device,
         times=len(heads),
+        each_row=True,
         exact=True,
+        listed=2 * at_once * width,  # two lists of each source, of ids and values
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -21,7 +22,6 @@ from mechinterp_attn.circuits.circuit import (
 )
 from mechinterp_attn.circuits.groups import finite_head
 from mechinterp_attn.circuits.listed import how_many, listed, listed_note, original, size_of
-from mechinterp_attn.circuits.plan import Plan
 from mechinterp_attn.circuits.streaming import (
     Entries,
     Precision,
@@ -32,6 +32,7 @@ from mechinterp_attn.circuits.streaming import (
 )
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import draw
+from mechinterp_attn.core.plan import MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Head
@@ -70,6 +71,31 @@ class TokenPairs(Result):
         return draw(self, k)
 
 
+def _ov_plan(
+    model: AttentionOnlyModel,
+    head: str | Head,
+    top_k: int | None,
+    over: Over,
+    sources: Tokens | None,
+    special_tokens: bool,
+) -> Plan:
+    return _scan(ov_circuit(model, finite_head(model, head)), top_k, over, sources, special_tokens).plan()
+
+
+def _qk_plan(
+    model: AttentionOnlyModel,
+    head: str | Head,
+    top_k: int | None,
+    over: Over,
+    sources: Tokens | None,
+    offset: int | None,
+    special_tokens: bool,
+) -> Plan:
+    circuit = qk_circuit(model, finite_head(model, head), offset=offset)
+    return _scan(circuit, top_k, over, sources, special_tokens).plan()
+
+
+@plans(_ov_plan, option=True)
 def ov_top(
     model: AttentionOnlyModel,
     head: str | Head,
@@ -80,8 +106,8 @@ def ov_top(
     largest: bool = True,
     special_tokens: bool = False,
     precision: Precision = "float32",
-    plan: bool = False,
-) -> TokenPairs | Plan:
+    max_bytes: int = MAX_BYTES,
+) -> TokenPairs:
     """Strongest (attended token -> output token) pairs of a head's OV circuit ``W_E W_OV W_U``, each logit
     against the average over the vocabulary.
 
@@ -98,17 +124,16 @@ def ov_top(
             vocabulary), which are left out by default.
         precision: of the search (float64 where it is small or the model is); the entries listed
             are always computed again in float64.
-        plan: say what it would cost instead of doing it.
+        max_bytes: memory beyond the model's that may be used, the table included.
 
     Raises:
         MechInterpError: no such head or token, non-finite weights, or top_k out of range.
     """
-    circuit = ov_circuit(model, finite_head(model, head))
-    options: dict[str, Any] = {"top_k": top_k, "over": over, "sources": sources, "largest": largest}
-    options["special_tokens"] = special_tokens
-    return _top(circuit, **options, precision=precision, plan=plan)
+    scan = _scan(ov_circuit(model, finite_head(model, head)), top_k, over, sources, special_tokens)
+    return _top(scan, largest, precision, max_bytes)
 
 
+@plans(_qk_plan, option=True)
 def qk_top(
     model: AttentionOnlyModel,
     head: str | Head,
@@ -120,8 +145,8 @@ def qk_top(
     offset: int | None = None,
     special_tokens: bool = False,
     precision: Precision = "float32",
-    plan: bool = False,
-) -> TokenPairs | Plan:
+    max_bytes: int = MAX_BYTES,
+) -> TokenPairs:
     """Strongest (query token, key token) pairs of a head's QK circuit ``(W_E W_Q + b_Q) W_K^T W_E^T``
     (unscaled).
 
@@ -146,29 +171,53 @@ def qk_top(
             vocabulary), which are left out by default.
         precision: of the search (float64 where it is small or the model is); the entries listed
             are always computed again in float64.
-        plan: say what it would cost instead of doing it.
+        max_bytes: memory beyond the model's that may be used, the table included.
 
     Raises:
         MechInterpError: no such head or token, or top_k or offset out of range.
     """
     circuit = qk_circuit(model, finite_head(model, head), offset=offset)
-    options: dict[str, Any] = {"top_k": top_k, "over": over, "sources": sources, "largest": largest}
-    options["special_tokens"] = special_tokens
-    return _top(circuit, **options, precision=precision, plan=plan)
+    return _top(_scan(circuit, top_k, over, sources, special_tokens), largest, precision, max_bytes)
 
 
-@torch.no_grad()
-def _top(
+@dataclass(frozen=True)
+class _Scan:
+    """What is searched of a circuit: rows and columns (None for all), and how many entries are kept of
+    at most how many, over everything or over each row or column.
+    """
+
+    circuit: VocabularyCircuit
+    over: Over
+    special_tokens: bool
+    ids: Tensor | None
+    others: Tensor | None
+    shape: tuple[int, int, int]
+    limit: int
+    top_k: int
+
+    @property
+    def work(self) -> int:
+        return math.prod(self.shape)
+
+    def plan(self) -> Plan:
+        rows, _, columns = self.shape
+        of = {"all": 1, "rows": rows, "columns": 1 if self.circuit.own_token else columns}
+        return plan_product(
+            f"{self.circuit.which} circuit of {self.circuit.head.label} over {rows:,} x {columns:,} tokens",
+            self.shape,
+            self.circuit.model.W_E.device,
+            each_row=self.over != "all",
+            listed=of[self.over] * self.top_k,
+        )
+
+
+def _scan(
     circuit: VocabularyCircuit,
-    *,
     top_k: int | None,
     over: Over,
     sources: Tokens | None,
-    largest: bool,
     special_tokens: bool,
-    precision: Precision,
-    plan: bool,
-) -> TokenPairs | Plan:
+) -> _Scan:
     model = circuit.model
     output = circuit.which == "OV"
     ids = listed(model, special_tokens) if sources is None else token_ids(model, sources, circuit.shape[0])
@@ -179,12 +228,16 @@ def _top(
         limit = {"all": rows, "rows": 1, "columns": 1}
     if over not in limit:
         raise MechInterpError(f"over={over!r}; expected 'all', 'rows' or 'columns'")
-    top_k = how_many(top_k, limit[over])
-    work = rows * (1 if circuit.own_token else columns) * circuit.rank
-    if plan:
-        what = f"{circuit.which} circuit of {circuit.head.label} over {rows:,} x {columns:,} tokens"
-        shape = rows, circuit.rank, 1 if circuit.own_token else columns
-        return plan_product(what, shape, model.W_E.device, each_row=over != "all")
+    shape = rows, circuit.rank, 1 if circuit.own_token else columns
+    most = limit[over]
+    return _Scan(circuit, over, special_tokens, ids, others, shape, most, how_many(top_k, most))
+
+
+@torch.no_grad()
+def _top(scan: _Scan, largest: bool, precision: Precision, max_bytes: int) -> TokenPairs:
+    within(scan.plan(), max_bytes, "fewer sources or a smaller top_k")
+    circuit, over, ids, others, top_k = scan.circuit, scan.over, scan.ids, scan.others, scan.top_k
+    model, work, rows = circuit.model, scan.work, scan.shape[0]
     exact = model.W_E.dtype == torch.float64 or (work < SMALL and precision == "float32")
     dtype = torch.float64 if exact else torch.bfloat16 if precision == "bfloat16" else torch.float32
     narrow = torch.float64 if exact else torch.float32
@@ -192,7 +245,7 @@ def _top(
     right = circuit.right(others, narrow).to(dtype).contiguous()
     bar = f"{circuit.which} {circuit.head.label}" if work > 5e10 else None
     search: dict[str, Any] = {"sign": 1 if largest else -1, "progress": bar}
-    wanted = min(top_k + SPARE, limit[over])
+    wanted = min(top_k + SPARE, scan.limit)
     with matmul_precision(precision):
         if circuit.own_token:
             found = _diagonal(left, right, ids, wanted if over == "all" else rows, largest)
@@ -218,13 +271,17 @@ def _top(
         {
             "source": _texts(model, source_ids),
             "source_id": source_ids,
-            "token": _texts(model, other_ids, output=output),
+            "token": _texts(model, other_ids, output=circuit.which == "OV"),
             "token_id": other_ids,
             "value": exact_value.cpu().numpy(),
             "rank": np.arange(len(other_ids)) % top_k + 1,
         }
     )
-    notes = circuit.notes | {"dtype": f"values float64, search {used}"} | listed_note(model, special_tokens)
+    notes = (
+        circuit.notes
+        | {"dtype": f"values float64, search {used}"}
+        | listed_note(model, scan.special_tokens)
+    )
     return TokenPairs(
         frame=frame,
         receipt=Receipt((check,), notes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,19 +14,24 @@ from mechinterp_attn.cli.common import (
     CsvFile,
     FigureFile,
     Heads,
+    JustPlan,
+    MaxBytes,
     Model,
     Quiet,
     Top,
     deliver,
     load,
     one_head,
+    run_or_plan,
     token_of,
 )
 
 if TYPE_CHECKING:
-    from mechinterp_attn.circuits import Plan
-    from mechinterp_attn.core.results import Result
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
+
+
+# A function, and what it is called with.
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 class Analysis(StrEnum):
@@ -89,13 +95,11 @@ def circuits(
     dst: Annotated[str | None, typer.Option(help="composition, virtual: later heads, likewise.")] = None,
     length: Annotated[int, typer.Option(help="virtual: heads in a chain, 2 or 3.")] = 2,
     rank_by: Annotated[RankBy, typer.Option(help="composition: what the best are best by.")] = RankBy.score,
-    max_bytes: Annotated[int, typer.Option(help="composition: memory it may use.")] = 2**30,
+    max_bytes: MaxBytes = None,
     resume: Annotated[
         Path | None, typer.Option(help="Keep what was found here; the same command goes on from it.")
     ] = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Say the cost only (positions and directions are quick).")
-    ] = False,
+    plan: JustPlan = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
     figure: FigureFile = None,
@@ -111,16 +115,14 @@ def circuits(
         ranked = own.ov_top if analysis is Analysis.ov else own.qk_top
         options: dict[str, Any] = {"top_k": top, "over": over.value, "sources": tokens}
         options["largest"] = not smallest
-        result: Any = ranked(loaded, one_head(heads, f"circuits ... {analysis}"), **options, plan=plan)
+        call: Call = ranked, (loaded, one_head(heads, f"circuits ... {analysis}")), options
     elif analysis is Analysis.composition:
         earlier = _select(src or (",".join(heads) if heads else None))
-        options = {"rank_by": rank_by.value, "max_bytes": max_bytes, "resume": resume, "top_k": top or 10}
-        result = own.composition(loaded, kind.value, earlier, _select(dst), **options, plan=plan)
+        options = {"rank_by": rank_by.value, "resume": resume, "top_k": top or 10}
+        call = own.composition, (loaded, kind.value, earlier, _select(dst)), options
     else:
-        result = _others(loaded, analysis, heads, tokens, top, src, dst, length, plan)
-    if isinstance(result, own.Plan):
-        typer.echo(str(result))
-        return
+        call = _others(loaded, analysis, heads, tokens, top, src, dst, length)
+    result = run_or_plan(plan, max_bytes, *call)
     ranked_here = analysis in (Analysis.copying, Analysis.positions)  # the others come as long as asked
     rows = result.top(top or 10) if ranked_here else result.frame
     deliver(result, rows, as_json=as_json, csv=csv, figure=figure)
@@ -135,27 +137,27 @@ def _others(
     src: str | None,
     dst: str | None,
     length: int,
-    plan: bool,
-) -> Result | Plan:
+) -> Call:
     from mechinterp_attn import circuits as own
 
     name = f"circuits ... {analysis}"
+    options: dict[str, Any]
     if analysis is Analysis.bigrams:
-        return own.bigrams(model, top_k=top, sources=tokens, plan=plan)
+        return own.bigrams, (model,), {"top_k": top, "sources": tokens}
     if analysis is Analysis.skip_trigrams:
-        return own.skip_trigrams(model, heads or None, sources=tokens, top_k=top, plan=plan)
+        return own.skip_trigrams, (model, heads or None), {"sources": tokens, "top_k": top}
     if analysis is Analysis.factoring_bugs:
-        head = one_head(heads, name)
-        return own.factoring_bugs(model, head, sources=tokens, top_k=top or 10, plan=plan)
+        options = {"sources": tokens, "top_k": top or 10}
+        return own.factoring_bugs, (model, one_head(heads, name)), options
     if analysis is Analysis.copying:
-        return own.copying_scores(model, heads or None, plan=plan)
+        return own.copying_scores, (model, heads or None), {}
     if analysis is Analysis.virtual:
         src, dst = src or "attention", dst or "attention"
-        ends = {"src": _select(src), "dst": _select(dst)}
-        return own.virtual_heads(model, **ends, length=length, top_k=top or 10, plan=plan)
+        options = {"src": _select(src), "dst": _select(dst), "length": length, "top_k": top or 10}
+        return own.virtual_heads, (model,), options
     if analysis is Analysis.positions:
-        return own.position_circuit(model, one_head(heads, name))
-    return own.singular_directions(model, one_head(heads, name), top_k=top, components=1)
+        return own.position_circuit, (model, one_head(heads, name)), {}
+    return own.singular_directions, (model, one_head(heads, name)), {"top_k": top, "components": 1}
 
 
 def _select(text: str | None) -> str | list[str] | None:

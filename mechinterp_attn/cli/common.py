@@ -5,10 +5,12 @@ The result goes to standard output, everything else to standard error.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -102,6 +104,11 @@ Against = Annotated[
 Position = Annotated[int, typer.Option(help="Where it is predicted; negative counts from the end.")]
 Top = Annotated[int | None, typer.Option("--top", "-k", help="How many rows, the first ones.", min=1)]
 Seed = Annotated[int, typer.Option(help="Of all that is random.")]
+MaxBytes = Annotated[
+    int | None,
+    typer.Option(help="Memory beyond the model's that the analysis may take; 2 GiB by default.", min=1),
+]
+JustPlan = Annotated[bool, typer.Option("--plan", help="Say what it would cost, and do nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the table as JSON: one object a row.")]
 CsvFile = Annotated[
     Path | None,
@@ -144,6 +151,31 @@ def fail(text: str) -> None:
 def _style(text: str, stream: Any, **look: Any) -> str:
     colour = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return typer.style(text, **look) if colour else text
+
+
+def run_or_plan(
+    just_plan: bool,
+    max_bytes: int | None,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+) -> Any:
+    """The result of an analysis; with ``--plan`` its cost is printed instead, and the command ends.
+
+    Raises:
+        MechInterpError: as the analysis, or it takes no ``--max-bytes`` or has no plan.
+    """
+    from mechinterp_attn.core.errors import MechInterpError
+    from mechinterp_attn.core.plan import plan
+
+    if max_bytes is not None:
+        if "max_bytes" not in inspect.signature(function).parameters:
+            raise MechInterpError(f"{function.__name__} is quick and takes no --max-bytes; leave it out")
+        options = options | {"max_bytes": max_bytes}
+    if just_plan:
+        typer.echo(str(plan(function, *args, **options)))
+        raise typer.Exit
+    return function(*args, **options)
 
 
 def deliver(

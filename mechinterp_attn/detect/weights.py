@@ -8,15 +8,15 @@ positions are left out. float64 throughout.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import pandas as pd
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from mechinterp_attn.circuits.composition import CompositionScores, composition
-from mechinterp_attn.circuits.copying import CopyingScores, copying_scores
+from mechinterp_attn.circuits.composition import composition
+from mechinterp_attn.circuits.copying import copying_scores
 from mechinterp_attn.circuits.ends import embedding, seen_width
 from mechinterp_attn.circuits.groups import HeadGroup, groups_of
 from mechinterp_attn.circuits.null import expected_maximum
@@ -89,7 +89,7 @@ def score_weights(
     """
     W_E, W_U = embedding(model), model.W_U.detach().double()
     chosen = None if heads is None else model.heads.select(heads)
-    copying = cast(CopyingScores, copying_scores(model, chosen, seed=seed))
+    copying = copying_scores(model, chosen, seed=seed)
     columns = {"copying_score": "copying", "z": "copying_z", "size": "copying_size"}
     frame = copying.frame[["head", "layer", "kind", *columns]].rename(columns=columns)
     groups = groups_of(model, chosen)
@@ -185,7 +185,7 @@ def _pairs(model: AttentionOnlyModel, W_E: Tensor, seed: int) -> tuple[pd.DataFr
     if not parts:
         return pd.DataFrame(columns=list(PAIR_COLUMNS)), check
     mixing = list(model.heads.between_positions)
-    composed = cast(CompositionScores, composition(model, "K", mixing, mixing)).frame
+    composed = composition(model, "K", mixing, mixing).frame
     composed = composed[["src", "dst", "score"]].rename(columns={"score": "composition"})
     pairs = pd.concat(parts, ignore_index=True).merge(composed, on=["src", "dst"], how="left")
     return pairs[list(PAIR_COLUMNS)], check

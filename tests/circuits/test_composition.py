@@ -125,7 +125,7 @@ def test_wide_heads_taken_as_whole_matrices_have_the_same_scores(kind):
     assert single.scores[heads.index("L0H3"), heads.index("L2H5")] < 1e-6
     with_less = C.composition(model, kind, heads, heads, max_bytes=20_000_000)  # too little for the strips
     torch.testing.assert_close(single.scores, with_less.scores, rtol=0, atol=5e-7, equal_nan=True)
-    plans = [C.composition(model, kind, heads, heads, max_bytes=b, plan=True) for b in (2**30, 20_000_000)]
+    plans = [mia.plan(C.composition, model, kind, heads, heads, max_bytes=b) for b in (2**30, 20_000_000)]
     assert plans[0].flops < plans[1].flops
 
 
@@ -163,8 +163,8 @@ def test_float32_search_over_several_blocks_and_units():
     tight = C.composition(model, "V", "mlp", "mlp", top_k=40, max_bytes=4_000_000)
     assert tight.frame.drop(columns="z").equals(whole.frame.drop(columns="z"))
     assert (
-        C.composition(model, "V", top_k=3, max_bytes=4_000_000, plan=True).chunks
-        > C.composition(model, "V", top_k=3, plan=True).chunks
+        mia.plan(C.composition, model, "V", top_k=3, max_bytes=4_000_000).chunks
+        > mia.plan(C.composition, model, "V", top_k=3).chunks
     )
 
 
@@ -360,7 +360,7 @@ def test_a_killed_search_is_resumed(tmp_path):
         done = len(json.loads(state.metadata()["state"])["progress"])
     model = random_model(n_layers=6)
     whole = C.composition(model, "V", top_k=25)
-    assert 0 < done < C.composition(model, "V", top_k=25, plan=True).chunks
+    assert 0 < done < mia.plan(C.composition, model, "V", top_k=25).chunks
     again = C.composition(model, "V", top_k=25, resume=file)
     assert again.frame.equals(whole.frame)
     assert again.histograms.equals(whole.histograms)

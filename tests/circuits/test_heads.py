@@ -87,7 +87,7 @@ def test_chains_of_three_are_those_of_all_products():
         expected = sorted(norms, key=norms.__getitem__, reverse=True)[:7]
         assert frame["head"].tolist() == expected
         assert frame["norm"].to_numpy() == pytest.approx([norms[label] for label in expected])
-    plan = C.virtual_heads(model, length=3, plan=True)
+    plan = mia.plan(C.virtual_heads, model, length=3)
     assert "at most 32 " in f"{plan.what} "
     with pytest.raises(mia.MechInterpError, match="no chain of three"):
         C.virtual_heads(random_model(n_layers=2), length=3)

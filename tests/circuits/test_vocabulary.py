@@ -213,7 +213,7 @@ def test_bad_input_is_answered_with_what_to_do(model, call, message):
 
 
 def test_a_plan_says_the_cost_and_runs_nothing(model):
-    plan = C.ov_top(model, "L0H0", plan=True)
+    plan = mia.plan(C.ov_top, model, "L0H0")
     assert plan.flops == 2 * 13 * 13 * 4
     assert plan.chunks == 1
     assert "GFLOP" in str(plan)

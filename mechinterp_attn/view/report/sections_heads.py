@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import pandas as pd
 
 from mechinterp_attn import circuits
@@ -93,7 +91,7 @@ def vocabulary(study: Study) -> Block | None:
             ("QK", circuits.qk_top, ("Query token", "Key token")),
         ):
             most = fewest(study.model) ** 2
-            result = cast(circuits.TokenPairs, run(study.model, label, top_k=min(20, most)))
+            result = run(study.model, label, top_k=min(20, most))
             blocks.append(
                 table(
                     f"{circuit.lower()}-{label}",

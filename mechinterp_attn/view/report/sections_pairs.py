@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from itertools import compress
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 
 from mechinterp_attn import circuits
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.plan import plan
 from mechinterp_attn.view.report.blocks import Block, column, matrix, section, table
 from mechinterp_attn.view.report.study import Study
 
@@ -36,8 +37,7 @@ def composition(study: Study) -> Block | None:
     blocks, receipts = [], {}
     if study.model.spec.n_layers > 1 and study.n_attention:
         for kind, reads in READS.items():
-            found = circuits.composition(study.model, kind, src="attention", dst="attention")
-            result = cast(circuits.CompositionScores, found)
+            result = circuits.composition(study.model, kind, src="attention", dst="attention")
             blocks += _pictures(kind, reads, result)
             receipts[f"{kind}-composition"] = result.receipt
     try:
@@ -80,16 +80,14 @@ def _all_heads(study: Study) -> circuits.CompositionScores | str | None:
     n = study.model.n_heads
     if study.n_attention == n:
         return None
-    plan = cast(circuits.Plan, circuits.composition(study.model, "V", top_k=1, plan=True))
-    if plan.flops > FLOPS:
+    cost = plan(circuits.composition, study.model, "V", top_k=1)
+    if cost.flops > FLOPS:
         return (
-            f"The pairs of all {n:,} heads, MLP-derived ones among them, are left out here ({plan}); "
+            f"The pairs of all {n:,} heads, MLP-derived ones among them, are left out here ({cost}); "
             f"mia.circuits.composition(model, 'V', top_k={PAIRS}, rank_by='z') lists them."
         )
     top_k = PAIRS if n > 2 * PAIRS**0.5 else None  # so few heads have too few pairs: all are listed
-    return cast(
-        circuits.CompositionScores, circuits.composition(study.model, "V", top_k=top_k, rank_by="z")
-    )
+    return circuits.composition(study.model, "V", top_k=top_k, rank_by="z")
 
 
 def _pairs_of_all(result: circuits.CompositionScores) -> Block:
