@@ -16,11 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechinterp_attn.core.plan import CELL, Plan, make_plan
+from mechinterp_attn.core.plan import CELL, TABLE, Plan, make_plan
 from mechinterp_attn.core.progress import Progress
 
 Precision = Literal["float32", "tf32", "bfloat16"]
-TABLE = 8  # columns of a table of entries, at most
 GROUP = 32  # entries whose maximum is compared at once
 SEED = 128  # rows that are sorted for a first threshold
 FIRST = 4  # how many blocks wide the first one of a row is: its best entries keep most others out

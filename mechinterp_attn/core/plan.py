@@ -20,6 +20,7 @@ import torch
 from mechinterp_attn.core.errors import MechInterpError
 
 MAX_BYTES = 2**31  # of memory beyond the model's that a call may take unless it is told otherwise
+TABLE = 8  # columns of a table, about
 CELL = 8  # bytes of a number, or of a reference to a text, in a table
 
 P = ParamSpec("P")
@@ -142,8 +143,8 @@ def within(made: Plan, max_bytes: int, instead: str = "") -> Plan:
     if made.bytes > max_bytes:
         other = f"give {instead}, or " if instead else "give "
         raise MechInterpError(
-            f"{made.what}: needs about {size(made.bytes)}, more than max_bytes={max_bytes:,} "
-            f"({size(max_bytes)}); {other}max_bytes={made.bytes:,}"
+            f"{made.what}: needs about {size(made.bytes)}, more than max_bytes={max_bytes:,}; "
+            f"{other}max_bytes={made.bytes:,}"
         )
     return made
 

@@ -16,11 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.plan import MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt
 from mechinterp_attn.core.tolerance import TOLERANCE
 from mechinterp_attn.frozen.bank import FrozenBank
 from mechinterp_attn.frozen.sublayer import FrozenSublayer, Source, freeze_sublayer
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.cost import plan_runs
 from mechinterp_attn.model.norm import FrozenNorm
 
 
@@ -287,21 +289,47 @@ class Frozen:
         return f"Frozen({len(self.tokens)} tokens, {len(self.banks)} banks; {self.receipt})"
 
 
+def _plan(model: AttentionOnlyModel, tokens: str | Tensor) -> Plan:
+    """Patterns, streams and logits; the run that they come from, and the check that they are right."""
+    n, spec = model.as_tokens(tokens).shape[1], model.spec
+    mixing, widest = 0, 0
+    streams = (3 * len(model.sublayers()) + 4) * spec.d_model
+    kept = n * (streams + (1 if spec.logit_cap is None else 2) * spec.d_vocab_out)
+    for bank in model.banks:
+        kept += n * bank.n_heads * (n + 1 if bank.mixes_positions else 1)
+        kept += n * bank.n_heads * bank.d_head  # held values, made when they are asked for
+        mixing = max(mixing, bank.n_heads * n * n if bank.mixes_positions else 0)
+        widest = max(widest, bank.n_heads * bank.d_head)
+    size = model.W_E.element_size()
+    return plan_runs(
+        model,
+        f"a prompt of {n:,} tokens, frozen",
+        runs=2,
+        rows=1,
+        positions=n,
+        bytes=size * (kept + 4 * mixing + n * (6 * widest + 3 * spec.d_vocab_out + 8 * spec.d_model)),
+        result=size * kept,
+    )
+
+
+@plans(_plan)
 @torch.no_grad()
-def freeze(model: AttentionOnlyModel, tokens: str | Tensor) -> Frozen:
+def freeze(model: AttentionOnlyModel, tokens: str | Tensor, *, max_bytes: int = MAX_BYTES) -> Frozen:
     """Run a prompt once and fix every pattern, norm scale and soft cap.
 
     Args:
         model: the converted model.
         tokens: a text, or token ids ``[pos]`` or ``[1, pos]``.
+        max_bytes: memory beyond the model's that may be used, the frozen prompt included.
 
     Raises:
-        MechInterpError: more than one prompt, unusable tokens, or hooks on the model (the frozen
-            model would describe neither the edited nor the original one).
+        MechInterpError: more than one prompt, unusable tokens, hooks on the model (the frozen model
+            would describe neither the edited nor the original one), or it needs more than max_bytes.
     """
     ids = model.as_tokens(tokens)
     if ids.shape[0] != 1:
         raise MechInterpError(f"freeze takes one prompt, got a batch of {ids.shape[0]}")
+    within(_plan(model, ids), max_bytes, "a shorter prompt")
     hooked = [name for name, point in model.hook_dict.items() if point.has_hooks()]
     if hooked:
         raise MechInterpError(

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import Page, draw
+from mechinterp_attn.core.plan import CELL, MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.goals import Goal, Target, resolve_goal
 from mechinterp_attn.frozen.prompt import Fields, Frozen, sum_tolerance
+from mechinterp_attn.model.cost import plan_runs
 from mechinterp_attn.paths.flow import (
     Flow,
     Nodes,
@@ -102,6 +104,30 @@ class AttributionGraph(Result):
         return self.view()._repr_html_()
 
 
+def _plan(frozen: Frozen, max_nodes: int) -> Plan:
+    """What every head holds, the edges among the candidates and their copies while pruning (of which
+    one is of 64-bit indices), what the candidates wrote, and the fields on the stream.
+    """
+    pos, d_model = frozen.end.shape
+    size = frozen.end.element_size()
+    held = sum(bank.z_bias.numel() for bank in frozen.banks)
+    candidates = min(max_nodes, sum(pos * bank.bank.n_heads for bank in frozen.banks))
+    edges = (candidates + 1) * (candidates + pos)
+    wrote = (candidates + pos) * (4 * d_model + 4 * pos)
+    fields = (3 * len(frozen.sublayers) + 8) * frozen.end.numel()
+    return plan_runs(
+        frozen.model,
+        f"an attribution graph of {pos} tokens and {candidates:,} candidates",
+        runs=4,
+        rows=1,
+        positions=pos,
+        bytes=size * (2 * held + 8 * edges + wrote + fields) + 16 * edges,
+        result=3 * CELL * edges,  # at most: the table of edges, before pruning
+        flops=4 * edges * d_model,
+    )
+
+
+@plans(_plan)
 @torch.no_grad()
 def attribution_graph(
     frozen: Frozen,
@@ -113,7 +139,7 @@ def attribution_graph(
     edge_threshold: float = 0.98,
     max_nodes: int = 2000,
     scores: bool = False,
-    max_bytes: int = 2 << 30,
+    max_bytes: int = MAX_BYTES,
 ) -> AttributionGraph:
     """Trace a logit back to tokens through heads and neurons, and keep what matters.
 
@@ -139,7 +165,7 @@ def attribution_graph(
     frozen.model.heads.required()
     goal = resolve_goal(frozen, target=target, against=against, position=position)
     _check_options(node_threshold, edge_threshold, max_nodes)
-    _check_memory(frozen, max_nodes, max_bytes)
+    within(_plan(frozen, max_nodes), max_bytes, "a smaller max_nodes, a shorter prompt")
     fields = frozen.backward(goal.field(frozen))
     gradients = fields.sums
     candidates, n_all = largest_nodes(frozen, gradients, max_nodes)
@@ -287,23 +313,3 @@ def _check_options(node_threshold: float, edge_threshold: float, max_nodes: int)
         wrong.append(f"max_nodes={max_nodes}; expected 1 or more")
     if wrong:
         raise MechInterpError("; ".join(wrong))
-
-
-def _check_memory(frozen: Frozen, max_nodes: int, max_bytes: int) -> None:
-    """What every head holds, the edges among the candidates and their copies while pruning (of which
-    one is of 64-bit indices), what the candidates wrote, and the fields on the stream.
-    """
-    pos, d_model = frozen.end.shape
-    size = frozen.end.element_size()
-    held = sum(bank.z_bias.numel() for bank in frozen.banks)
-    candidates = min(max_nodes, sum(pos * bank.bank.n_heads for bank in frozen.banks))
-    edges = (candidates + 1) * (candidates + pos)
-    wrote = (candidates + pos) * (4 * d_model + 4 * pos)
-    fields = (3 * len(frozen.sublayers) + 8) * frozen.end.numel()
-    need = size * (2 * held + 8 * edges + wrote + fields) + 16 * edges
-    if need > max_bytes:
-        raise MechInterpError(
-            f"the graph needs about {need / 2**30:.2f} GiB ({pos} tokens, {candidates:,} candidates), "
-            f"more than max_bytes={max_bytes:,}; give a smaller max_nodes, a shorter prompt or "
-            f"max_bytes={need:,}"
-        )

@@ -20,10 +20,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plan, plans, within
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank
 from mechinterp_attn.frozen.prompt import Frozen, freeze, sum_tolerance
+from mechinterp_attn.model.cost import plan_runs
 from mechinterp_attn.model.index import Heads
 from mechinterp_attn.paths.orders import counted, order_names
 
@@ -59,6 +61,36 @@ class TermImportance(Result):
     n_tokens: int
 
 
+def _plan(
+    model: AttentionOnlyModel,
+    tokens: str | Sequence[str | Tensor] | Tensor,
+    max_order: int,
+    heads: int | Heads,
+) -> Plan:
+    """The longest prompt, frozen; the streams of all orders that every bank reads and writes, a few
+    copies of the logits, and what the heads of one bank hold.
+    """
+    prompts = _prompts(model, tokens)
+    longest = max(prompts, key=len)
+    pos, total, depth = len(longest), sum(map(len, prompts)), len(model.sublayers())
+    n_orders = min(max_order + 2, depth + 1)
+    streams = n_orders * model.spec.d_model * (depth + len(model.banks) + 12)
+    held = max((bank.n_heads * bank.d_head for bank in model.banks), default=0)
+    chosen = heads if isinstance(heads, int) else len(model.heads.labels(heads))
+    floats = pos * (streams + 8 * model.spec.d_vocab_out + 6 * held)
+    return plan_runs(
+        model,
+        f"{n_orders} orders on {len(prompts):,} prompts of up to {pos:,} tokens",
+        runs=(3 * n_orders + 1 + chosen * n_orders) * total / pos,
+        rows=1,
+        positions=pos,
+        bytes=plan(freeze, model, longest).bytes + model.W_U.element_size() * floats,
+        result=TABLE * CELL * n_orders * (chosen + len(model.banks) + 1),
+        chunks=len(prompts),
+    )
+
+
+@plans(_plan)
 @torch.no_grad()
 def term_importance(
     model: AttentionOnlyModel,
@@ -66,7 +98,7 @@ def term_importance(
     *,
     max_order: int = 4,
     heads: int | Heads = 32,
-    max_bytes: int = 4 << 30,
+    max_bytes: int = MAX_BYTES,
     progress: bool = True,
 ) -> TermImportance:
     """Measure what each order of paths is worth, per order, per layer and per head.
@@ -78,7 +110,7 @@ def term_importance(
         max_order: the highest order kept apart; the rest is one row, ``>max_order``.
         heads: labels of heads to measure exactly, or how many per order: those with the largest
             first-order estimate.
-        max_bytes: the largest working memory to take, beside the frozen prompt itself.
+        max_bytes: memory beyond the model's that may be used, one frozen prompt and the result included.
         progress: show a progress bar when there are several prompts.
 
     Raises:
@@ -93,7 +125,7 @@ def term_importance(
     longest = len(model.sublayers())
     top = min(max_order, longest)
     n_orders = top + 1 if top == longest else top + 2
-    _check_memory(model, max(map(len, prompts)), n_orders, max_bytes)
+    within(_plan(model, prompts, max_order, heads), max_bytes, "a smaller max_order, shorter prompts")
     names = order_names(n_orders, top)
     sums = _Sums(names, model)
     for prompt in Progress(prompts, desc="term importance", show=progress):
@@ -261,21 +293,7 @@ def _float64(*numbers: float) -> Float[Tensor, " n"]:
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def _check_memory(model: AttentionOnlyModel, pos: int, n_orders: int, max_bytes: int) -> None:
-    """The streams of all orders that every bank reads and writes, a few copies of the logits, and what
-    the heads of one bank hold.
-    """
-    streams = n_orders * model.spec.d_model * (len(model.sublayers()) + len(model.banks) + 12)
-    held = max((bank.n_heads * bank.d_head for bank in model.banks), default=0)
-    need = model.W_U.element_size() * pos * (streams + 8 * model.spec.d_vocab_out + 6 * held)
-    if need > max_bytes:
-        raise MechInterpError(
-            f"{n_orders} orders on a prompt of {pos:,} tokens need about {need / 2**30:.2f} GiB, more than "
-            f"max_bytes={max_bytes:,}; give a smaller max_order, shorter prompts or max_bytes={need:,}"
-        )
-
-
-def _prompts(model: AttentionOnlyModel, tokens: str | Sequence[str] | Tensor) -> list[Tensor]:
+def _prompts(model: AttentionOnlyModel, tokens: str | Sequence[str | Tensor] | Tensor) -> list[Tensor]:
     texts: list[Any] = [tokens] if isinstance(tokens, str | Tensor) else list(tokens)  # not padded
     prompts = [row for text in texts for row in model.as_tokens(text)]
     short = [i for i, prompt in enumerate(prompts) if len(prompt) < 2]

@@ -9,9 +9,11 @@ import pandas as pd
 import torch
 
 from mechinterp_attn.core.pictures import draw
+from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.goals import Target, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
+from mechinterp_attn.model.cost import plan_runs
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -46,6 +48,22 @@ class LogitAttribution(Result):
         return draw(self, k)
 
 
+def _plan(frozen: Frozen) -> Plan:
+    """A row for every head, and once more while the table is made; the field on every stream."""
+    table = CELL * TABLE * (frozen.model.n_heads + len(frozen.sources) + 1)
+    fields = frozen.end.element_size() * (len(frozen.sublayers) + 4) * frozen.end.numel()
+    return plan_runs(
+        frozen.model,
+        f"the attribution of a logit to {frozen.model.n_heads:,} heads",
+        runs=1,
+        rows=1,
+        positions=len(frozen.tokens),
+        bytes=3 * table + fields,
+        result=table,
+    )
+
+
+@plans(_plan)
 @torch.no_grad()
 def logit_attribution(
     frozen: Frozen,
@@ -53,6 +71,7 @@ def logit_attribution(
     target: Target | None = None,
     position: int = -1,
     against: Target | None = None,
+    max_bytes: int = MAX_BYTES,
 ) -> LogitAttribution:
     """Split one logit into what the embedding, every head and neuron, and the biases write to it.
 
@@ -61,10 +80,13 @@ def logit_attribution(
         target: the next token (text of one token, or its id); by default the model's own top one.
         position: where the prediction is made; negative counts from the end.
         against: a second token: attribute ``logit(target) - logit(against)``.
+        max_bytes: memory beyond the model's and the frozen prompt's that may be used, the result included.
 
     Raises:
-        MechInterpError: the position is outside the prompt, or a target is no single token.
+        MechInterpError: the position is outside the prompt, a target is no single token, or the table
+            needs more than max_bytes.
     """
+    within(_plan(frozen), max_bytes, "a shorter prompt")
     goal = resolve_goal(frozen, target=target, against=against, position=position)
     pos, direction, total = goal.position, goal.direction, goal.total
     n = len(frozen.sublayers)

@@ -18,9 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.plan import MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
+from mechinterp_attn.model.cost import plan_runs
 
 Count = Literal["all", "attention", "mlp"]
 
@@ -42,13 +44,34 @@ class Orders(Result):
     count: Count
 
 
+def _plan(frozen: Frozen, max_order: int | None, count: Count) -> Plan:
+    """The result (twice under a soft cap) with a few copies of one order's logits; the streams while a
+    sublayer writes to them; and what the heads of one bank hold.
+    """
+    n_orders, _ = _n_streams(frozen, max_order, count)
+    copies = n_orders * (1 if frozen.cap is None else 2) + 4
+    held = max((bank.bank.n_heads * bank.bank.d_head for bank in frozen.banks), default=0)
+    size, n = frozen.logits.element_size(), len(frozen.tokens)
+    floats = copies * frozen.logits.numel() + 5 * n_orders * frozen.end.numel() + 6 * held * n
+    return plan_runs(
+        frozen.model,
+        f"{n_orders} orders x {tuple(frozen.logits.shape)} logits",
+        runs=n_orders,
+        rows=1,
+        positions=n,
+        bytes=size * floats,
+        result=size * n_orders * frozen.logits.numel(),
+    )
+
+
+@plans(_plan)
 @torch.no_grad()
 def orders(
     frozen: Frozen,
     *,
     max_order: int | None = None,
     count: Count = "all",
-    max_bytes: int = 4 << 30,
+    max_bytes: int = MAX_BYTES,
 ) -> Orders:
     """Split the logits of a prompt by path order, in one pass over the banks.
 
@@ -72,7 +95,7 @@ def orders(
     if max_order is not None and max_order < 0:
         raise MechInterpError(f"max_order={max_order}; expected 0 or more")
     n_orders, top = _n_streams(frozen, max_order, count)
-    _check_memory(frozen, n_orders, max_bytes)
+    within(_plan(frozen, max_order, count), max_bytes, "a smaller max_order, a shorter prompt")
     logits = frozen.read_out(_polynomial(frozen, n_orders, count))
     logits[0] += frozen.offset()
     error = float((logits.sum(0) - frozen.logits).abs().max())
@@ -105,24 +128,6 @@ def _n_streams(frozen: Frozen, max_order: int | None, count: Count) -> tuple[int
     longest = sum(any(counted(bank, count) for bank in sub.banks) for sub in frozen.sublayers)
     top = longest if max_order is None else min(max_order, longest)
     return (top + 1 if top == longest else top + 2), top  # one more for everything above
-
-
-def _check_memory(frozen: Frozen, n_orders: int, max_bytes: int) -> None:
-    """The result (twice under a soft cap) with a few copies of one order's logits; the streams while a
-    sublayer writes to them; and what the heads of one bank hold.
-    """
-    result = n_orders * (1 if frozen.cap is None else 2) + 4
-    widths = (bank.bank.n_heads * bank.bank.d_head for bank in frozen.banks)
-    held = max(widths, default=0) * len(frozen.tokens)
-    need = frozen.logits.element_size() * (
-        result * frozen.logits.numel() + 5 * n_orders * frozen.end.numel() + 6 * held
-    )
-    if need > max_bytes:
-        raise MechInterpError(
-            f"{n_orders} orders x {tuple(frozen.logits.shape)} logits need about {need / 2**30:.2f} GiB, "
-            f"more than max_bytes={max_bytes:,}; give a smaller max_order, a shorter prompt or "
-            f"max_bytes={need:,}"
-        )
 
 
 def _polynomial(frozen: Frozen, n_orders: int, count: Count) -> Float[Tensor, "order pos d_model"]:

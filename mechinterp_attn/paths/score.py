@@ -20,11 +20,13 @@ from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import draw
+from mechinterp_attn.core.plan import CELL, MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.core.tolerance import TOLERANCE
 from mechinterp_attn.frozen.bank import FrozenBank, ScoreSides
 from mechinterp_attn.frozen.goals import resolve_position
 from mechinterp_attn.frozen.prompt import Frozen
+from mechinterp_attn.model.cost import plan_runs
 from mechinterp_attn.model.heads import Head
 
 if TYPE_CHECKING:
@@ -64,6 +66,31 @@ class ScoreExpansion(Result):
         return draw(self, k)
 
 
+def _plan(frozen: Frozen, head: str | Head, by_source: bool, keep: int) -> Plan:
+    """Every term of one side against every term of the other, in a table; the head's
+    scores, and what one bank's heads hold.
+    """
+    label = frozen.model.heads.one(head).label
+    depth, n = frozen.locate(label).depth, len(frozen.tokens)
+    before = [bank.bank for sublayer in frozen.sublayers[:depth] for bank in sublayer.banks]
+    ways = len(frozen.parts) + 1 if by_source else 1
+    terms = len(frozen.parts) + 1 + ways * sum(min(bank.n_heads, keep) + 1 for bank in before)
+    held = max((bank.n_heads * bank.d_head for bank in before), default=0)
+    table = CELL * 5 * terms**2
+    floats = 8 * n + (ways + 4) * held + 8 * frozen.end.shape[1]  # at each position
+    return plan_runs(
+        frozen.model,
+        f"the score of {label} from up to {terms:,} x {terms:,} terms",
+        runs=2,
+        rows=1,
+        positions=n,
+        bytes=4 * table + frozen.end.element_size() * n * floats,
+        result=table,
+        flops=4 * terms * n * frozen.end.shape[1],
+    )
+
+
+@plans(_plan)
 @torch.no_grad()
 def expand_score(
     frozen: Frozen,
@@ -74,6 +101,7 @@ def expand_score(
     against: Contrast = None,
     by_source: bool = False,
     keep: int = 64,
+    max_bytes: int = MAX_BYTES,
 ) -> ScoreExpansion:
     """Expand a head's score into what the query side and the key side are made of.
 
@@ -88,7 +116,8 @@ def expand_score(
         against: None for the score itself, "others", or another key's position.
         by_source: tell an earlier head's output apart by what it moved: "embed > L0H0" is what L0H0
             moved of the token embeddings, "... > L0H0" all that came through other heads.
-        keep: how many heads per side are told apart; the others are one term per sublayer.
+        keep: how many heads of each bank are told apart on either side; the others are one term.
+        max_bytes: memory beyond the model's and the frozen prompt's that may be used, the result included.
 
     Raises:
         MechInterpError: everything that is wrong: no such head, a position outside the prompt, a key
@@ -104,6 +133,7 @@ def expand_score(
     weights = key_weights(sides, head, q, k, None if against is None else against, frozen)
     if keep < 0:
         raise MechInterpError(f"keep={keep}; expected 0 or more")
+    within(_plan(frozen, head, by_source, keep), max_bytes, "a smaller keep")
 
     total_q = (sides.query(x) + sides.query_bias)[q]
     total_k = weights @ (sides.key(x) + sides.key_bias)

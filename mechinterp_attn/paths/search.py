@@ -21,12 +21,14 @@ from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import draw
+from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plans, within
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank
 from mechinterp_attn.frozen.goals import Goal, Target, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, Place, sum_tolerance
 from mechinterp_attn.frozen.sublayer import Source
+from mechinterp_attn.model.cost import plan_runs
 from mechinterp_attn.paths.replay import Path, Step, path_frame, replay
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 Positions = Literal["source", "apart", "summed"]
 WIDTH = 1000  # partial paths that one expansion may add to the queue
 CHUNK = 4096  # complete paths evaluated at once
+ENTRY = 1024  # bytes of a partial path beside its field: Python's own objects
 QUEUE = 100_000  # partial paths that wait to be opened
 
 
@@ -77,6 +80,34 @@ class TopPaths(Result):
         return draw(self, k)
 
 
+def _plan(frozen: Frozen, k: int, positions: Positions, max_expansions: int) -> Plan:
+    """What every head holds and can reach; the queue, whose partial paths have a field each; and one
+    bank's heads at every position while a partial path is opened.
+    """
+    model, (pos, d_model), size = frozen.model, frozen.end.shape, frozen.end.element_size()
+    places = [(pos if positions == "apart" else 1) * bank.n_heads for bank in model.banks]
+    added = max_expansions * sum(min(n, WIDTH) for n in places)  # partial paths, at most
+    queue = min(added, 2 * QUEUE + WIDTH * len(places))
+    fields = min(queue, max_expansions * len(places))  # those of one opened path share theirs
+    held = size * 3 * sum(pos * bank.n_heads * bank.d_head for bank in model.banks)
+    most = max(places, default=0)
+    opened = size * (6 * pos * max((bank.n_heads for bank in model.banks), default=0))
+    opened += size * min(most, CHUNK) * (3 * pos + 2 * d_model)
+    result = CELL * TABLE * k
+    return plan_runs(
+        model,
+        f"the {k:,} strongest paths, at most {max_expansions:,} opened",
+        runs=max_expansions / pos + k + 2,
+        rows=1,
+        positions=pos,
+        bytes=held + queue * ENTRY + fields * size * (pos + d_model) + opened + 3 * result + ENTRY * k,
+        result=result,
+        flops=2 * max_expansions * sum(places) * pos,
+        chunks=max_expansions,
+    )
+
+
+@plans(_plan)
 @torch.no_grad()
 def top_paths(
     frozen: Frozen,
@@ -87,6 +118,7 @@ def top_paths(
     k: int = 20,
     positions: Positions = "source",
     max_expansions: int = 1000,
+    max_bytes: int = MAX_BYTES,
     progress: bool = True,
 ) -> TopPaths:
     """Find the ``k`` strongest paths from tokens (and biases) to a logit.
@@ -101,10 +133,12 @@ def top_paths(
             "apart" also by the position of every head on the way, "summed" by their heads only.
         max_expansions: how many partial paths to open. If the search ends before, the list is proven;
             if not, ``proven`` and ``bound`` say what it is worth.
+        max_bytes: memory beyond the model's and the frozen prompt's that may be used, the result included.
         progress: show a progress bar.
 
     Raises:
-        MechInterpError: the target or position does not exist, or an option is out of range.
+        MechInterpError: the target or position does not exist, an option is out of range, or it needs
+            more than max_bytes.
     """
     goal = resolve_goal(frozen, target=target, against=against, position=position)
     wrong = [
@@ -116,6 +150,7 @@ def top_paths(
         wrong.append(f"positions={positions!r}; expected 'source', 'apart' or 'summed'")
     if wrong:
         raise MechInterpError("; ".join(wrong))
+    within(_plan(frozen, k, positions, max_expansions), max_bytes, "a smaller k or a shorter prompt")
     search = _Search(frozen, goal, k, positions)
     with Progress(total=max_expansions, desc="paths", show=progress, stops=True) as bar:
         while search.queue and search.expansions < max_expansions and not bar.stopped:

@@ -7,6 +7,7 @@ diagonal.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -16,9 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.plan import CELL, MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.goals import Target, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
+from mechinterp_attn.model.cost import plan_runs
 from mechinterp_attn.model.index import One
 
 
@@ -47,6 +50,24 @@ class VirtualTerm(Result):
     about: str
 
 
+def _plan(frozen: Frozen, heads: Sequence[One]) -> Plan:
+    """The term's logits with those of its loss, its pattern, and one bank's heads on every position."""
+    n, size = len(frozen.tokens), frozen.logits.element_size()
+    held = max((bank.bank.n_heads * bank.bank.d_head for bank in frozen.banks), default=0)
+    floats = 4 * frozen.logits.numel() + 4 * n * n + n * (2 * held + 8 * frozen.end.shape[1])
+    result = size * (frozen.logits.numel() + n * n) + CELL * 4 * n
+    return plan_runs(
+        frozen.model,
+        f"the term through {len(heads)} heads on {n} tokens",
+        runs=0.5,
+        rows=1,
+        positions=n,
+        bytes=result + size * floats,
+        result=result,
+    )
+
+
+@plans(_plan)
 @torch.no_grad()
 def virtual_head(
     frozen: Frozen,
@@ -54,6 +75,7 @@ def virtual_head(
     target: Target | None = None,
     position: int = -1,
     against: Target | None = None,
+    max_bytes: int = MAX_BYTES,
 ) -> VirtualTerm:
     """The term of the path expansion that goes from the embeddings through these very heads.
 
@@ -63,10 +85,12 @@ def virtual_head(
             such as ``"L0H3 > L1H0"``.
         target, position, against: the logit (difference) that ``frame`` breaks down by source
             position; by default the model's top prediction at the last position.
+        max_bytes: memory beyond the model's and the frozen prompt's that may be used, the result included.
 
     Raises:
         MechInterpError: no heads, an unknown label, or a head that is not earlier than the next one.
     """
+    within(_plan(frozen, heads), max_bytes, "a shorter prompt")
     if not heads:
         raise MechInterpError("give at least one head, such as virtual_head(frozen, 'L0H3', 'L1H0')")
     labels = tuple(part.label for head in heads for part in frozen.model.heads.one(head).chain)

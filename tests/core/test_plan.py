@@ -7,7 +7,7 @@ import pytest
 import mechinterp_attn as mia
 from mechinterp_attn.core.plan import MAX_BYTES, Plan, duration, plans, size, within
 
-ROOMS = (mia.circuits,)
+ROOMS = (mia.circuits, mia.paths)
 
 
 def heavy():
@@ -103,6 +103,29 @@ LIMITED = {
     "composition": (mia.circuits.composition, ("K",), {}),
     "virtual_heads": (mia.circuits.virtual_heads, (), {}),
 }
+
+
+ON_A_PROMPT = {
+    "orders": {},
+    "logit_attribution": {},
+    "top_paths": {},
+    "attribution_graph": {"max_nodes": 50},
+    "virtual_head": {},
+    "expand_score": {},
+}
+
+
+@pytest.mark.parametrize("name", ON_A_PROMPT)
+def test_too_little_memory_for_a_prompt_is_refused_before_the_work(name, model):
+    frozen = mia.paths.freeze(model, "He said that she")
+    function = getattr(mia.paths, name)
+    args = {"virtual_head": ("L0H0", "L1H0"), "expand_score": ("L1H0", -1, 1)}.get(name, ())
+    made = mia.plan(function, frozen, *args, **ON_A_PROMPT[name])
+    assert made.flops > 0
+    assert made.bytes > made.result > 0
+    with pytest.raises(mia.MechInterpError, match=r"needs about .* max_bytes=1,000; give .* max_b"):
+        function(frozen, *args, **ON_A_PROMPT[name], max_bytes=1000)
+    function(frozen, *args, **ON_A_PROMPT[name], max_bytes=made.bytes)
 
 
 @pytest.mark.parametrize("name", LIMITED)

@@ -85,16 +85,21 @@ def test_the_counter_counts():
 @pytest.mark.parametrize(
     "work",
     [
+        lambda model, frozen, **m: mia.paths.freeze(model, frozen.tokens, **m),
         lambda model, frozen, **m: mia.paths.orders(frozen, **m),
+        lambda model, frozen, **m: mia.paths.logit_attribution(frozen, **m),
+        lambda model, frozen, **m: mia.paths.top_paths(frozen, k=5, max_expansions=20, **m),
+        lambda model, frozen, **m: mia.paths.expand_score(frozen, "L1H0", 300, 200, **m),
+        lambda model, frozen, **m: mia.paths.virtual_head(frozen, "L0H0", "L1H1", **m),
         lambda model, frozen, **m: mia.paths.attribution_graph(frozen, **m),
         lambda model, frozen, **m: mia.paths.attribution_graph(
             frozen, node_threshold=1.0, edge_threshold=1.0, max_nodes=600, **m
         ),
     ],
-    ids=["orders", "graph", "unpruned graph"],
+    ids=["freeze", "orders", "attribution", "paths", "score", "virtual", "graph", "unpruned graph"],
 )
 def test_what_is_announced_is_enough(model, frozen, work):
-    with pytest.raises(MechInterpError, match=r"more than max_bytes=1,000; give a smaller max_") as refused:
+    with pytest.raises(MechInterpError, match=r"more than max_bytes=1,000; give a ") as refused:
         work(model, frozen, max_bytes=1000)
     need = int(re.search(r"or max_bytes=([\d,]+)", str(refused.value))[1].replace(",", ""))
     with pytest.raises(MechInterpError, match="more than max_bytes"):
@@ -102,20 +107,16 @@ def test_what_is_announced_is_enough(model, frozen, work):
     result, most = peak(lambda: work(model, frozen, max_bytes=need))
     assert result.receipt.ok
     assert most <= need
-    assert need < 8 * most  # and not a bound that refuses what would fit
+    assert need < 8 * most + 2**25  # and not a bound that refuses what would fit
 
 
 def test_term_importance_announces_its_memory(model, frozen):
-    """Its bound stands beside the frozen prompt, which it makes itself."""
-    with pytest.raises(
-        MechInterpError, match=r"384 tokens need about .* shorter prompts or max_bytes"
-    ) as e:
-        mia.paths.term_importance(model, frozen.tokens, max_bytes=1000)
+    with pytest.raises(MechInterpError, match=r"384 tokens: needs about .* shorter prompts, or max_") as e:
+        mia.paths.term_importance(model, frozen.tokens, heads=2, max_bytes=1000)
     need = int(re.search(r"or max_bytes=([\d,]+)", str(e.value))[1].replace(",", ""))
-    _, freezing = peak(lambda: mia.paths.freeze(model, frozen.tokens))
     result, most = peak(lambda: mia.paths.term_importance(model, frozen.tokens, heads=2, max_bytes=need))
     assert result.receipt.ok
-    assert most <= freezing + need
+    assert most <= need < 8 * most
 
 
 def test_searches_and_scores_hold_no_more_than_the_frozen_prompt(model, frozen):
