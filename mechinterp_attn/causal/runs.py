@@ -250,6 +250,7 @@ class Graph:
     embed: Tensor
     paired: bool
 
+    @torch.enable_grad()  # the sum below is part of the graph, also where the caller wants no gradients
     def gradients(self, wanted: Sequence[Tensor]) -> list[Tensor]:
         """The metric's gradient at tensors of the graph, each prompt's own; the graph is kept."""
         out, seed = (

@@ -29,8 +29,8 @@ def text_table(frame: pd.DataFrame) -> str:
         quote = "'" if not number and _needs_quotes(values) else ""
         write = formatter(values) if number else (lambda v, q=quote: _quoted(v, q))
         cells = [_text(name), *map(write, values.tolist())]
-        width = max(map(_width, cells))
-        pads = [" " * (width - _width(cell)) for cell in cells]
+        width = max(map(width_of, cells))
+        pads = [" " * (width - width_of(cell)) for cell in cells]
         columns.append([p + c if number else c + p for c, p in zip(cells, pads, strict=True)])
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
 
@@ -147,7 +147,7 @@ def _with_index(frame: pd.DataFrame) -> pd.DataFrame:
     return frame if plain else frame.reset_index()
 
 
-def _width(text: str) -> int:
+def width_of(text: str) -> int:
     """Columns on a terminal: letters of East Asian scripts take two, combining ones none."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(unicodedata.combining(c) != 0 for c in text)

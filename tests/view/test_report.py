@@ -16,7 +16,7 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.text import inert_json, number, shown
 from mechinterp_attn.view.report.blocks import ABOVE, BELOW, NOT_A_NUMBER, SCALE, pattern
 from mechinterp_attn.view.report.presets import SECTIONS
-from mechinterp_attn.view.report.sections_about import GLOSSARY
+from mechinterp_attn.view.report.sections_glossary import GLOSSARY
 from tests.conftest import tiny_bridge
 from tests.view.conftest import PROMPT
 
@@ -38,7 +38,7 @@ def test_every_section_is_there_with_its_receipts(report):
     assert all(r["ok"] and r["checks"] for r in receipts)
     n_checks = sum(len(r["checks"]) for r in receipts)
     assert report.data["checks"] == {"passed": n_checks, "failed": 0}
-    assert f"All {n_checks} checks passed" in report.html()
+    assert f"All {n_checks} arithmetic checks passed" in report.html()
 
 
 def test_the_head_table_is_score_heads_of_every_kind(report, model):
@@ -93,10 +93,11 @@ def test_a_pattern_keeps_what_a_colour_cannot_show():
 
 
 def test_target_and_position_are_the_readers_choice(model):
-    page = mia.report(model, PROMPT, target=" the", position=3, sections=["summary"], progress=False)
-    spans = page.data["sections"][0]["lead"][0]
-    assert {"token": " the"} in spans
-    assert spans[0].startswith("After 4 tokens")
+    page = mia.report(model, PROMPT, target=" the", position=3, sections=["story"], progress=False)
+    told = next(b for b in page.data["sections"][0]["blocks"] if b["type"] == "story")
+    spans = told["sentences"][0]["spans"]
+    names = model.to_str_tokens(PROMPT)
+    assert spans[:4] == ["After ", {"token": names[3]}, ", the model gives ", {"token": " the"}]
 
 
 def test_a_model_without_tokenizer_or_mlps(data):
@@ -104,7 +105,7 @@ def test_a_model_without_tokenizer_or_mlps(data):
     page = mia.report(model, [3, 7, 9, 1, 3], progress=False)
     assert "neurons" not in [s["id"] for s in page.data["sections"]]
     assert page.data["prompt"] == ["<3>", "<7>", "<9>", "<1>", "<3>"]
-    text = json.dumps(page.data["sections"][0]["lead"])
+    text = json.dumps(next(s for s in page.data["sections"] if s["id"] == "summary")["lead"])
     assert "The clearest induction head is" in text
     assert "L1H0" in text  # the published induction head of this model
 
@@ -127,7 +128,7 @@ def test_a_model_without_layers(prompt):
     state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     page = mia.report(mia.convert(mia.Checkpoint(cfg, state)), prompt, progress=False)
     ids = [s["id"] for s in page.data["sections"]]
-    assert {"summary", "orders", "paths", "glossary"} <= set(ids)
+    assert {"story", "summary", "orders", "paths", "glossary"} <= set(ids)
     assert not {"heads", "patterns", "composition", "neurons", "graph"} & set(ids)
     assert "It has no heads: the token alone decides" in page.html()
     assert "Not shown" not in page.html()
@@ -177,13 +178,13 @@ def test_models_of_other_vocabularies_cannot_be_compared(model):
 def test_a_failed_check_is_on_the_front(report):
     data = json.loads(json.dumps(report.data))
     data["checks"] = {"passed": 9, "failed": 1}
-    assert "1 of 10 checks FAILED" in mia.Report(data).html()
+    assert "1 of 10 arithmetic checks FAILED" in mia.Report(data).html()
 
 
 def test_presets_choose_sections(model):
     page = mia.report(model, PROMPT, preset="induction", progress=False)
     ids = [s["id"] for s in page.data["sections"]]
-    assert ids[:4] == ["summary", "heads", "patterns", "composition"]
+    assert ids[:5] == ["story", "summary", "heads", "patterns", "composition"]
     assert "graph" not in ids
 
 
@@ -197,7 +198,7 @@ def test_every_receipt_is_in_one_table(report):
 
 
 def test_headline_numbers_carry_their_check(report):
-    summary = report.data["sections"][0]
+    summary = next(s for s in report.data["sections"] if s["id"] == "summary")
     items = {i["name"]: i for b in summary["blocks"] if b["type"] == "facts" for i in b["items"]}
     checked = ["Next token", "Largest direct effect", "Loss on the prompt", "Best induction head"]
     for name in [*checked, "Conversion error"]:
@@ -236,10 +237,10 @@ def test_two_modes_on_one_prompt(tokenizer):
 
 
 def test_glossary_links_only_to_published_docs(model, monkeypatch):
-    from mechinterp_attn.view.report import sections_about
+    from mechinterp_attn.view.report import sections_glossary
 
     for site in (None, "https://docs.example.org"):
-        monkeypatch.setattr(sections_about, "documentation", lambda site=site: site)
+        monkeypatch.setattr(sections_glossary, "documentation", lambda site=site: site)
         page = mia.report(model, PROMPT, sections=["glossary"], progress=False)
         words = page.data["sections"][0]["blocks"][0]["words"]
         assert words["Order"]["links"][0]["url"] == (site and f"{site}/paths.html")
@@ -284,7 +285,7 @@ def test_the_data_beside_the_page_makes_the_same_page(report, tmp_path):
     [
         ("{", "is not JSON"),
         ("[]", "not the data of a report"),
-        ('{"format": "mechinterp_attn.report", "version": 99}', "format 99, this release reads 1"),
+        ('{"format": "mechinterp_attn.report", "version": 99}', "format 99, this release reads 2"),
     ],
 )
 def test_other_files_are_no_reports(tmp_path, text, message):
@@ -328,7 +329,7 @@ def test_the_page_holds_no_address_and_one_policy(report):
 
 
 def test_same_input_same_data(report, model):
-    names = ["summary", "heads", "patterns", "graph"]
+    names = ["story", "summary", "heads", "patterns", "graph"]
     again = mia.report(model, PROMPT, sections=names, progress=False)
     assert again.data["sections"] == [s for s in report.data["sections"] if s["id"] in names]
 
@@ -382,7 +383,7 @@ def test_numbers_that_json_has_no_name_for():
         (PROMPT, {"target": " two words here"}, "tokens, not one"),
         (PROMPT, {"position": 99}, "outside the prompt"),
         (PROMPT, {"preset": "everything"}, "no preset 'everything'; there are overview"),
-        (PROMPT, {"sections": ["hedas"]}, "no section .*hedas.* summary, provenance"),
+        (PROMPT, {"sections": ["hedas"]}, "no section .*hedas.* story, summary"),
     ],
 )
 def test_bad_input_is_named(model, prompt, options, message):

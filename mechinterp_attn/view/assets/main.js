@@ -28,7 +28,9 @@ drawAll();
 /* Charts come as SVG in the page; here they get their buttons. */
 for (const figure of document.querySelectorAll("[data-chart]")) {
   const caption = figure.querySelector("figcaption").textContent;
-  figure.append(figureTools(() => figure.dataset.chart, () => caption, figure.querySelector("svg")));
+  const pictures = [...figure.querySelectorAll("svg")]; // of a picture in two widths, the one that is shown
+  const shown = pictures.find((svg) => svg.getClientRects().length) || pictures[0];
+  figure.append(figureTools(() => figure.dataset.chart, () => caption, shown));
 }
 
 /* The section in view is marked in the table of contents. */

@@ -42,6 +42,7 @@ function drawTable(host, block) {
     if (x === "") return el("td", { class: "left" }, "–");
     if (c.kind === "tokens") return el("td", { class: "left token-cell" }, ...x.flatMap((token) => [el("code", { class: "token", dir: "auto" }, token), " "]));
     if (c.kind === "token") return el("td", { class: "left token-cell" }, el("code", { class: "token", dir: "auto" }, x));
+    if (c.kind === "badge") return el("td", { class: "left" }, el("span", { class: "badge" }, x));
     if (c.kind === "text") return el("td", { class: "left text-cell" }, x);
     if (c.kind === "id" || c.kind === "layer") return el("td", {}, x === null ? "–" : String(x));
     const text = formatNumber(x, c.kind === "signed");
@@ -51,7 +52,7 @@ function drawTable(host, block) {
     return el("td", {}, el("span", { class: "bar " + c.kind, "aria-hidden": "true" }, fill), el("span", { class: "figure" }, text));
   }
 
-  const left = (c) => ["head", "kind", "token", "tokens", "text"].includes(c.kind);
+  const left = (c) => ["head", "kind", "token", "tokens", "text", "badge"].includes(c.kind);
   const headers = block.columns.map((c) =>
     el("th", { scope: "col", class: left(c) ? "left" : "", "aria-sort": "none", title: c.help || undefined },
       el("button", { type: "button", onclick: () => {

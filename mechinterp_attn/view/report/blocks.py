@@ -86,7 +86,7 @@ def column(key: str, label: str, kind: str = "number", help: str = "") -> Block:
     """A column of a table.
 
     Args:
-        kind: "text", "head", "kind", "layer", "token", "tokens" (lists of them), "id", "number",
+        kind: "text", "badge", "head", "kind", "layer", "token", "tokens" (lists of them), "id", "number",
             "signed" (a bar either way of zero) or "score" (a bar from 0 to 1).
     """
     return {"key": key, "label": label, "kind": kind, "help": help}

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 FORMAT = "mechinterp_attn.report"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,9 +168,17 @@ def report(
             "model": shown(origin),
             "prompt": [shown(t) for t in frozen.str_tokens],
             "checks": {"passed": sum(passed), "failed": len(passed) - sum(passed)},
+            "claims": _claims(parts),
             "sections": parts,
         }
     )
+
+
+def _claims(parts: Sequence[Block]) -> dict[str, int]:
+    """How many claims were tested by cutting, and how many held."""
+    tables = [block for part in parts for block in part["blocks"] if block.get("id") == "claims"]
+    verdicts = [verdict for block in tables for verdict in block["data"]["verdict"]]
+    return {"tested": len(verdicts), "held": sum(verdict.startswith("✓") for verdict in verdicts)}
 
 
 def _beside(study: Study, model: AttentionOnlyModel) -> Study:

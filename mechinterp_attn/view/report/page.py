@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from mechinterp_attn.core.text import inert_json
 from mechinterp_attn.view import circuitsvis
+from mechinterp_attn.view.report.arcs import arcs
 from mechinterp_attn.view.report.svg import svg
 
 _SCRIPTS = ("core.js", "figure.js", "table.js", "patterns.js", "matrix.js", "graph.js", "main.js")
@@ -59,6 +60,7 @@ def _template() -> jinja2.Template:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["svg"] = svg
+    environment.filters["arcs"] = arcs
     return environment.from_string(source)
 
 

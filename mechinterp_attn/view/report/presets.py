@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mechinterp_attn.view.report import sections_about, sections_heads, sections_pairs, sections_paths
+from mechinterp_attn.view.report import (
+    sections_about,
+    sections_glossary,
+    sections_heads,
+    sections_pairs,
+    sections_paths,
+    sections_story,
+)
 from mechinterp_attn.view.report.blocks import Block
 from mechinterp_attn.view.report.study import Study
 
 SECTIONS: dict[str, Callable[[Study], Block | None]] = {
+    "story": sections_story.story,
     "summary": sections_about.summary,
     "provenance": sections_about.provenance,
     "fidelity": sections_about.fidelity,
@@ -21,12 +29,12 @@ SECTIONS: dict[str, Callable[[Study], Block | None]] = {
     "paths": sections_paths.top_paths,
     "graph": sections_paths.graph,
     "neurons": sections_heads.neurons,
-    "glossary": sections_about.glossary,
+    "glossary": sections_glossary.glossary,
 }
 
 _HOW = ("provenance", "fidelity", "glossary")
 PRESETS: dict[str, tuple[str, ...]] = {
     "overview": tuple(SECTIONS),
-    "induction": ("summary", "heads", "patterns", "composition", "vocabulary", "orders", *_HOW),
-    "prediction": ("summary", "neurons", "paths", "graph", "patterns", *_HOW),
+    "induction": ("story", "summary", "heads", "patterns", "composition", "vocabulary", "orders", *_HOW),
+    "prediction": ("story", "summary", "neurons", "paths", "graph", "patterns", *_HOW),
 }

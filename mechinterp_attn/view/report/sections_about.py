@@ -1,36 +1,27 @@
-"""The sections about the report itself: summary, what was analysed, how far to trust it, its words."""
+"""The sections about the report itself: the numbers, what was analysed, how far to trust it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
 import pandas as pd
 
 from mechinterp_attn.core.results import Check, Receipt
 from mechinterp_attn.core.text import shown, signed
-from mechinterp_attn.view.report.blocks import Block, column, fact, facts, head, section, table, token
+from mechinterp_attn.view.report.blocks import Block, column, fact, facts, head, section, table
 from mechinterp_attn.view.report.study import CLEAR, SCORES, Study
 
 
 def summary(study: Study) -> Block:
-    """What the model predicts, why, and how far to trust it: one paragraph each."""
+    """The prediction in numbers: direct effects, kinds of heads, loss, and how far to trust them."""
     attribution, frame = study.attribution, study.orders.frame
     target = study.token(attribution.target)
-    probability = float(study.frozen.logits[attribution.position].double().softmax(-1)[attribution.target])
-    rank = int((study.frozen.logits[attribution.position] > attribution.total).sum()) + 1
+    probability = study.causes.probability
     n_mlp = study.model.n_heads - study.n_attention
-    place = "its first choice" if rank == 1 else f"its choice number {rank:,}"
     lead: list[list[Any]] = [
-        [
-            f"After {_plural(attribution.position + 1, 'token')} the model gives ",
-            token(target),
-            f" a probability of {probability:.1%} as the next token, {place} of "
-            f"{study.model.spec.d_vocab_out:,}. {_what_is_read(study.n_attention, n_mlp)}",
-        ],
-        _largest(study),
+        [_what_is_read(study.n_attention, n_mlp) + " ", *_largest(study)],
         _heads_in_words(study),
     ]
     if len(study.frozen.tokens) > 1:
@@ -67,17 +58,6 @@ def summary(study: Study) -> Block:
             ),
             fact("Conversion error", _fidelity_headline(study), "of the largest logit", receipt=card),
         ),
-        table(
-            "predictions",
-            "The most likely next tokens",
-            study.predictions,
-            [
-                column("token", "Token", "token"),
-                column("token_id", "Id", "id"),
-                column("probability", "Probability", "score"),
-                column("logit", "Logit"),
-            ],
-        ),
     ]
     receipts = {
         "frozen model": study.frozen.receipt,
@@ -86,7 +66,7 @@ def summary(study: Study) -> Block:
     }
     if study.n_attention:
         receipts["head scores"] = study.scores.receipt
-    return section("summary", "Summary", lead, blocks, receipts)
+    return section("summary", "In numbers", lead, blocks, receipts)
 
 
 def _plural(n: int, noun: str) -> str:
@@ -111,13 +91,14 @@ def _largest(study: Study) -> list[Any]:
     total = study.attribution.total
     if own.empty:
         return [f"The logit of {total:.2f} comes from the token's embedding and the biases alone."]
-    spans: list[Any] = [f"Of its logit of {total:.2f}, heads write straight to it, most of all: "]
-    for label, value in _pairs(own.nlargest(4, "value")):
-        spans += ["" if len(spans) == 1 else ", ", head(label), f" ({signed(value)})"]
-    lowest = own.nsmallest(1, "value")
-    if lowest["value"].iloc[0] < 0:
-        spans += ["; against it, most of all: ", head(lowest["head"].iloc[0])]
-        spans += [f" ({signed(lowest['value'].iloc[0])})"]
+    spans: list[Any] = [f"Of its logit of {total:.2f}, heads write straight to it"]
+    raising, lowering = (
+        own[own["value"] > 0].nlargest(4, "value"),
+        own[own["value"] < 0].nsmallest(1, "value"),
+    )
+    for words, frame in ((", most of all ", raising), ("; against it, most of all ", lowering)):
+        for i, (label, value) in enumerate(_pairs(frame)):
+            spans += [", " if i else words, head(label), f" ({signed(value)})"]
     parts = [
         f"{name} together {signed(own.loc[own['kind'] == kind, 'value'].sum())}"
         for kind, name in (("attention", "all attention heads"), ("mlp", "all MLP-derived heads"))
@@ -291,92 +272,3 @@ def fidelity(study: Study) -> Block:
         fact("Loss of the model", _plain(card["loss_model"]), "nats, random tokens"),
     )
     return section("fidelity", title, lead, [block], {"conversion": receipt})
-
-
-# Word: meaning, the page of the documentation, the source.
-HUBEN = ("Huben & Morris 2023", "https://arxiv.org/abs/2309.08593")
-ELHAGE = ("Elhage et al. 2021", "https://transformer-circuits.pub/2021/framework/index.html")
-OLSSON = ("Olsson et al. 2022", "https://arxiv.org/abs/2209.11895")
-GLOSSARY: dict[str, tuple[str, str, tuple[str, str] | None]] = {
-    "Attention head": (
-        "Looks from each token at earlier ones (its pattern) and moves what it reads there.",
-        "idea",
-        ELHAGE,
-    ),
-    "MLP-derived head": (
-        "An MLP neuron read as a head of dimension one: it looks at its own token or at a bias token, and "
-        "the weight on its own token is the neuron's gate.",
-        "idea",
-        HUBEN,
-    ),
-    "Bias token": ("A token whose value is zero: attention to it writes nothing.", "theorems", HUBEN),
-    "Mode": (
-        "How neurons became heads: exact (the activation's own gate), silu (the paper's softmax) or "
-        "mixture (several softmaxes a neuron).",
-        "modes",
-        None,
-    ),
-    "OV circuit": ("What a head writes to the logits for each token it may attend to.", "circuits", ELHAGE),
-    "QK circuit": (
-        "How strongly a head, at one token as query, scores another as key.",
-        "circuits",
-        ELHAGE,
-    ),
-    "Composition": (
-        "How much of what one head writes a later head reads with its queries (Q), keys (K) or values (V).",
-        "circuits",
-        ELHAGE,
-    ),
-    "Frozen": (
-        "Attention patterns, gates and the norms' scales are held as they were on this prompt: the model "
-        "is then linear, and its logits are a sum over paths.",
-        "paths",
-        ELHAGE,
-    ),
-    "Path": ("A way from a token or a bias through heads to a logit.", "paths", ELHAGE),
-    "Order": ("How many heads a path from a token to the logits passes through.", "paths", ELHAGE),
-    "Term importance": ("What the paths of one order change in the loss.", "paths", ELHAGE),
-    "Effect": (
-        "What a head writes straight to a logit, no later head in between (direct logit attribution).",
-        "paths",
-        None,
-    ),
-    "Influence": (
-        "Share of the target that runs through a node of the graph over all paths, signs aside.",
-        "paths",
-        None,
-    ),
-    "Induction": (
-        "Attention to the token after an earlier occurrence of the present one.",
-        "detect",
-        OLSSON,
-    ),
-    "Receipt": (
-        "The checks that a shown number passed: compared with the same thing computed another way.",
-        "report",
-        None,
-    ),
-}
-
-
-def glossary(study: Study) -> Block:
-    """The words of the page, each with its page of the documentation and its source."""
-    site = documentation()
-    words = {
-        word: {
-            "meaning": meaning,
-            "links": [{"text": f"docs: {page}", "url": f"{site}/{page}.html" if site else None}]
-            + ([{"text": source[0], "url": source[1]}] if source else []),
-        }
-        for word, (meaning, page, source) in GLOSSARY.items()
-    }
-    return section("glossary", "Glossary", [], [{"type": "words", "words": words}], {})
-
-
-def documentation() -> str | None:
-    """Where the documentation of this installation is published, if its metadata says so."""
-    for entry in metadata.metadata("mechinterp_attn").get_all("Project-URL") or ():
-        name, _, url = entry.partition(",")
-        if name.strip().lower() == "documentation" and url.strip().startswith("https://"):
-            return url.strip().rstrip("/")
-    return None

@@ -7,7 +7,16 @@ import pandas as pd
 from mechinterp_attn import circuits
 from mechinterp_attn.circuits.listed import fewest
 from mechinterp_attn.core.text import signed
-from mechinterp_attn.view.report.blocks import Block, chart, column, patterns, section, table, token
+from mechinterp_attn.view.report.blocks import (
+    Block,
+    chart,
+    column,
+    missing,
+    patterns,
+    section,
+    table,
+    token,
+)
 from mechinterp_attn.view.report.study import SCORES, Study
 
 NEURONS = 200  # listed by effect
@@ -15,38 +24,61 @@ TOKENS = 6  # of each side of a neuron
 
 
 def heads(study: Study) -> Block | None:
-    """The table of all heads with their scores and their direct effect."""
+    """The table of all heads: what they write to the logit, what cutting them does, their scores."""
     if not study.model.n_heads:
         return None
-    effect = study.attribution.frame.set_index("head")["value"]
-    frame = study.scores.frame.assign(effect=study.scores.frame["head"].map(effect))
+    found = study.causes.frame
+    frame = study.scores.frame
+    frame = frame.assign(
+        effect=frame["head"].map(study.direct),
+        cut=missing(frame["head"].map(found["cut"])),
+        p=missing(frame["head"].map(found["p"])),
+        way=frame["head"].map(study.ways),
+    )
     lead = [
         [
-            "Scores are mean attention on repeated random tokens, from 0 to 1. An MLP-derived head "
-            "sees only its own token and the bias token, so its current-token score is its mean "
-            "gate. Effect is what a head writes straight to the logit of ",
+            "Direct effect is what a head writes straight to the logit of ",
             token(study.token(study.attribution.target)),
-            " on this prompt.",
+            " on this prompt. When cut is what the log-probability of that token loses without the head, "
+            "from a run of its own. Where the two disagree, the table says what the head acts through: "
+            "attention patterns, if the loss is gone once they are held as they were; else later heads. "
+            f"Scores are mean attention on repeated random tokens, from 0 to 1. {_measured(study)}",
         ]
     ]
     helps = {
         "induction": "attention to the token after an earlier occurrence of this one",
         "previous_token": "attention to the token just before",
         "duplicate_token": "attention to earlier occurrences of this token",
-        "current_token": "attention to the token itself",
+        "current_token": "attention to the token itself; of an MLP-derived head, its mean gate",
         "first_token": "attention to the first token",
     }
     columns = [
         column("head", "Head", "head"),
         column("kind", "Kind", "kind"),
         column("layer", "Layer", "layer"),
+        column("effect", "Direct effect (logits)", "signed", "written straight to the logit"),
+        column("cut", "When cut (nats)", "signed", "what the log-probability loses without it"),
+        column("p", "p without it", "score", "the token's probability without the head"),
+        column("way", "Acts through", "badge"),
         *(column(s, words.capitalize(), "score", helps[s]) for s, words in SCORES.items()),
-        column("effect", "Effect (logits)", "signed", "written straight to the predicted token's logit"),
     ]
     filters = ("head", "kind", "layer", "score")
-    sort = "induction" if study.n_attention else "effect"
-    block = table("heads", "All heads", frame, columns, sort=sort, filters=filters)
-    return section("heads", "Heads", lead, [block], {"scores": study.scores.receipt})
+    block = table("heads", "All heads", frame, columns, sort="cut", filters=filters, rows=15)
+    receipts = {"scores": study.scores.receipt, "effects of cutting": study.causes.effects.receipt}
+    return section("heads", "Heads", lead, [block], receipts)
+
+
+def _measured(study: Study) -> str:
+    """Which heads were cut, in words."""
+    found = study.causes.frame
+    counts = found[found["cut"].notna()]["kind"].value_counts()
+    kinds = {"attention": "attention heads", "mlp": "MLP-derived heads"}
+    parts = [
+        f"{counts.get(kind, 0):,} of {(found['kind'] == kind).sum():,} {name}"
+        for kind, name in kinds.items()
+        if (found["kind"] == kind).any()
+    ]
+    return f"Cut one by one were {' and '.join(parts)}, those with the largest estimated effect."
 
 
 KINDS = (("attention", "Attention heads"), ("mlp", "MLP-derived heads"))
@@ -124,7 +156,9 @@ def neurons(study: Study) -> Block | None:
     order = frame["value"].abs().sort_values(ascending=False, kind="stable").index
     here = study.own_weights.set_index("head")
     top = frame.loc[order[:NEURONS]]
-    top, found = _with_tokens(study, top.join(here, on="head"))
+    causal = study.causes.frame[["cut", "estimate"]]
+    top, found = _with_tokens(study, top.join(here, on="head").join(causal, on="head"))
+    top["cut"] = missing(top["cut"])
     lead = [
         [
             "What every neuron, read as a head, writes straight to the logit of ",
@@ -146,8 +180,9 @@ def neurons(study: Study) -> Block | None:
             [
                 column("head", "Head", "head"),
                 column("layer", "Layer", "layer"),
-                column("value", "Effect (logits)", "signed"),
-                column("share", "Share"),
+                column("value", "Direct effect (logits)", "signed"),
+                column("cut", "When cut (nats)", "signed", "what the log-probability loses without it"),
+                column("estimate", "Estimate (nats)", "signed", "of that, from one backward pass"),
                 column("here", "Weight here", "score", "on itself where the prediction is made"),
                 column("mean", "Mean weight", "score", "on itself over this prompt"),
                 *_token_columns(top),

@@ -13,6 +13,9 @@ import torch
 
 from mechinterp_attn import detect, paths
 from mechinterp_attn.core.text import signed
+from mechinterp_attn.view.report.causes import Causes
+from mechinterp_attn.view.report.story import SOME, Story, find_story
+from mechinterp_attn.view.report.telling import Claim, claims, through_patterns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +28,8 @@ MOST_ORDERS = 12  # kept apart: deep models spend most of their paths on orders 
 LONG = 256  # tokens; on longer prompts the importance of single heads would take minutes
 PATTERN_CELLS = 2**22  # of all the patterns in a page: prompts of 1,024 tokens show four heads
 
+DIRECT = 4  # direct effects of each kind of head that are tested by cutting
+WAYS = 24  # heads that are asked how they act
 SEARCH = 200  # partial paths to open: seconds, and the section says what is not proven
 CLEAR = 0.3  # a score from here on makes a head one of that kind
 
@@ -90,6 +95,55 @@ class Study:
     @cached_property
     def graph(self) -> paths.AttributionGraph:
         return paths.attribution_graph(self.frozen, target=self.target, position=self.position)
+
+    @cached_property
+    def causes(self) -> Causes:
+        return Causes(self.frozen, self.attribution.target, self.attribution.position)
+
+    @cached_property
+    def direct(self) -> dict[str, float]:
+        """What every head writes straight to the explained logit."""
+        frame = self.attribution.frame
+        frame = frame[frame["kind"].isin(("attention", "mlp"))]
+        return dict(zip(frame["head"], frame["value"], strict=True))
+
+    @cached_property
+    def story(self) -> Story:
+        if not self.model.n_heads:
+            return Story(self.causes.probability)
+        return find_story(self.causes, self.direct)
+
+    @cached_property
+    def claims(self) -> list[Claim]:
+        """What was tested by cutting: the story, and the largest direct effects of both kinds of head."""
+        if not self.model.n_heads:
+            return []
+        measured = self.causes.frame.dropna(subset=["cut"])
+        largest: dict[str, float] = {}
+        for kind in ("attention", "mlp"):
+            own = {label: self.direct[label] for label in measured.index[measured["kind"] == kind]}
+            top = sorted(own, key=lambda label: -abs(own[label]))[:DIRECT]
+            least = SOME * sum(value for value in own.values() if value > 0)
+            largest |= {label: own[label] for label in top if abs(own[label]) >= least}
+        cut = {label: (float(measured["cut"][label]), float(measured["p"][label])) for label in largest}
+        return claims(self.story, largest, cut)
+
+    @cached_property
+    def ways(self) -> dict[str, str]:
+        """Heads whose direct effect does not show what cutting does, each with what it acts through."""
+        frame = self.causes.frame.dropna(subset=["cut"])
+        frame = frame.loc[frame["cut"].abs().sort_values(ascending=False, kind="stable").index[:WAYS]]
+        hidden = []
+        for label, cut in frame["cut"].items():
+            direct = self.direct[str(label)]
+            if abs(cut) >= SOME and (direct * cut <= 0 or abs(direct) < abs(cut) / 4):
+                hidden.append(str(label))
+        held = self.causes.without([[label] for label in hidden], hold=True)
+        p = self.causes.probability
+        return {
+            label: "patterns" if through_patterns(p, frame["p"][label], outcome.p) else "later heads"
+            for label, outcome in zip(hidden, held, strict=True)
+        }
 
     @property
     def names(self) -> list[str]:
