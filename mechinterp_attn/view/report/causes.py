@@ -89,7 +89,8 @@ class Causes:
     @cached_property
     def effects(self) -> Effects:
         """Of cutting heads everywhere: estimated for all, exact for attention heads (for the largest
-        of them in a large model) and for some neurons."""
+        of them in a large model) and for some neurons.
+        """
         model = self.frozen.model
         rough = effects(model, self.task, patch=self.patch, exact=0).frame
         cost = 2 * sum(p.numel() for p in model.parameters()) * len(self.frozen.tokens)
@@ -100,7 +101,8 @@ class Causes:
     @cached_property
     def frame(self) -> pd.DataFrame:
         """By head: ``kind``, ``cut`` (what the answer's log-probability loses when the head is cut, nats;
-        NaN where not measured), ``estimate`` of it, and ``p`` when cut."""
+        NaN where not measured), ``estimate`` of it, and ``p`` when cut.
+        """
         found = self.effects.frame.set_index("head")
         frame = pd.DataFrame(
             {"kind": found["kind"], "cut": -found["effect"], "estimate": -found["estimate"]}

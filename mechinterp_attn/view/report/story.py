@@ -125,7 +125,8 @@ def _most(p: pd.Series) -> tuple[str, float]:
 
 def _groups(causes: Causes, direct: dict[str, float], every: list[str]) -> Iterable[tuple[Look, ...]]:
     """Heads that raise the answer where it is predicted, by the token that they look at: the most
-    needed tokens first."""
+    needed tokens first.
+    """
     q = causes.position
     if q == 0:
         return []
@@ -146,7 +147,8 @@ def _groups(causes: Causes, direct: dict[str, float], every: list[str]) -> Itera
 
 def _gaze(causes: Causes, label: str, query: int) -> Look | None:
     """Where a head looks most from a position, itself and a special first token aside; None where it
-    hardly looks anywhere."""
+    hardly looks anywhere.
+    """
     model, n = causes.frozen.model, len(causes.frozen.tokens)
     first = 1 if model.tokenizer is not None and int(causes.frozen.tokens[0]) in _special(model) else 0
     keys = [k for k in range(first, n) if k != query]
@@ -163,7 +165,8 @@ def _helpers(
     causes: Causes, direct: dict[str, float], looks: tuple[Look, ...], weights: tuple[float, ...]
 ) -> Iterator[Helper]:
     """At the token looked at, and at the one that looks: the earlier head whose cut there takes most of the
-    looks away, where that is half of them, and halves the answer."""
+    looks away, where that is half of them, and halves the answer.
+    """
     model, whole = causes.frozen.model, sum(weights)
     last = max(model.heads.find(look.head)[0].layer for look in looks)
     banks = [bank for bank in model.banks if bank.mixes_positions and bank.layer < last]
