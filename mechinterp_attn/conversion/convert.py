@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from mechinterp_attn.conversion.fidelity import check_conversion, random_tokens, verify
+from mechinterp_attn.conversion.check import check_conversion, random_tokens
+from mechinterp_attn.conversion.fidelity import verify
 from mechinterp_attn.conversion.fold import attention_only_weights
 from mechinterp_attn.conversion.modes import Mode, check_mode, mixtures_for
 from mechinterp_attn.conversion.saved import load_saved
@@ -123,10 +124,14 @@ def _build(
             default_prepend_bos=checkpoint.prepends_bos,
         )
 
-    fidelity = check_conversion(made(spec), source) if check else None
+    differs = checkpoint.cfg.get("bridge_differs")
+    if check and differs:
+        provenance["compared_with"] = f"a dense model of its own weights: {differs}"
+    fidelity = check_conversion(made(spec), source, checkpoint) if check else None
     model = made(replace(spec, mixtures=mixtures))
     if check and mixtures:
-        fidelity = verify(model, source, random_tokens(model))
+        tokens = random_tokens(model, avoid=checkpoint.cfg.get("no_position"))
+        fidelity = verify(model, checkpoint if differs else source, tokens)
     if model.tokenizer is not None:
         model.provenance["special_tokens"] = model.added_text
     if fidelity is not None:

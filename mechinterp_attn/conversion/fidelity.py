@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp_attn.conversion.reference import run_checkpoint
-from mechinterp_attn.core.errors import ConversionError, MechInterpError
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.core.tolerance import TOLERANCE
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 _AT_ONCE = 2**18  # logits compared in float64 at a time: 2 MiB
-_LARGE_VOCABULARY = 2**15
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -41,6 +40,9 @@ class Fidelity(Result):
         tolerance: largest ``max_logit_error / logit_scale`` that passes, by dtype.
         dtype: the dtype that the comparison ran in.
         n_tokens: how many positions were compared.
+        longest: tokens of the longest sequence that was compared.
+        unreached: lengths at which something about the model changes, and which the conversion's own check
+            did not reach, because that would have been too much work; ``mia.verify`` does it.
     """
 
     title: ClassVar[str] = "Fidelity of the conversion"
@@ -56,6 +58,8 @@ class Fidelity(Result):
     tolerance: float
     dtype: str
     n_tokens: int
+    longest: int
+    unreached: tuple[int, ...] = ()
 
     @property
     def per_layer(self) -> pd.DataFrame:
@@ -98,7 +102,10 @@ class Fidelity(Result):
             "same top token": f"{self.top1_agreement:.2%} of {self.n_tokens:,} positions",
             "worst position": f"sequence {sequence}, token {position}",
             "compared in": self.dtype,
+            "longest sequence": f"{self.longest:,} tokens",
         }
+        if self.unreached:
+            facts["lengths not reached"] = ", ".join(f"{n:,}" for n in self.unreached)
         verdict = "✓ equal within tolerance" if self.ok else "✗ NOT equal within tolerance"
         table = html_table(pd.DataFrame({"": facts.keys(), " ": facts.values()}))
         return (
@@ -153,34 +160,6 @@ def verify(
     return _compare(model, logits, expected, own, streams, ids)
 
 
-def check_conversion(model: AttentionOnlyModel, source: TransformerBridge | Checkpoint) -> Fidelity:
-    """The check inside ``convert``: random tokens, and an error where source and model part.
-
-    Raises:
-        ConversionError: names the first sublayer after which the residual streams differ.
-    """
-    fidelity = verify(model, source, random_tokens(model))
-    if not fidelity.ok:
-        raise ConversionError(
-            f"the converted {model.cfg.model_name} does not compute what its source computes "
-            f"({fidelity}); the residual streams first part after "
-            f"{fidelity.first_difference or 'the last sublayer, in the final norm or unembedding'}."
-            " If the source was edited by hooks, remove them; otherwise please report its config"
-        )
-    return fidelity
-
-
-def random_tokens(model: AttentionOnlyModel) -> Int[Tensor, "batch pos"]:
-    """Two sequences of up to 64 tokens, the same ones every time.
-
-    Up to 32 where the vocabulary is large: source and model give a row of logits for every token, and
-    the check should need little memory beside the weights.
-    """
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, min(model.spec.n_ctx, 64 if model.spec.d_vocab_out < _LARGE_VOCABULARY else 32))
-    return torch.randint(model.spec.d_vocab, shape, generator=generator)
-
-
 def _compare(
     model: AttentionOnlyModel,
     logits: Float[Tensor, "batch pos d_vocab"],
@@ -211,6 +190,7 @@ def _compare(
         tolerance=tolerance,
         dtype=str(dtype).removeprefix("torch."),
         n_tokens=tokens.numel(),
+        longest=tokens.shape[1],
     )
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.model.spec import NormKind, Spec
+from mechinterp_attn.sources.checkpoint import qk_gain
 
 _AT_ONCE = 2**18  # numbers held in float64 at a time while folding: 2 MiB
 
@@ -28,7 +29,7 @@ def attention_only_weights(spec: Spec, source: Mapping[str, Tensor]) -> dict[str
         Tensors under the names of ``AttentionOnlyModel.state_dict()``.
     """
     out = {"embed.W_E": source["embed.W_E"]}
-    if spec.positions == "standard":
+    if spec.positions in ("standard", "shortformer"):
         out["pos_embed.W_pos"] = source["pos_embed.W_pos"]
     dtype, device = out["embed.W_E"].dtype, out["embed.W_E"].device
 
@@ -55,8 +56,11 @@ def attention_only_weights(spec: Spec, source: Mapping[str, Tensor]) -> dict[str
         out[f"{at}.W_O"] = source[f"{at}.W_O"]
         out[f"{at}.b_O"] = source.get(f"{at}.b_O", zeros(spec.d_model))
         if spec.qk_norm:
-            for side in ("q_norm", "k_norm"):
-                out[f"{at}.{side}.w"] = source.get(f"{at}.{side}.w", ones(spec.d_head))
+            for side, n in (("q_norm", spec.n_heads), ("k_norm", spec.n_kv_heads)):
+                shape = qk_gain(spec, n)
+                out[f"{at}.{side}.w"] = source.get(f"{at}.{side}.w", ones(*shape))
+                out |= _present(source, f"{at}.{side}.b")
+        out |= _present(source, f"{at}.sinks")
         for name in ("ln1_post", "ln2_post") if spec.post_norm else ():
             out |= _present(source, f"blocks.{layer}.{name}.w")
         for name in (ln1, ln2) if spec.stream_norm else ():

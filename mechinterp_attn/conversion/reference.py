@@ -7,22 +7,27 @@ their gains, the MLP is an MLP, attention is written out.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechinterp_attn.core.errors import UnsupportedModelError
 from mechinterp_attn.model.spec import NormKind, Spec
 from mechinterp_attn.sources.checkpoint import Checkpoint
 
-_ACT = {
+_ACT: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "silu": F.silu,
     "swish": F.silu,
     "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
     "gelu_python": F.gelu,
-    "gelu_fast": lambda x: 0.5 * x * (1 + torch.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
+    **dict.fromkeys(
+        ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh", "gelu_pytorch_tanh"),
+        lambda x: 0.5 * x * (1 + torch.tanh(x * 0.7978845608028654 * (1 + 0.044715 * x * x))),
+    ),
     "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
     "relu2": lambda x: torch.relu(x).square(),
     "relu_squared": lambda x: torch.relu(x).square(),
@@ -72,8 +77,13 @@ def run_checkpoint(
     return logits, streams
 
 
-def _activation(spec: Spec):  # type: ignore[no-untyped-def]
-    return _ACT.get(str(spec.act_fn), lambda x: F.gelu(x, approximate="tanh"))
+def _activation(spec: Spec) -> Callable[[Tensor], Tensor]:
+    if spec.act_fn not in _ACT:
+        raise UnsupportedModelError(
+            "the dense model that conversions are compared with",
+            [f"activation {spec.act_fn!r} is not written there (known: {', '.join(_ACT)})"],
+        )
+    return _ACT[spec.act_fn]
 
 
 def _norm(checkpoint: Checkpoint, name: str, x: Tensor, kind: NormKind, eps: float) -> Tensor:
@@ -102,17 +112,31 @@ def _attention(checkpoint: Checkpoint, spec: Spec, layer: int, x: Tensor) -> Ten
     sd, at = checkpoint.state_dict, f"blocks.{layer}"
 
     def read(name: str) -> Tensor:
-        y = torch.einsum("bpd,hdk->bhpk", x, sd[f"{at}.attn.W_{name}"])
+        y = x
+        if spec.positions == "shortformer" and name != "V":
+            y = y + sd["pos_embed.W_pos"][: x.shape[1]]
+        y = torch.einsum("bpd,hdk->bhpk", y, sd[f"{at}.attn.W_{name}"])
         bias = sd.get(f"{at}.attn.b_{name}")
         y = y if bias is None else y + bias[:, None]
+        if spec.qkv_clip is not None:
+            y = torch.minimum(torch.maximum(y, -torch.tensor(spec.qkv_clip)), torch.tensor(spec.qkv_clip))
         if name != "V":
-            y = _norm(checkpoint, f"{at}.attn.{name.lower()}_norm", y, spec.qk_norm, spec.eps)
+            turn, norm = _rotate(spec, layer), _heads_normed(checkpoint, f"{at}.attn.{name.lower()}_norm")
+            y = norm(turn(y)) if spec.qk_norm_last else turn(norm(y))
         return y.repeat_interleave(spec.n_heads // y.shape[1], 1)
 
     q, k, v = read("Q"), read("K"), read("V")
-    if spec.positions == "rotary":
-        q, k = _rotate(spec, q), _rotate(spec, k)
     scores = q @ k.mT / spec.attn_scale
+    n = x.shape[1]
+    if spec.query_growth is not None:
+        beta, length = spec.query_growth
+        grown = [1 + beta * math.log(1 + i // length) for i in range(n)]
+        scores = scores * torch.tensor(grown, dtype=torch.float32).to(scores)[:, None]
+    if spec.positions == "alibi":
+        fall = torch.tensor(spec.alibi)[:, None] * torch.arange(n)
+        if spec.alibi_bfloat16:
+            fall = (torch.tensor(spec.alibi).bfloat16()[:, None] * torch.arange(n)) / spec.attn_scale
+        scores = scores + fall.to(scores)[:, None]
     if spec.scale_by_layer:
         scores = scores / (layer + 1)
     if spec.score_cap is not None:
@@ -124,25 +148,63 @@ def _attention(checkpoint: Checkpoint, spec: Spec, layer: int, x: Tensor) -> Ten
     if window is not None:
         too_old = torch.tril(torch.ones_like(scores[0, 0], dtype=torch.bool), -window)
         scores = scores.masked_fill(too_old, -math.inf)
-    out = torch.einsum("bhqk,bhkd,hdm->bqm", scores.softmax(-1), v, sd[f"{at}.attn.W_O"])
+    weights = scores.exp() if spec.sinks else scores.softmax(-1)
+    if spec.sinks:
+        weights = weights / (weights.sum(-1, keepdim=True) + sd[f"{at}.attn.sinks"].exp()[:, None, None])
+    out = torch.einsum("bhqk,bhkd,hdm->bqm", weights, v, sd[f"{at}.attn.W_O"])
     return out + sd.get(f"{at}.attn.b_O", 0.0)
 
 
-def _rotate(spec: Spec, x: Float[Tensor, "batch head pos d_head"]) -> Tensor:
-    """Rotary positions by complex multiplication."""
+def _heads_normed(checkpoint: Checkpoint, name: str) -> Callable[[Tensor], Tensor]:
+    """The norm on queries or keys ``[batch, head, pos, d_head]``."""
+    spec, sd = checkpoint.spec(), checkpoint.state_dict
+
+    def normed(x: Tensor) -> Tensor:
+        if spec.qk_norm is None:
+            return x
+        heads, dims = x.shape[1], ((1, 3) if spec.qk_norm_over == "all" else (3,))
+        if spec.qk_norm == "LN":
+            x = x - x.mean(dims, keepdim=True)
+        x = x / ((x * x).mean(dims, keepdim=True) + spec.eps).sqrt()
+        for part, act in (("w", torch.mul), ("b", torch.add)):
+            if f"{name}.{part}" in sd:
+                own = sd[f"{name}.{part}"].reshape(-1, spec.d_head)
+                x = act(x, own.expand(heads, -1)[:, None])
+        return x
+
+    return normed
+
+
+def _rotate(spec: Spec, layer: int) -> Callable[[Tensor], Tensor]:
+    """Rotary positions by complex multiplication, for ``[batch, head, pos, d_head]``."""
+    which = 0 if not spec.rotary_of else spec.rotary_of[layer]
+    if spec.positions != "rotary" or which is None:
+        return lambda x: x
     dim = spec.rotary_dim
-    frequency = 1.0 / (spec.rotary_base ** (torch.arange(0, dim, 2).float() / dim))
-    if spec.rotary_frequencies:
-        frequency = torch.tensor(spec.rotary_frequencies)
-    angle = torch.outer(torch.arange(x.shape[2]).float(), frequency)
-    turn = torch.complex(angle.cos().to(x.dtype), angle.sin().to(x.dtype)).to(x.device)
-    part = x[..., :dim]
-    even, odd = (
-        (part[..., 0::2], part[..., 1::2])
-        if spec.rotary_adjacent
-        else (part[..., : dim // 2], part[..., dim // 2 :])
-    )
-    turned = torch.complex(even, odd) * turn * spec.rotary_factor
-    pair = (turned.real, turned.imag)
-    new = torch.stack(pair, -1).flatten(-2) if spec.rotary_adjacent else torch.cat(pair, -1)
-    return torch.cat([new, x[..., dim:]], -1)
+
+    def turned(x: Tensor) -> Tensor:
+        n, factor = x.shape[2], 1.0
+        frequency = 1.0 / (spec.rotary_base ** (torch.arange(0, dim, 2).float() / dim))
+        if spec.rotaries:
+            table = spec.rotaries[which]
+            frequency, factor = torch.tensor(table.frequencies), table.factor
+            if table.until is not None and n > table.until:
+                frequency = torch.tensor(table.beyond)
+                if table.stretch is not None:
+                    base, s = table.stretch
+                    base *= (s * n / table.until - s + 1) ** (dim / (dim - 2))
+                    frequency = base ** -(torch.arange(0, dim, 2).float() / dim)
+        angle = torch.outer(torch.arange(n).float(), frequency)
+        turn = torch.complex(angle.cos().to(x.dtype), angle.sin().to(x.dtype)).to(x.device)
+        part = x[..., :dim]
+        even, odd = (
+            (part[..., 0::2], part[..., 1::2])
+            if spec.rotary_adjacent
+            else (part[..., : dim // 2], part[..., dim // 2 :])
+        )
+        turned = torch.complex(even, odd) * turn * factor
+        pair = (turned.real, turned.imag)
+        new = torch.stack(pair, -1).flatten(-2) if spec.rotary_adjacent else torch.cat(pair, -1)
+        return torch.cat([new, x[..., dim:]], -1)
+
+    return turned

@@ -56,7 +56,9 @@ def _shapes(spec: Spec) -> tuple[Shapes, Shapes]:
     source, without the norms that are folded in, and with every bias.
     """
     required, optional = expected_shapes(spec)
-    kept = {"embed_norm.b"} | {name for name in optional if name.endswith("_post.w")}
+    kept = {"embed_norm.b"} | {
+        name for name in optional if name.endswith(("_post.w", "q_norm.b", "k_norm.b"))
+    }
     if spec.stream_norm:
         kept |= {name for name in optional if name.split(".")[-2] in ("ln1", "ln2")}
     needed = {name for name in optional if ".b_" in name or "_norm.w" in name or name == "prediction.b"}

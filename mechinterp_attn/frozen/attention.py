@@ -7,7 +7,9 @@ there is one, the norm behind the heads keep the scales of the run.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from mechinterp_attn.frozen.bank import FrozenBank, ScoreSides, freeze_bank
 from mechinterp_attn.model.attention import AttentionBank
-from mechinterp_attn.model.norm import FrozenNorm, Norm
+from mechinterp_attn.model.norm import FrozenNorm
 
 
 class FrozenAttention(FrozenBank):
@@ -29,15 +31,25 @@ class FrozenAttention(FrozenBank):
         pattern: Float[Tensor, "head query key"],
         norm: FrozenNorm,
         post: FrozenNorm,
+        stream: Float[Tensor, "pos d_model"],
     ):
         super().__init__(bank, pattern, norm, post)
         self._W_O = bank.W_O.detach()
         self._W_V = bank.W_V.detach()
+        self._stream = stream
 
     @property
     def z_bias(self) -> Float[Tensor, "pos head d_head"]:
         value = self.bank.b_V.detach().repeat_interleave(self.bank.group, 0)  # [head, d_head]
-        return self.pattern.sum(-1).T[..., None] * value
+        held = self.pattern.sum(-1).T[..., None] * value
+        if self.bank.clip is None:
+            return held
+        # What clamping took away from each value on this prompt is a constant of the prompt.
+        read = (
+            torch.einsum("pd,hdk->phk", self._norm.apply(self._stream), self._W_V) + self.bank.b_V.detach()
+        )
+        lost = (self.bank.clipped(read) - read).repeat_interleave(self.bank.group, 1)
+        return held + torch.einsum("hqk,khd->qhd", self.pattern, lost)
 
     def read(self, x: Tensor) -> Tensor:
         values = torch.einsum("...pd,hdk->...hpk", self._norm.apply(x), self._W_V)
@@ -111,55 +123,89 @@ class FrozenAttention(FrozenBank):
         return torch.linalg.matrix_norm(left @ right.mT, 2)
 
     def score_sides(self, index: int, x: Tensor) -> ScoreSides:
-        bank = self.bank
-        weights = {name: w.detach() for name, w in bank.weights(index).items()}
+        bank, at = self.bank, torch.arange(len(x), device=x.device)
+        query, query_bias = self._side("Q", index, x)
+        key, key_bias = self._side("K", index, x)
+        grown = (bank.grown(at).to(x.dtype) / bank.scale)[:, None]
+        back = at[:, None] - at
+        allowed = back >= 0 if bank.causal else torch.ones_like(back, dtype=torch.bool)
+        if bank.window is not None:
+            allowed = allowed & (back < bank.window)
+        every = bank.distance_score(at, at)
+        distance = None if every is None else every[index].to(x.dtype)
+        sink = None if bank.sinks is None else bank.sinks[index].detach()
 
-        def side(name: str) -> tuple[Tensor, Tensor, FrozenNorm]:
-            """Weights, bias and the norm of the queries or keys at the stream ``x``."""
-            W, b = weights[f"W_{name}"], weights[f"b_{name}"]
-            if not bank.normed:
-                return W, b, FrozenNorm(None, centred=False)
-            norm: Norm = bank.q_norm if name == "Q" else bank.k_norm
-            plain = (bank.W_Q[index], bank.b_Q[index]) if name == "Q" else None
-            kv = index // bank.group
-            W_raw, b_raw = plain or (bank.W_K[kv], bank.b_K[kv])
-            wide = self._norm.apply(x) @ W_raw.detach() + b_raw.detach()
-            if norm.kind == "LN":
-                wide = wide - wide.mean(-1, keepdim=True)
-            scale = (wide.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
-            return W_raw.detach(), b_raw.detach(), norm.freeze(scale)
+        def to_pattern(scores: Tensor) -> Tensor:
+            scores = scores if distance is None else scores + distance
+            if bank.score_cap is not None:
+                scores = bank.score_cap * torch.tanh(scores / bank.score_cap)
+            scores = scores.masked_fill(~allowed, -math.inf)
+            if sink is None:
+                return scores.softmax(-1)
+            return torch.cat([scores, sink.expand(len(scores), 1)], -1).softmax(-1)[:, :-1]
+
+        return ScoreSides(
+            query=lambda x: query(x) * grown,
+            key=key,
+            query_bias=query_bias * grown,
+            key_bias=key_bias,
+            allowed=allowed,
+            to_pattern=to_pattern,
+            distance=distance,
+        )
+
+    def _side(
+        self, side: Literal["Q", "K"], index: int, x: Tensor
+    ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """A head's queries or keys as an affine map of the residual stream around ``x``: the scale of
+        their norm, their rotation and what clamping took away are as they are there.
+        """
+        bank, at = self.bank, torch.arange(len(x), device=x.device)
+        W_all, b_all = (bank.W_Q, bank.b_Q) if side == "Q" else (bank.W_K, bank.b_K)
+        own = index // (1 if side == "Q" else bank.group)
+        W, added = W_all[own].detach(), bank.positions(at[None])
+        bias = b_all.detach().expand(len(x), *b_all.shape)  # [pos, head, d_head]
+        if added is not None:
+            bias = bias + torch.einsum("pd,hdk->phk", added[0].detach(), W_all.detach())
+        raw = torch.einsum("pd,hdk->phk", self._norm.apply(x), W_all.detach()) + bias
+        bias = bias + bank.clipped(raw) - raw
 
         def turned(vectors: Tensor) -> Tensor:
             if bank.rotary is None:
                 return vectors
-            tables = bank.rotary.tables(torch.arange(len(x), device=x.device)[None], x.dtype)
+            tables = bank.rotary.tables(at[None], x.dtype, len(x))
             return bank.rotary.rotate(vectors.reshape(-1, len(x), 1, bank.d_head), tables).reshape(
                 vectors.shape
             )
 
-        W_Q, b_Q, q_norm = side("Q")
-        W_K, b_K, k_norm = side("K")
-        pos = torch.arange(len(x), device=x.device)
-        back = pos[:, None] - pos
-        allowed = back >= 0 if bank.causal else torch.ones_like(back, dtype=torch.bool)
-        if bank.window is not None:
-            allowed = allowed & (back < bank.window)
+        if not bank.normed:
+            return lambda y: turned(self._norm.apply(y) @ W), turned(bias[:, own])
+        norm = bank.q_norm if side == "Q" else bank.k_norm
+        read = bank.clipped(raw)
+        if bank.normed_last:
+            read = torch.stack([turned(read[:, h]) for h in range(read.shape[1])], 1)
+        over = read.flatten(-2) if bank.normed_over == "all" else read[:, own]
+        if norm.kind == "LN":
+            over = over - over.mean(-1, keepdim=True)
+        scale = (over.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+        gained = bank.qk_norm(side, index)
+        behind = norm.b.detach().reshape(-1, bank.d_head) if norm.b is not None else None
+        behind = None if behind is None else behind[own if len(behind) > 1 else 0]
 
-        def to_pattern(scores: Tensor) -> Tensor:
-            if bank.score_cap is not None:
-                scores = bank.score_cap * torch.tanh(scores / bank.score_cap)
-            return scores.masked_fill(~allowed, -math.inf).softmax(-1)
+        def through(vectors: Tensor) -> Tensor:
+            if bank.normed_last:
+                return gained.turn(turned(vectors)) / scale
+            return turned(gained.turn(vectors) / scale)
 
-        return ScoreSides(
-            query=lambda x: turned(q_norm.apply(self._norm.apply(x) @ W_Q)) / bank.scale,
-            key=lambda x: turned(k_norm.apply(self._norm.apply(x) @ W_K)),
-            query_bias=turned(q_norm.apply(b_Q.expand(len(x), -1))) / bank.scale,
-            key_bias=turned(k_norm.apply(b_K.expand(len(x), -1))),
-            allowed=allowed,
-            to_pattern=to_pattern,
-        )
+        constant = through(bias[:, own])
+        if behind is not None:
+            wide = behind.expand(len(x), -1)
+            constant = constant + (wide if bank.normed_last else turned(wide))
+        return lambda y: through(self._norm.apply(y) @ W), constant
 
 
 @freeze_bank.register
-def _(bank: AttentionBank, pattern: Tensor, norm: FrozenNorm, post: FrozenNorm) -> FrozenBank:
-    return FrozenAttention(bank, pattern, norm, post)
+def _(
+    bank: AttentionBank, pattern: Tensor, norm: FrozenNorm, post: FrozenNorm, stream: Tensor
+) -> FrozenBank:
+    return FrozenAttention(bank, pattern, norm, post, stream)

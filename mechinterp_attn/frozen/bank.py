@@ -153,6 +153,7 @@ class ScoreSides:
         query_bias, key_bias: ``[pos, rank]``.
         allowed: which pairs the mask lets see each other, ``[query, key]``.
         to_pattern: what a softmax head makes of its scores ``[query, key]``; None for other rules.
+        distance: what the distance alone adds to the scores, ``[query, key]`` (ALiBi), or None.
     """
 
     query: Callable[[Tensor], Tensor]
@@ -161,10 +162,13 @@ class ScoreSides:
     key_bias: Float[Tensor, "pos rank"]
     allowed: Bool[Tensor, "query key"]
     to_pattern: Callable[[Tensor], Tensor] | None
+    distance: Float[Tensor, "query key"] | None = None
 
 
 @singledispatch
-def freeze_bank(bank: HeadBank, pattern: Tensor, norm: FrozenNorm, post: FrozenNorm) -> FrozenBank:
+def freeze_bank(
+    bank: HeadBank, pattern: Tensor, norm: FrozenNorm, post: FrozenNorm, stream: Tensor
+) -> FrozenBank:
     """A bank as a linear map of residual streams.
 
     A new kind of bank says how with ``freeze_bank.register``.
@@ -173,5 +177,6 @@ def freeze_bank(bank: HeadBank, pattern: Tensor, norm: FrozenNorm, post: FrozenN
         pattern: the bank's compact pattern on one prompt.
         norm: the norm in front, with its scales of the run.
         post: the one on what the bank writes.
+        stream: the residual stream that the bank read in the run, ``[pos, d_model]``.
     """
     raise TypeError(f"no frozen form of a {type(bank).__name__}; give one with freeze_bank.register")

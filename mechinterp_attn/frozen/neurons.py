@@ -108,5 +108,5 @@ class FrozenNeurons(FrozenBank):
 
 
 @freeze_bank.register
-def _(bank: NeuronBank, pattern: Tensor, norm: FrozenNorm, post: FrozenNorm) -> FrozenBank:
+def _(bank: NeuronBank, pattern: Tensor, norm: FrozenNorm, post: FrozenNorm, stream: Tensor) -> FrozenBank:
     return FrozenNeurons(bank, pattern, norm, post)

@@ -179,7 +179,13 @@ def freeze_sublayer(sublayer: Sublayer, cache: Cache) -> FrozenSublayer:
         return norm.freeze(None if norm.kind is None else cache[f"{path}.hook_scale"])
 
     banks = tuple(
-        freeze_bank(bank, bank.cached_pattern(cache, 0), frozen(*sublayer.norm), frozen(*post))
+        freeze_bank(
+            bank,
+            bank.cached_pattern(cache, 0),
+            frozen(*sublayer.norm),
+            frozen(*post),
+            cache[sublayer.stream],
+        )
         for bank, post in zip(sublayer.banks, sublayer.posts, strict=True)
     )
     if sublayer.out is None:

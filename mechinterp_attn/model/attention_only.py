@@ -25,7 +25,7 @@ from mechinterp_attn.model.heads import HeadBank
 from mechinterp_attn.model.index import KINDS, HeadIndex
 from mechinterp_attn.model.norm import Norm
 from mechinterp_attn.model.renamed import Cache, Renamed, present_filter
-from mechinterp_attn.model.rotary import Rotary
+from mechinterp_attn.model.rotary import rotaries_of
 from mechinterp_attn.model.saved import save as write_model
 from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.model.stacked import StackedWeights
@@ -76,7 +76,7 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
         self.provenance = dict(provenance or {})
         self.embed = Embed(weights["embed.W_E"])
         self.hook_embed = HookPoint()  # [batch, pos, d_model]
-        if spec.positions == "standard":
+        if spec.positions in ("standard", "shortformer"):
             self.pos_embed = PosEmbed(weights["pos_embed.W_pos"])
             self.hook_pos_embed = HookPoint()  # [batch, pos, d_model]
         if spec.embed_norm is not None:
@@ -87,12 +87,15 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
             Block(spec, layer, rule_for(spec, layer), _nested(weights, f"blocks.{layer}."))
             for layer in range(spec.n_layers)
         )
+        if spec.positions == "shortformer":
+            for block in self.blocks:
+                cast(Block, block).attn.give_positions(self.pos_embed)
         if spec.prediction_head:
             act = GATES[cast(str, spec.act_fn)].act
             self.prediction = PredictionHead(weights["prediction.W"], weights["prediction.b"], act)
         self.ln_final = Norm(spec.final_norm, spec.eps)
         self.unembed = Unembed(weights["unembed.W_U"], weights["unembed.b_U"])
-        self._rotary = Rotary(spec) if spec.positions == "rotary" else None
+        self._rotaries = rotaries_of(spec)
         self._cfg = _transformer_lens_config(spec, self.provenance, default_prepend_bos)
         self.eval()
         self.setup()
@@ -241,11 +244,15 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
                 f"{self.spec.n_ctx}"
             )
         real = self._real_tokens(tokens, mask, past)
-        positions = torch.arange(n_past, n_past + n_new, device=tokens.device)[None]
+        every = torch.arange(n_past + n_new, device=tokens.device)[None]
+        length = n_past + n_new
         if real is not None and self.spec.causal:  # positions count the real tokens
-            positions = (real.long().cumsum(-1) - 1).clamp_min(0)[:, n_past:]
-        rotation = None if self._rotary is None else self._rotary.tables(positions, self.W_E.dtype)
-        return Step(n_new, tokens.device, real=real, rotation=rotation, cache=past), positions
+            every = (real.long().cumsum(-1) - 1).clamp_min(0)
+            length = int(every.max()) + 1
+        positions = every[:, n_past:]
+        rotations = tuple(rotary.tables(positions, self.W_E.dtype, length) for rotary in self._rotaries)
+        step = Step(n_new, tokens.device, positions=every, real=real, rotations=rotations, cache=past)
+        return step, positions
 
     def _real_tokens(
         self, tokens: Tensor, mask: Tensor | None, past: KeyValueCache | None
@@ -432,7 +439,7 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
         Raises:
             AttributeError: the model has none, as ``hasattr`` asks.
         """
-        if self.spec.positions != "standard":
+        if self.spec.positions not in ("standard", "shortformer"):
             raise AttributeError(f"W_pos: this model has {self.spec.positions or 'no'} positions")
         return self.pos_embed.W_pos
 

@@ -104,10 +104,10 @@ class Head:
     @property
     def compares_keys(self) -> bool:
         """Whether the head's pattern is a softmax over tokens, which sets keys against one another: what
-        all keys share then makes no difference. A neuron's score is compared with 0 instead, so all
-        of it counts.
+        all keys share then makes no difference. A neuron's score is compared with 0 instead, and one of
+        a head with a sink with the sink, so all of it counts.
         """
-        return self.bank.mixes_positions
+        return self.bank.compares_keys
 
     def query_read(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_head"]:
         """The query side of the QK circuit for residual vectors: ``x @ W_Q + b_Q``, whatever the head.
@@ -322,6 +322,11 @@ class HeadBank(nn.Module, ABC):
             return torch.cat([torch.linalg.vecdot(part, part) for part in parts])[:, None, None]
         W = self.stacked(side, heads, dtype)
         return W @ W.mT if side == "O" else W.mT @ W
+
+    @property
+    def compares_keys(self) -> bool:
+        """Whether patterns are softmaxes over tokens alone; see ``Head.compares_keys``."""
+        return False
 
     @property
     def score_scale(self) -> float:

@@ -64,12 +64,13 @@ class FrozenNorm:
     Attributes:
         scale: ``[pos, 1]``, or None where there is no norm.
         centred: whether the mean over d_model is taken out first (LayerNorm).
-        gain: ``[d_model]``, where it is not folded into the weights behind the norm.
+        gain: ``[d_model]`` (or one for each of n vectors), where it is not folded into the weights behind
+            the norm.
     """
 
     scale: Float[Tensor, "*pos 1"] | None
     centred: bool
-    gain: Float[Tensor, " d_model"] | None = None
+    gain: Float[Tensor, "*n d_model"] | None = None
 
     def apply(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         return self.turn(x) if self.scale is None else self.turn(x) / self.scale

@@ -11,7 +11,10 @@ from mechinterp_attn.core.errors import MechInterpError, listing
 from mechinterp_attn.core.fields import wrong_fields
 
 NormKind = Literal["LN", "RMS"] | None
-Positions = Literal["standard", "rotary"] | None
+# What the norm on queries and keys is taken over: one head with one gain for all heads, one head with a
+# gain of its own, or all heads together.
+NormOver = Literal["head", "each", "all"]
+Positions = Literal["standard", "rotary", "alibi", "shortformer"] | None
 Mixture = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]  # slopes, offsets, values
 
 # What no model comes near: numbers beyond are mistakes, and are refused before anything is made of them.
@@ -19,6 +22,26 @@ LARGEST = dict.fromkeys(("n_layers", "n_heads", "n_kv_heads"), 2**16)
 LARGEST |= dict.fromkeys(("d_head", "rotary_dim"), 2**20)
 LARGEST |= dict.fromkeys(("d_model", "d_mlp", "d_vocab", "d_vocab_out"), 2**31)
 LARGEST |= {"n_ctx": 2**40}
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """How far rotary pairs turn from one token to the next.
+
+    Attributes:
+        frequencies: radians per token of every pair.
+        factor: what cosines and sines are multiplied by.
+        until: the longest sequence that these frequencies hold for; None for any.
+        beyond: the frequencies of all its positions in a longer sequence (Phi-3's "longrope").
+        stretch: instead of ``beyond``, a base and a factor s: a sequence of L tokens is turned as with the
+            base times ``(s L / until - s + 1) ** (d / (d - 2))`` ("dynamic" NTK scaling).
+    """
+
+    frequencies: tuple[float, ...]
+    factor: float = 1.0
+    until: int | None = None
+    beyond: tuple[float, ...] = ()
+    stretch: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,17 +58,27 @@ class Spec:
         post_norm: a norm on what every sublayer writes (Gemma 2).
         stream_norm: a norm over the whole stream after every sublayer (BERT), with gain and bias.
         embed_norm: a norm on the embedding, with gain and bias.
-        qk_norm: a norm on the queries and keys of every head, with gain.
+        qk_norm: a norm on queries and keys, with gain and bias.
+        qk_norm_over: what it is taken over: "head" (each head alone, one gain for all), "each" (each head
+            alone, with its own gain) or "all" (the queries of all heads together, OLMo 2).
+        qk_norm_last: queries and keys are normed after they are turned (NanoChat, HunYuan).
+        qkv_clip: queries, keys and values are clamped to ``[-qkv_clip, qkv_clip]`` (OLMo, MPT).
         final_norm: the norm before the unembedding.
         prediction_head: a dense layer with the model's activation in front of the final norm (BERT).
-        positions: learned and added ("standard"), rotary, or none.
+        positions: learned and added ("standard"), learned and added to what queries and keys are read from
+            only ("shortformer"), rotary, a score that falls with the distance ("alibi"), or none.
+        alibi: how fast the score of each head falls, per token.
+        alibi_bfloat16: the source rounds that score, counted from the first token, to bfloat16 (Falcon).
+        sinks: a learned score per head for the bias token, which has no value (gpt-oss).
+        query_growth: beta and n: queries are multiplied by ``1 + beta log(1 + floor(pos / n))``
+            (Ministral 3).
         attn_scale: what attention scores are divided by.
         scale_by_layer: scores of block l are divided by l + 1 as well.
         windows: how many tokens back each layer sees, itself included; None for all. Empty: all.
         score_cap, logit_cap: scores and logits pass through ``cap * tanh(x / cap)``.
         rotary_adjacent: rotary pairs are (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2+1), ...
-        rotary_frequencies: radians per token of every pair, where they do not follow from the base.
-        rotary_factor: what the rotary tables are multiplied by.
+        rotaries: how far rotary pairs turn, where it does not follow from the base: a table, or several.
+        rotary_of: which of the tables each layer uses, None where it does not turn; empty: all the first.
         mixtures: the softmax heads that stand in for every neuron of each layer; empty: one head
             with the activation's own gate.
         float32_inside: the source computes parts of itself in float32 even when it runs in float64.
@@ -79,19 +112,32 @@ class Spec:
     stream_norm: NormKind = None
     embed_norm: NormKind = None
     qk_norm: NormKind = None
+    qk_norm_over: NormOver = "head"
+    qk_norm_last: bool = False
+    qkv_clip: float | None = None
     prediction_head: bool = False
     scale_by_layer: bool = False
     windows: tuple[int | None, ...] = ()
     score_cap: float | None = None
     logit_cap: float | None = None
-    rotary_frequencies: tuple[float, ...] = ()
-    rotary_factor: float = 1.0
+    rotaries: tuple[RotaryTable, ...] = ()
+    rotary_of: tuple[int | None, ...] = ()
+    alibi: tuple[float, ...] = ()
+    alibi_bfloat16: bool = False
+    sinks: bool = False
+    query_growth: tuple[float, int] | None = None
     mixtures: tuple[Mixture, ...] = ()
 
     @property
     def mean_unseen(self) -> bool:
         """Whether nothing that reads the residual stream sees its mean over d_model: all norms centre."""
         return self.norm == self.final_norm == "LN" and self.stream_norm is None
+
+    def rotary(self, layer: int) -> int | None:
+        """Which rotary table a layer's queries and keys are turned by; None where they are not."""
+        if self.positions != "rotary":
+            return None
+        return self.rotary_of[layer] if self.rotary_of else 0
 
     def window(self, layer: int) -> int | None:
         """How many tokens back a layer sees, itself included; None for all."""
@@ -112,10 +158,14 @@ class Spec:
             MechInterpError: names every missing and unknown field.
         """
         plain: dict[str, Any] = {name: _frozen(value) for name, value in data.items()}
-        wrong = wrong_fields(cls, plain) or cls(**plain).contradictions()
+        wrong = wrong_fields(cls, plain)
+        if not wrong:
+            tables = tuple(RotaryTable(**table) for table in plain.get("rotaries", ()))
+            read = cls(**plain | {"rotaries": tables})
+            wrong = read.contradictions()
         if wrong:
             raise MechInterpError(listing("the model's spec cannot be read", wrong))
-        return cls(**plain)
+        return read
 
     def contradictions(self) -> list[str]:
         """Values that are out of range or do not go together."""
@@ -126,7 +176,7 @@ class Spec:
             for name in (*sizes, "d_vocab_out", "rotary_dim")
             if not least.get(name, 1) <= getattr(self, name) <= LARGEST[name]
         ]
-        numbers = ("eps", "attn_scale", "rotary_base", "rotary_factor", "score_cap", "logit_cap")
+        numbers = ("eps", "attn_scale", "rotary_base", "score_cap", "logit_cap", "qkv_clip")
         wrong += [
             f"{name}={value}, expected a positive number"
             for name in numbers
@@ -138,9 +188,21 @@ class Spec:
             wrong.append(
                 f"rotary_dim={self.rotary_dim}, expected an even number up to d_head={self.d_head}"
             )
-        if self.rotary_frequencies and len(self.rotary_frequencies) != self.rotary_dim // 2:
-            wrong.append(f"{len(self.rotary_frequencies)} rotary_frequencies, expected rotary_dim / 2")
-        for name in ("windows", "mixtures"):
+        for table in self.rotaries:
+            lengths = {len(table.frequencies)} | ({len(table.beyond)} if table.beyond else set())
+            if lengths != {self.rotary_dim // 2}:
+                wrong.append(f"rotaries of {sorted(lengths)} frequencies, expected rotary_dim / 2")
+            if (table.until is None) != (not table.beyond and table.stretch is None):
+                wrong.append("rotaries with a length they hold for, expected also what holds beyond it")
+            if table.until is not None and table.until < 1:
+                wrong.append(f"rotaries until {table.until} tokens, expected at least 1")
+        known = range(max(1, len(self.rotaries)))
+        wrong += [f"rotary_of={i}, expected a table" for i in self.rotary_of if i not in (None, *known)]
+        if self.positions == "alibi" and len(self.alibi) != self.n_heads:
+            wrong.append(f"{len(self.alibi)} slopes (alibi), expected one per head ({self.n_heads})")
+        if self.query_growth is not None and self.query_growth[1] < 1:
+            wrong.append(f"query_growth={self.query_growth}, expected a length of at least 1")
+        for name in ("windows", "mixtures", "rotary_of"):
             if len(getattr(self, name)) not in (0, self.n_layers):
                 wrong.append(f"{len(getattr(self, name))} {name}, expected one per layer ({self.n_layers})")
         wrong += [
@@ -153,4 +215,6 @@ class Spec:
 
 def _frozen(value: Any) -> Any:
     """JSON's lists as the tuples they were."""
+    if isinstance(value, Mapping):
+        return {name: _frozen(item) for name, item in value.items()}
     return tuple(map(_frozen, value)) if isinstance(value, list) else value

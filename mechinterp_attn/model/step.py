@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp_attn.model.rotary import Rotation
@@ -41,7 +41,8 @@ class Step:
     """One forward pass over ``n_new`` tokens that follow ``n_past`` cached ones.
 
     Attributes:
-        rotation: the rotary tables of the new tokens, or None.
+        positions: of all tokens, cached ones first.
+        rotations: the rotary tables of the new tokens, one pair for each table of the model.
         cache: where keys and values go, or None.
     """
 
@@ -50,13 +51,15 @@ class Step:
         n_new: int,
         device: torch.device,
         *,
+        positions: Int[Tensor, "#batch key"],
         real: Bool[Tensor, "batch key"] | None = None,
-        rotation: Rotation | None = None,
+        rotations: tuple[Rotation, ...] = (),
         cache: KeyValueCache | None = None,
     ):
         self.n_new = n_new
         self.n_past = 0 if cache is None else len(cache)
-        self.rotation = rotation
+        self.positions = positions
+        self.rotations = rotations
         self.cache = cache
         self._device = device
         self._real = real

@@ -45,7 +45,8 @@ class ScoreExpansion(Result):
         head, query, key: what was expanded: label and positions.
         about: the same in words.
         frame: one row per term, largest first: ``query_term, key_term, value, share, kind``:
-            "direct" (neither side through an earlier head), "query" (only the query side),
+            "direct" (neither side through an earlier head; what the distance alone adds, where positions
+            are ALiBi's, is one such term, "distance"), "query" (only the query side),
             "key" (only the key side), "both".
     """
 
@@ -141,25 +142,28 @@ def expand_score(
     key_side = _side(
         frozen, sublayer, weights, sides, total_q, is_query=False, by_source=by_source, keep=keep
     )
-    values = query_side.vectors @ key_side.vectors.T
+    values = (query_side.vectors @ key_side.vectors.T).double().flatten().tolist()
     total = float(total_q @ total_k)
-    frame = pd.DataFrame(
-        {
-            "query_term": [name for name in query_side.names for _ in key_side.names],
-            "key_term": key_side.names * len(query_side.names),
-            "value": values.double().flatten().cpu().numpy(),
-        }
-    )
-    frame["share"] = frame["value"] / total
-    frame["kind"] = [
+    query_terms = [name for name in query_side.names for _ in key_side.names]
+    key_terms = key_side.names * len(query_side.names)
+    kinds = [
         ("both" if b else "query") if a else ("key" if b else "direct")
         for a in query_side.through_head
         for b in key_side.through_head
     ]
+    if sides.distance is not None:
+        values.append(by_distance := float(sides.distance[q] @ weights))
+        total += by_distance
+        query_terms.append("distance")
+        key_terms.append("distance")
+        kinds.append("direct")
+    frame = pd.DataFrame({"query_term": query_terms, "key_term": key_terms, "value": values})
+    frame["share"] = frame["value"] / total
+    frame["kind"] = kinds
     order = frame["value"].abs().sort_values(ascending=False, kind="stable").index
     return ScoreExpansion(
         frame=frame.loc[order].reset_index(drop=True),
-        receipt=_receipt(frozen, bank, index, sides, x, q, float(values.double().sum()), total),
+        receipt=_receipt(frozen, bank, index, sides, x, q, sum(values), total),
         total=total,
         head=head,
         query=q,

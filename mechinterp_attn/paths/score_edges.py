@@ -49,6 +49,8 @@ def score_edges(
             node = f"{bank.bank.label(head)}@{q}<-{key}"
             label = f"{bank.bank.label(head)} looks at {tokens[key]!r} ({key})"
             value = float(query_total @ key_total)
+            if sides.distance is not None:
+                value += float(sides.distance[q] @ contrast)
             layer = bank.bank.layer
             nodes.append((node, label, "score", layer, head, q, tokens[q], value, None, 0.0))
             edges.append((node, ids[row], "pattern", float(moved[key])))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechinterp_attn.core.errors import UnsupportedModelError
 from mechinterp_attn.sources.checkpoint import Checkpoint
-from mechinterp_attn.sources.huggingface import config_of, tensors_of
+from mechinterp_attn.sources.families.read import config_of, norms_stream, tensors_of
 from mechinterp_attn.sources.tokenizer import as_before_booting
 
 if TYPE_CHECKING:
@@ -119,9 +119,10 @@ def run_bridge(module: Any, tokens: Int[Tensor, "batch pos"]) -> tuple[Tensor, d
     """
     streams = {}
     points = dict(getattr(module, "hook_dict", {}))
-    if hasattr(module, "embed_ln"):  # BERT: the bridge's hook_resid_mid is not what the MLP reads
+    if norms_stream(module):  # BERT, OpenAI's GPT: the bridge's hooks stand elsewhere
         for layer in range(module.cfg.n_layers):
-            points[f"blocks.{layer}.hook_resid_mid"] = points[f"blocks.{layer}.ln1.hook_out"]
+            for hook, norm in (("hook_resid_mid", "ln1"), ("hook_resid_post", "ln2")):
+                points[f"blocks.{layer}.{hook}"] = points[f"blocks.{layer}.{norm}.hook_out"]
     wanted = [
         name
         for layer in range(module.cfg.n_layers)

@@ -84,7 +84,7 @@ def expected_shapes(spec: Spec) -> tuple[Shapes, Shapes]:
     H, K, d, k, m = spec.n_heads, spec.n_kv_heads, spec.d_model, spec.d_head, spec.d_mlp
     required: Shapes = {"embed.W_E": (spec.d_vocab, d), "unembed.W_U": (d, spec.d_vocab_out)}
     optional: Shapes = {"unembed.b_U": (spec.d_vocab_out,)}
-    if spec.positions == "standard":
+    if spec.positions in ("standard", "shortformer"):
         required["pos_embed.W_pos"] = (spec.n_ctx, d)
     if spec.prediction_head:
         required["prediction.W"] = (d, d)
@@ -98,7 +98,10 @@ def expected_shapes(spec: Spec) -> tuple[Shapes, Shapes]:
         optional |= {f"{at}.attn.b_Q": (H, k), f"{at}.attn.b_O": (d,)}
         optional |= {f"{at}.attn.b_K": (K, k), f"{at}.attn.b_V": (K, k)}
         if spec.qk_norm:
-            optional |= {f"{at}.attn.{side}_norm.w": (k,) for side in "qk"}
+            for side, n in (("q", H), ("k", K)):
+                optional |= {f"{at}.attn.{side}_norm.{part}": qk_gain(spec, n) for part in "wb"}
+        if spec.sinks:
+            required[f"{at}.attn.sinks"] = (H,)
         norms += [f"{at}.ln1"] if around else []
         norms += [f"{at}.ln1_post", f"{at}.ln2_post"] if spec.post_norm else []
         if spec.attn_only:
@@ -113,6 +116,12 @@ def expected_shapes(spec: Spec) -> tuple[Shapes, Shapes]:
         norms += [f"{at}.ln2"] if around else []
     optional |= {f"{name}.{part}": (d,) for name in norms for part in ("w", "b")}
     return required, optional
+
+
+def qk_gain(spec: Spec, n_heads: int) -> tuple[int, ...]:
+    """The shape of the gain of a norm on queries or keys of so many heads."""
+    k = spec.d_head
+    return {"head": (k,), "each": (n_heads, k), "all": (n_heads * k,)}[spec.qk_norm_over]
 
 
 def wrong_tensors(

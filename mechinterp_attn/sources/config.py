@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from typing_extensions import TypedDict
@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from mechinterp_attn.core.errors import CheckpointError, UnsupportedModelError
 from mechinterp_attn.core.fields import short, wrong_fields
 from mechinterp_attn.model.gates import GATES
-from mechinterp_attn.model.spec import LARGEST, NormKind, Positions, Spec
+from mechinterp_attn.model.spec import LARGEST, NormKind, NormOver, Positions, RotaryTable, Spec
 
 NORMS: dict[str | None, NormKind] = {
     "LN": "LN", "LNPre": "LN", "RMS": "RMS", "RMSPre": "RMS", None: None,
@@ -29,9 +29,10 @@ _UNSUPPORTED = (
 def spec_from_config(cfg: Mapping[str, Any], name: str) -> Spec:
     """The shapes and rules that a config describes.
 
-    Besides HookedTransformer's names it knows ``windows`` (one per layer), ``rotary_frequencies``,
-    ``rotary_factor``, ``stream_norm``, ``embed_norm``, ``prediction_head``, ``final_norm`` and
-    ``float32_inside``, which HookedTransformer has no names for.
+    Besides HookedTransformer's names it knows ``windows`` (one per layer) and the fields of ``Spec`` that
+    HookedTransformer has no names for: ``rotaries``, ``rotary_of``, ``stream_norm``, ``embed_norm``,
+    ``qk_norm``, ``qkv_clip``, ``alibi_slopes``, ``sinks``, ``query_growth``, ``prediction_head``,
+    ``final_norm``, ``float32_inside`` and others.
 
     Raises:
         CheckpointError: with every missing or impossible field.
@@ -67,8 +68,12 @@ def spec_from_config(cfg: Mapping[str, Any], name: str) -> Spec:
         rotary_dim=(cfg.get("rotary_dim") or cfg["d_head"]) if positions == "rotary" else 0,
         rotary_base=float(cfg.get("rotary_base") or 10000),
         rotary_adjacent=bool(cfg.get("rotary_adjacent_pairs", False)),
-        rotary_frequencies=_rotary_frequencies(cfg),
-        rotary_factor=float(cfg.get("rotary_factor") or 1.0),
+        rotaries=_rotaries(cfg) if positions == "rotary" else (),
+        rotary_of=_rotary_of(cfg, positions),
+        alibi=tuple(cfg.get("alibi_slopes") or ()),
+        alibi_bfloat16=bool(cfg.get("alibi_bfloat16")),
+        sinks=bool(cfg.get("sinks")),
+        query_growth=tuple(cfg["query_growth"]) if cfg.get("query_growth") else None,
         float32_inside=bool(cfg.get("float32_inside", False)),
         gated=bool(cfg.get("gated_mlp")) and not attn_only,
         parallel=bool(cfg.get("parallel_attn_mlp")) and not attn_only,
@@ -76,6 +81,9 @@ def spec_from_config(cfg: Mapping[str, Any], name: str) -> Spec:
         stream_norm=stream_norm,
         embed_norm=NORMS[cfg.get("embed_norm") or ("LN" if cfg.get("post_embedding_ln") else None)],
         qk_norm=NORMS[cfg.get("qk_norm") or ("RMS" if cfg.get("use_qk_norm") else None)],
+        qk_norm_over=cfg.get("qk_norm_over", "head"),
+        qk_norm_last=bool(cfg.get("qk_norm_last")),
+        qkv_clip=_cap(cfg.get("qkv_clip")),
         prediction_head=bool(cfg.get("prediction_head")),
         scale_by_layer=bool(cfg.get("scale_attn_by_inverse_layer_idx")),
         windows=_windows(cfg),
@@ -122,8 +130,15 @@ class _Fields(TypedDict, total=False):
     rotary_dim: int | None
     rotary_base: float | None
     rotary_adjacent_pairs: bool | None
-    rotary_frequencies: list[float] | None
-    rotary_factor: float | None
+    rotaries: list[RotaryTable] | None
+    rotary_of: list[int | None] | None
+    alibi_slopes: list[float] | None
+    alibi_bfloat16: bool | None
+    sinks: bool | None
+    query_growth: tuple[float, int] | None
+    qk_norm_over: NormOver
+    qk_norm_last: bool | None
+    qkv_clip: float | None
     use_NTK_by_parts_rope: bool | None
     NTK_by_parts_low_freq_factor: float
     NTK_by_parts_high_freq_factor: float
@@ -191,9 +206,10 @@ def _refuse_unsupported(cfg: Mapping[str, Any], name: str) -> None:
             reasons.append(f"activation {cfg['act_fn']!r} in a gated MLP")
     if cfg.get("normalization_type") not in NORMS:
         reasons.append(f"normalization {cfg['normalization_type']!r} (supported: LN, RMS, none)")
-    if _positions(cfg) not in ("standard", "rotary", None):
+    known = (*get_args(get_args(Positions)[0]), None)
+    if _positions(cfg) not in known:
         reasons.append(
-            f"positions {cfg['positional_embedding_type']!r} (supported: standard, rotary, none)"
+            f"positions {cfg['positional_embedding_type']!r} (supported: {', '.join(known[:-1])}, none)"
         )
     if cfg.get("attention_dir", "causal") not in ("causal", "bidirectional"):
         reasons.append(f"attention_dir {cfg['attention_dir']!r}")
@@ -235,10 +251,26 @@ def _windows(cfg: Mapping[str, Any]) -> tuple[int | None, ...]:
     return tuple(windows) if any(w is not None for w in windows) else ()
 
 
-def _rotary_frequencies(cfg: Mapping[str, Any]) -> tuple[float, ...]:
-    """Where they do not follow from the base: as given, or Llama 3's stretched by parts."""
-    if cfg.get("rotary_frequencies"):
-        return tuple(cfg["rotary_frequencies"])
+def _rotary_of(cfg: Mapping[str, Any], positions: str | None) -> tuple[int | None, ...]:
+    """One per layer; empty where every layer turns by the first table."""
+    used = tuple(cfg.get("rotary_of") or ())
+    return used if positions == "rotary" and any(table != 0 for table in used) else ()
+
+
+def _rotaries(cfg: Mapping[str, Any]) -> tuple[RotaryTable, ...]:
+    """The rotary tables; none where there is one and it follows from the base."""
+    given = cfg.get("rotaries")
+    if not given:
+        return _by_parts(cfg)
+    lists, tables = ("frequencies", "beyond", "stretch"), []
+    for table in given:
+        plain: dict[str, Any] = {n: tuple(v) if v and n in lists else v for n, v in table.items()}
+        tables.append(RotaryTable(**plain))
+    return tuple(tables)
+
+
+def _by_parts(cfg: Mapping[str, Any]) -> tuple[RotaryTable, ...]:
+    """Llama 3's frequencies, stretched by parts; none where they follow from the base."""
     if not cfg.get("use_NTK_by_parts_rope"):
         return ()
     dim = cfg.get("rotary_dim") or cfg["d_head"]
@@ -248,4 +280,4 @@ def _rotary_frequencies(cfg: Mapping[str, Any]) -> tuple[float, ...]:
     stretched = plain / cfg["NTK_by_parts_factor"]
     # How many turns fit in the original context decides: few are stretched, many are kept.
     share = ((context * plain / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-    return tuple(((1 - share) * stretched + share * plain).tolist())
+    return (RotaryTable(tuple(((1 - share) * stretched + share * plain).tolist())),)

@@ -316,6 +316,12 @@ def _refuse_unsupported(model: AttentionOnlyModel) -> None:
         "norms on queries and keys": spec.qk_norm is not None,
         "a prediction head": spec.prediction_head,
         "soft-capped attention scores": spec.score_cap is not None,
+        "clamped queries, keys and values": spec.qkv_clip is not None,
+        "attention sinks": spec.sinks,
+        f"{spec.positions} positions": spec.positions in ("alibi", "shortformer"),
+        "queries that grow with the position": spec.query_growth is not None,
+        "rotary tables that depend on the layer or the length": bool(spec.rotary_of)
+        or any(table.until is not None for table in spec.rotaries),
     }
     reasons = [what for what, present in parts.items() if present]
     if reasons:

@@ -60,15 +60,16 @@ class RotaryTurn:
 
     def __call__(self, x: Float[Tensor, "*batch head row rank"]) -> Float[Tensor, "*batch head row rank"]:
         spec, dim = self.spec, self.spec.rotary_dim
-        if spec.rotary_frequencies:
-            frequency = torch.tensor(spec.rotary_frequencies, device=x.device)
+        if spec.rotaries:
+            table, factor = spec.rotaries[0].frequencies, spec.rotaries[0].factor
+            frequency = torch.tensor(table, device=x.device)
         else:
-            even = torch.arange(0, dim, 2, device=x.device).float()
+            even, factor = torch.arange(0, dim, 2, device=x.device).float(), 1.0
             frequency = 1.0 / (spec.rotary_base ** (even / dim))
         position = torch.arange(x.shape[-2] - 1, device=x.device).float()
         angle = torch.outer(position, frequency)
         wide = x.dtype if x.dtype == torch.float64 else torch.float32
-        cos, sin = (spec.rotary_factor * f(angle).to(wide) for f in (torch.cos, torch.sin))
+        cos, sin = (factor * f(angle).to(wide) for f in (torch.cos, torch.sin))
         turned = x[..., 1:, :dim].to(wide)
         pairs = turned.unflatten(-1, (-1, 2) if spec.rotary_adjacent else (2, -1))
         a, b = pairs.unbind(-1 if spec.rotary_adjacent else -2)

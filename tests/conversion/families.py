@@ -79,6 +79,7 @@ def hugging_face(family: str, dtype: torch.dtype = torch.float64) -> Any:
     torch.manual_seed(0)
     cfg = getattr(transformers, config)(**(_NO_IDS | options))
     hf = getattr(transformers, model)(cfg).to(dtype).eval()
+    hf.config.architectures = [model]
     jitter(hf, seed=1, noise=0.2)
     return hf
 
@@ -92,7 +93,7 @@ def boot(hf: Any, dtype: torch.dtype) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     return TransformerBridge.boot_transformers(
-        hf.config.model_type, hf_model=hf, tokenizer=tokenizer(), device="cpu", dtype=dtype
+        f"tiny-{hf.config.model_type}", hf_model=hf, tokenizer=tokenizer(), device="cpu", dtype=dtype
     )
 
 

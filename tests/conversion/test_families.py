@@ -185,6 +185,3 @@ def test_unsupported_models_give_every_reason():
     hf = transformers.MixtralForCausalLM(config).eval()
     with pytest.raises(UnsupportedModelError, match="mixture of experts"):
         mia.convert(boot(hf, torch.float32))
-    config = transformers.BloomConfig(vocab_size=37, hidden_size=16, n_layer=1, n_head=2, **_NO_IDS)
-    with pytest.raises(UnsupportedModelError, match="alibi positions"):
-        mia.convert(boot(transformers.BloomForCausalLM(config).eval(), torch.float32))
