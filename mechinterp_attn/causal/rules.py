@@ -124,7 +124,7 @@ def _pattern(bank: HeadBank, rule: str) -> list[Hook]:
             seen["scores"] = x
 
         def pattern(p: Tensor, hook: Any) -> Tensor:
-            return averaged(_softmax_chord(seen.pop("scores"), p))
+            return averaged(_with_sink(bank, seen.pop("scores"), p))
 
         return [
             *((bank.hook(side), _average) for side in "qkv"),
@@ -167,6 +167,16 @@ def _gate(model: AttentionOnlyModel, bank: HeadBank, rule: str) -> list[Hook]:
 def _over_neurons(model: AttentionOnlyModel) -> bool:
     """Whether a neuron's gate depends on the other neurons, so that it has no chord of its own."""
     return str(model.spec.act_fn).startswith("solu") and not model.spec.mixtures
+
+
+def _with_sink(bank: HeadBank, scores: Tensor, pattern: Tensor) -> Tensor:
+    """``_softmax_chord`` over the tokens, and the bias token where it has a score (a sink)."""
+    sinks = getattr(bank, "sinks", None)
+    if sinks is None:
+        return _softmax_chord(scores, pattern)
+    sink = sinks.detach()[:, None, None].expand(*scores.shape[:-1], 1)
+    whole = torch.cat([pattern, 1 - pattern.sum(-1, keepdim=True)], -1)
+    return _softmax_chord(torch.cat([scores, sink], -1), whole)[..., :-1]
 
 
 def _softmax_chord(scores: Tensor, pattern: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ an average query with an average key is a curve over distances.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import pandas as pd
 import torch
@@ -22,6 +22,7 @@ from mechinterp_attn.circuits.listed import how_many, listed, listed_note, origi
 from mechinterp_attn.circuits.streaming import top_entries
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.model.attention import AttentionBank
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Head
 
@@ -33,7 +34,8 @@ class PositionCircuit(Result):
     Attributes:
         head: its label.
         scores: learned positions: ``(W_pos W_Q + b_Q) W_K^T W_pos^T``, unscaled, ``[query, key]``; rotary
-            ones: the score of the average query with the average key, ``[offset]``.
+            ones: the score of the average query with the average key, ``[offset]``; ALiBi's: what the
+            distance alone adds to a scaled score, ``[offset]``.
         pattern: the attention that the scores alone give, ``[query, key]``; learned positions are
             divided by the size that the norm typically gives them beside a token.
         frame: one row per ``offset`` (how many tokens before the query the key stands): mean
@@ -89,10 +91,14 @@ def position_circuit(
         scores, shown = curve, curve[distance] / scale
         tested = _rotary_at(model, one, n - 1)
         error = abs(float(tested - curve[-1]))
+    elif model.spec.positions == "alibi":
+        scores, shown, error = _by_distance(one, n)
     else:
         P = model.W_pos.detach()[:n].double()
         keys, size = as_read(model, P), _typical_size(model, n)
         queries = as_read(model, P, bias=True)
+        if model.spec.positions == "shortformer":  # added behind the norms, and nothing is beside them
+            keys, queries, size = P, P, 1.0
         scores = one.query_read(queries) @ one.key_read(keys).T
         shown = one.query_read(queries / size) @ one.key_read(keys / size).T / scale
         query = queries[-1] @ one.W_Q.double() + one.b_Q.double()
@@ -177,8 +183,19 @@ def token_positions(
     return TokenPositions(frame=frame, receipt=Receipt((check,), notes), head=one.label)
 
 
+def _by_distance(head: Head, n: int) -> tuple[Float[Tensor, " offset"], Tensor, float]:
+    """What the distance alone adds to a head's scores (ALiBi): by offset, for every pair of positions, and
+    how far the last of them is from slope times distance.
+    """
+    bank, at = cast(AttentionBank, head.bank), torch.arange(n)
+    every = cast(Tensor, bank.distance_score(at, at))[head.index].double()
+    slope, step = cast(Tensor, bank.slopes)[head.index], torch.tensor(n - 1)
+    fall = slope.bfloat16() * step / bank.scale if bank.rounded_slopes else slope * step
+    return every[-1].flip(0), every, abs(float(fall.double() + every[-1, 0]))
+
+
 def _need_positions(model: AttentionOnlyModel, head: Head) -> None:
-    if model.spec.positions not in ("standard", "rotary"):
+    if model.spec.positions is None or (model.spec.positions == "alibi" and head.kind != "attention"):
         raise MechInterpError(
             f"this model has no positions that a head's weights could read ({head.label}); its heads "
             "tell positions apart through the causal mask only"

@@ -119,7 +119,8 @@ def _attention(checkpoint: Checkpoint, spec: Spec, layer: int, x: Tensor) -> Ten
         bias = sd.get(f"{at}.attn.b_{name}")
         y = y if bias is None else y + bias[:, None]
         if spec.qkv_clip is not None:
-            y = torch.minimum(torch.maximum(y, -torch.tensor(spec.qkv_clip)), torch.tensor(spec.qkv_clip))
+            bound = torch.full_like(y, spec.qkv_clip)
+            y = torch.minimum(torch.maximum(y, -bound), bound)
         if name != "V":
             turn, norm = _rotate(spec, layer), _heads_normed(checkpoint, f"{at}.attn.{name.lower()}_norm")
             y = norm(turn(y)) if spec.qk_norm_last else turn(norm(y))
@@ -130,8 +131,8 @@ def _attention(checkpoint: Checkpoint, spec: Spec, layer: int, x: Tensor) -> Ten
     n = x.shape[1]
     if spec.query_growth is not None:
         beta, length = spec.query_growth
-        grown = [1 + beta * math.log(1 + i // length) for i in range(n)]
-        scores = scores * torch.tensor(grown, dtype=torch.float32).to(scores)[:, None]
+        grown = 1 + beta * torch.log((torch.arange(n) // length + 1).float())
+        scores = scores * grown.to(scores)[:, None]
     if spec.positions == "alibi":
         fall = torch.tensor(spec.alibi)[:, None] * torch.arange(n)
         if spec.alibi_bfloat16:
@@ -195,14 +196,14 @@ def _rotate(spec: Spec, layer: int) -> Callable[[Tensor], Tensor]:
                     base *= (s * n / table.until - s + 1) ** (dim / (dim - 2))
                     frequency = base ** -(torch.arange(0, dim, 2).float() / dim)
         angle = torch.outer(torch.arange(n).float(), frequency)
-        turn = torch.complex(angle.cos().to(x.dtype), angle.sin().to(x.dtype)).to(x.device)
+        turn = torch.complex(*((factor * f(angle)).to(x.dtype) for f in (torch.cos, torch.sin)))
         part = x[..., :dim]
         even, odd = (
             (part[..., 0::2], part[..., 1::2])
             if spec.rotary_adjacent
             else (part[..., : dim // 2], part[..., dim // 2 :])
         )
-        turned = torch.complex(even, odd) * turn * factor
+        turned = torch.complex(even, odd) * turn.to(x.device)
         pair = (turned.real, turned.imag)
         new = torch.stack(pair, -1).flatten(-2) if spec.rotary_adjacent else torch.cat(pair, -1)
         return torch.cat([new, x[..., dim:]], -1)

@@ -114,7 +114,12 @@ def expected_shapes(spec: Spec) -> tuple[Shapes, Shapes]:
         if spec.act_fn == "solu_ln":
             optional |= {f"{at}.mlp.ln.{part}": (m,) for part in ("w", "b")}
         norms += [f"{at}.ln2"] if around else []
-    optional |= {f"{name}.{part}": (d,) for name in norms for part in ("w", "b")}
+    optional |= {
+        f"{name}.{part}": (d,)
+        for name in norms
+        for part in ("w", "b")
+        if part == "w" or not name.endswith("_post")
+    }
     return required, optional
 
 
