@@ -39,6 +39,10 @@ class FrozenAttention(FrozenBank):
         self._stream = stream
 
     @property
+    def most_terms(self) -> int:
+        return self.bank.n_heads
+
+    @property
     def z_bias(self) -> Float[Tensor, "pos head d_head"]:
         value = self.bank.b_V.detach().repeat_interleave(self.bank.group, 0)  # [head, d_head]
         held = self.pattern.sum(-1).T[..., None] * value
@@ -92,6 +96,15 @@ class FrozenAttention(FrozenBank):
             own = index == head
             out[own] = w[own] @ self.pattern[head]
         return self._norm.weigh(out)
+
+    def write_groups(self, z: Tensor, position: Tensor) -> Tensor:
+        return self._post.at(position).apply(z.flatten(1) @ self._W_O.flatten(0, 1))
+
+    def read_groups(self, y: Tensor, position: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        group, head = members.nonzero(as_tuple=True)
+        at = y.new_zeros(len(group), self.pattern.shape[-1])
+        at[torch.arange(len(group), device=y.device), position[group]] = 1
+        return group, self.spread(at, head), self.pull(y[group], head)
 
     def reach(self, m: Tensor, *, summed: bool) -> Tensor:
         m = self._norm.weigh(m)

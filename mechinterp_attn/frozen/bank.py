@@ -41,6 +41,11 @@ class FrozenBank(ABC):
 
     @property
     @abstractmethod
+    def most_terms(self) -> int:
+        """How many rank-one terms ``read_groups`` may need for one group."""
+
+    @property
+    @abstractmethod
     def z_bias(self) -> Float[Tensor, "pos head d_head"]:
         """What the heads' value biases add to ``read``."""
 
@@ -78,6 +83,27 @@ class FrozenBank(ABC):
     @abstractmethod
     def spread(self, w: Float[Tensor, "n pos"], index: Int[Tensor, " n"]) -> Float[Tensor, "n pos"]:
         """``w @ S``: weights over query positions become weights over key positions."""
+
+    @abstractmethod
+    def write_groups(
+        self, z: Float[Tensor, "n head d_head"], position: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n d_model"]:
+        """What groups of heads, each at one position, write when all heads hold ``z`` (zero: no member)."""
+
+    @abstractmethod
+    def read_groups(
+        self,
+        y: Float[Tensor, "n d_model"],
+        position: Int[Tensor, " n"],
+        members: Bool[Tensor, "n head"],
+    ) -> tuple[Int[Tensor, " terms"], Float[Tensor, "terms pos"], Float[Tensor, "terms d_model"]]:
+        """What groups of heads, each at one position, read of the stream for output directions ``y``.
+
+        Returns:
+            the fields of the groups as rank-one terms (weights over positions times one vector), and
+            before them the group that each term belongs to. Heads that look at the same positions,
+            as neurons do, share a term.
+        """
 
     @abstractmethod
     def reach(self, m: Float[Tensor, " pos"], *, summed: bool) -> Float[Tensor, "pos head"]:

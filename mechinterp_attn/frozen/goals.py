@@ -1,7 +1,9 @@
-"""What a path analysis explains: a logit or a logit difference at a position."""
+"""What a path analysis explains: a logit, a logit difference or any direction of logits at a position."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,36 +11,50 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError, listing
 from mechinterp_attn.frozen.prompt import Frozen
 
 if TYPE_CHECKING:
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
-Target = str | int
+Token = str | int
+Target = Token | Mapping[str, float] | Mapping[int, float] | Mapping[Token, float]
+MOST_NAMED = 4  # tokens of a direction that its name spells out
 
 
 @dataclass(frozen=True, eq=False)
 class Goal:
-    """A logit, or a difference of two, as a linear reading of the last residual stream.
+    """A sum of logits with weights, as a linear reading of the last residual stream.
 
     Attributes:
-        target, against: token ids; against is None for a single logit.
+        weights: by token id: ``{target: 1}`` for a logit, ``{target: 1, against: -1}`` for a difference.
         position: counted from the start.
         direction: ``total = residual[position] @ direction + offset``, ``[d_model]``, with the final
             norm and a soft cap frozen.
         offset: what the unembedding's bias adds.
         total: the value, as the model computed it.
+        name: the tokens: the text of one, else such as ``' dog' - ' cat'``.
         about: the goal in words.
     """
 
-    target: int
-    against: int | None
+    weights: Mapping[int, float]
     position: int
     direction: Float[Tensor, " d_model"]
     offset: float
     total: float
+    name: str
     about: str
+
+    @property
+    def target(self) -> int:
+        """The token with the largest weight."""
+        return max(self.weights, key=lambda token: self.weights[token])
+
+    @property
+    def against(self) -> int | None:
+        """The token with the most negative weight; None where no weight is negative."""
+        lowest = min(self.weights, key=lambda token: self.weights[token])
+        return lowest if self.weights[lowest] < 0 else None
 
     def field(self, frozen: Frozen) -> Float[Tensor, "pos d_model"]:
         """The direction as a field on the last residual stream: zero at all other positions."""
@@ -50,46 +66,106 @@ class Goal:
         """What a last residual stream ``x`` makes of the goal, the unembedding's bias included."""
         return float(x[self.position] @ self.direction) + self.offset
 
+    def measure(self, logits: Float[Tensor, "pos d_vocab"]) -> float:
+        """The goal, read off the logits of any run."""
+        at = logits[self.position].double()
+        return sum(weight * float(at[token]) for token, weight in self.weights.items())
 
-def resolve_goal(frozen: Frozen, *, target: Target | None, against: Target | None, position: int) -> Goal:
+
+def resolve_goal(frozen: Frozen, *, target: Target | None, against: Token | None, position: int) -> Goal:
     """Validate a target, by default the model's own top prediction, and find its direction.
+
+    Args:
+        target: a token (its text or id), or a direction of logits: weights by token.
+        against: a second token, whose logit is subtracted; not with weights.
+        position: where the prediction is made; negative counts from the end.
 
     Raises:
         MechInterpError: everything that is wrong: the position is outside the prompt, a target is no
-            single token or not in the output vocabulary, or both targets are the same token.
+            single token or not in the output vocabulary, both targets are the same token, or weights
+            are empty, all zero, not finite or given twice for one token.
     """
     model = frozen.model
     pos = resolve_position(frozen, position)
+    weights = _weights(frozen, pos, target, against)
+    ids = torch.tensor(list(weights), device=frozen.end.device)
+    of = frozen.end.new_tensor(list(weights.values()))
+    if frozen.cap is not None:
+        of = of * frozen.cap[pos, ids]
+    at_end = torch.zeros_like(frozen.end)
+    at_end[pos] = model.W_U.detach()[:, ids] @ of
+    exact = list(weights.values())
+    name = direction_name(model, weights)
+    return Goal(
+        weights=weights,
+        position=pos,
+        direction=frozen.read_back(at_end)[pos],
+        offset=_weighted(frozen.offset()[pos, ids], exact),
+        total=_weighted(frozen.logits[pos, ids], exact),
+        name=model.to_str_tokens([*weights])[0] if exact == [1.0] else name,
+        about=f"logit {name} after {frozen.str_tokens[pos]!r} (position {pos})",
+    )
+
+
+def _weighted(logits: Float[Tensor, " n"], weights: list[float]) -> float:
+    return sum(weight * logit for weight, logit in zip(weights, logits.tolist(), strict=True))
+
+
+def _weights(frozen: Frozen, pos: int, target: Target | None, against: Token | None) -> dict[int, float]:
+    """The direction of logits that is meant, by token id."""
+    model = frozen.model
+    if isinstance(target, Mapping):
+        return _direction(model, target, against)
     goal = int(frozen.logits[pos].argmax()) if target is None else resolve_token(model, target)
-    other = None if against is None else resolve_token(model, against)
+    if against is None:
+        return {goal: 1.0}
+    other = resolve_token(model, against)
     if goal == other:
         raise MechInterpError(
             f"target and against are both token {goal} ({model.to_str_tokens([goal])[0]!r}); "
             "their logit difference is 0 everywhere"
         )
-    W_U, offsets, logits = model.W_U.detach(), frozen.offset()[pos], frozen.logits[pos]
-    factor = logits.new_ones(len(logits)) if frozen.cap is None else frozen.cap[pos]
-    direction, offset, total = W_U[:, goal] * factor[goal], offsets[goal], logits[goal]
-    if other is not None:
-        direction = direction - W_U[:, other] * factor[other]
-        offset, total = offset - offsets[other], total - logits[other]
-    at_end = torch.zeros_like(frozen.end)
-    at_end[pos] = direction
-    return Goal(
-        target=goal,
-        against=other,
-        position=pos,
-        direction=frozen.read_back(at_end)[pos],
-        offset=float(offset),
-        total=float(total),
-        about=f"{logit_name(model, goal, other)} after {frozen.str_tokens[pos]!r} (position {pos})",
-    )
+    return {goal: 1.0, other: -1.0}
 
 
-def logit_name(model: AttentionOnlyModel, target: int, against: int | None = None) -> str:
-    """``logit ' dog'`` or ``logit ' dog' - ' cat'``."""
-    names = model.to_str_tokens([target] if against is None else [target, against])
-    return "logit " + " - ".join(repr(name) for name in names)
+def _direction(
+    model: AttentionOnlyModel,
+    target: Mapping[str, float] | Mapping[int, float] | Mapping[Token, float],
+    against: Token | None,
+) -> dict[int, float]:
+    wrong: list[str] = []
+    weights: dict[int, float] = {}
+    if against is not None:
+        wrong.append("against= was given too; put its weight, such as -1, among the others")
+    for token, weight in target.items():
+        try:
+            found = resolve_token(model, token)
+        except MechInterpError as error:
+            wrong.append(str(error))
+            continue
+        if not math.isfinite(weight):
+            wrong.append(f"the weight of {token!r} is {weight}")
+        if found in weights:
+            wrong.append(f"token {found} ({token!r}) is there twice")
+        weights[found] = float(weight)
+    if not any(weights.values()) and not wrong:
+        wrong.append("no weight differs from 0")
+    if wrong:
+        raise MechInterpError(listing("target is no direction of logits", wrong))
+    return {token: weight for token, weight in weights.items() if weight}
+
+
+def direction_name(model: AttentionOnlyModel, weights: Mapping[int, float]) -> str:
+    """``' dog'``, ``' dog' - ' cat'`` or ``0.5 ' dog' + 0.5 ' cat' - ' fish'``."""
+    order = sorted(weights, key=lambda token: -weights[token])
+    names = model.to_str_tokens(order)
+    parts: list[str] = []
+    for token, name in list(zip(order, names, strict=True))[:MOST_NAMED]:
+        size = abs(weights[token])
+        sign = ("- " if parts else "-") if weights[token] < 0 else ("+ " if parts else "")
+        parts.append(f"{sign}{'' if size == 1 else f'{size:.3g} '}{name!r}")
+    more = len(order) - len(parts)
+    return " ".join(parts) + (f" and {more:,} more" if more else "")
 
 
 def resolve_position(frozen: Frozen, position: int) -> int:
@@ -106,7 +182,7 @@ def resolve_position(frozen: Frozen, position: int) -> int:
     return position % n
 
 
-def resolve_token(model: AttentionOnlyModel, token: Target) -> int:
+def resolve_token(model: AttentionOnlyModel, token: Token) -> int:
     """The id of an output token given as text or id.
 
     Raises:

@@ -34,6 +34,10 @@ class FrozenNeurons(FrozenBank):
             self._total = self._own.unflatten(-1, (-1, self._n)).sum(-1)
 
     @property
+    def most_terms(self) -> int:
+        return 1
+
+    @property
     def z_bias(self) -> Float[Tensor, "pos head 1"]:
         """Made when asked for: for all banks it would be as large as the patterns."""
         return (self._own * self._each(self.bank.b_in.detach()))[..., None]
@@ -72,6 +76,18 @@ class FrozenNeurons(FrozenBank):
 
     def spread(self, w: Tensor, index: Tensor) -> Tensor:
         return self._norm.weigh(self.weigh_out(w) * self._own.T[index])
+
+    def write_groups(self, z: Tensor, position: Tensor) -> Tensor:
+        held = z[..., 0].unflatten(-1, (-1, self._n)).sum(-1)
+        return self._post.at(position).apply(held @ self._W_out)
+
+    def read_groups(self, y: Tensor, position: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        group = torch.arange(len(y), device=y.device)
+        at = y.new_zeros(len(y), len(self.pattern))
+        at[group, position] = 1
+        own = (self._own[position] * members).unflatten(-1, (-1, self._n)).sum(-1)
+        held = own * (self._post.turn_back(y) @ self._W_out.T)
+        return group, self._norm.weigh(self.weigh_out(at)), self._norm.turn_back(held @ self._W_in.T)
 
     def reach(self, m: Tensor, *, summed: bool) -> Tensor:
         return self._own.abs() * self.weigh_out(self._norm.weigh(m))[:, None]

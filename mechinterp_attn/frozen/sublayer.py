@@ -27,6 +27,8 @@ from mechinterp_attn.model.block import Sublayer
 from mechinterp_attn.model.heads import Cache
 from mechinterp_attn.model.norm import IDENTITY, FrozenNorm, Norm
 
+ROWS = 256  # positions that go through a bank at once: short prompts read its weights once for many orders
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
@@ -132,13 +134,18 @@ class FrozenSublayer:
             what each bank writes, by order, as it stands in the sum; and the streams behind.
         """
         last = len(streams) - 1
+        # High orders are empty in the first sublayers.
+        filled = (
+            streams[: int(streams.flatten(1).any(1).nonzero().max()) + 1] if streams.any() else streams[:0]
+        )
         written = []
         for bank in self.banks:
             own = torch.zeros_like(streams)
             if (lift := climb(bank)) is not None:
-                for order in range(len(streams)):
-                    if bool(streams[order].any()):  # high orders are empty in the first sublayers
-                        own[min(order + lift, last)] += bank.apply(streams[order])
+                at_once = max(1, ROWS // streams.shape[1])
+                for first, part in enumerate(filled.split(at_once)):
+                    for order, moved in enumerate(bank.apply(part), start=first * at_once):
+                        own[min(order + lift, last)] += moved
                 own[min(lift, last)] += bank.constant
             written.append(own)
         behind = self.carry(sum(written, streams))

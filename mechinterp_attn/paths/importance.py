@@ -10,7 +10,7 @@ attention heads only and those with at least one MLP-derived head.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,6 +25,7 @@ from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank
 from mechinterp_attn.frozen.prompt import Frozen, freeze, sum_tolerance
+from mechinterp_attn.frozen.sublayer import ROWS
 from mechinterp_attn.model.cost import plan_runs
 from mechinterp_attn.model.index import Heads
 from mechinterp_attn.paths.orders import counted, order_names
@@ -77,7 +78,8 @@ def _plan(
     streams = n_orders * model.spec.d_model * (depth + len(model.banks) + 12)
     held = max((bank.n_heads * bank.d_head for bank in model.banks), default=0)
     chosen = heads if isinstance(heads, int) else len(model.heads.labels(heads))
-    floats = pos * (streams + 8 * model.spec.d_vocab_out + 6 * held)
+    at_once = max(pos, ROWS)
+    floats = pos * streams + (4 * pos + 4 * at_once) * model.spec.d_vocab_out + 6 * at_once * held
     return plan_runs(
         model,
         f"{n_orders} orders on {len(prompts):,} prompts of up to {pos:,} tokens",
@@ -128,11 +130,15 @@ def term_importance(
     within(_plan(model, prompts, max_order, heads), max_bytes, "a smaller max_order, shorter prompts")
     names = order_names(n_orders, top)
     sums = _Sums(names, model)
+    terms = None
     for prompt in Progress(prompts, desc="term importance", show=progress):
-        sums.add(_Terms(freeze(model, prompt), n_orders))
+        terms = _Terms(freeze(model, prompt), n_orders)
+        sums.add(terms)
     if chosen := _chosen(model, heads, sums, min(HEAD_ORDERS, top)):
         for prompt in Progress(prompts, desc="single heads", show=progress):
-            sums.add_heads(_Terms(freeze(model, prompt), n_orders), chosen)
+            if len(prompts) > 1 or terms is None:  # of many prompts, one at a time is held
+                terms = _Terms(freeze(model, prompt), n_orders)
+            sums.add_heads(terms, chosen)
     return sums.result(model)
 
 
@@ -177,11 +183,15 @@ class _Terms:
         pure = self.frozen.read_out(self._pure[order])
         return self.loss(self.upto(order - 1) + pure) - self.losses[order - 1]
 
-    def effects(self, order: int, term: Float[Tensor, "pos d_model"]) -> tuple[float, float]:
-        """``alone`` and ``given_others`` of some terms of an order."""
-        logits = self.frozen.read_out(term)
-        alone = self.loss(self.upto(order - 1) + logits) - self.losses[order - 1]
-        return alone, self.losses[order] - self.loss(self.upto(order) - logits)
+    def effects(self, order: int, terms: Float[Tensor, "n pos d_model"]) -> Float[Tensor, "n 2"]:
+        """``alone`` and ``given_others`` of each of some terms of an order."""
+        before, upto = self.upto(order - 1), self.upto(order)
+        found = []
+        for some in terms.split(max(1, ROWS // terms.shape[1])):  # the unembedding is read once for many
+            logits = self.frozen.read_out(some)
+            alone = self.frozen.loss(before + logits).double() - self.losses[order - 1]
+            found.append(torch.stack([alone, self.losses[order] - self.frozen.loss(upto - logits)], 1))
+        return torch.cat(found).cpu()
 
     def estimates(self, order: int) -> list[Float[Tensor, " head"]]:
         """First-order effect of the terms that end in each head, bank by bank, given all others."""
@@ -207,12 +217,17 @@ class _Terms:
         z = bank.read(before[order - 1] + before[order] if last else before[order - 1])
         return z + bank.z_bias if order == 1 else z
 
-    def head_effects(self, order: int, label: str) -> tuple[float, float]:
-        place = self.frozen.locate(label)
-        bank = self.frozen.bank_at(place)
-        before = next(before for _, own, before in self.read if own is bank)
-        term = self.frozen.write_at(place, self.held(bank, before, order)[:, place.head])
-        return self.effects(order, self.frozen.carry(term, place.depth, len(self.frozen.sublayers)))
+    def head_terms(self, order: int, labels: Sequence[str]) -> Float[Tensor, "n pos d_model"]:
+        """The terms of an order that end in each of some heads, at the end of the stream."""
+        frozen = self.frozen
+        found = []
+        for label in labels:
+            place = frozen.locate(label)
+            bank = frozen.bank_at(place)
+            before = next(before for _, own, before in self.read if own is bank)
+            term = frozen.write_at(place, self.held(bank, before, order)[:, place.head])
+            found.append(frozen.carry(term, place.depth, len(frozen.sublayers)))
+        return torch.stack(found)
 
 
 class _Sums:
@@ -234,8 +249,9 @@ class _Sums:
         self.tokens += terms.n
         for order, loss in enumerate(terms.losses):
             self.orders[order] += terms.n * _float64(loss, terms.attention_only(order))
-            for i, ends in enumerate(terms.ends if order else ()):
-                self.layers[order, i] += terms.n * _float64(*terms.effects(order, ends[order]))
+            if order:
+                ends = torch.stack([end[order] for end in terms.ends])
+                self.layers[order] += terms.n * terms.effects(order, ends)
         for order, banks in enumerate(self.estimates, start=1):
             for total, estimate in zip(banks, terms.estimates(order), strict=True):
                 total += terms.n * estimate.double().cpu()
@@ -243,10 +259,11 @@ class _Sums:
         if error / tolerance >= self.errors[0] / self.errors[1]:
             self.errors = (error, tolerance)
 
-    def add_heads(self, terms: _Terms, chosen: Sequence[tuple[int, str]]) -> None:
-        for order, label in chosen:
-            effects = _float64(*terms.head_effects(order, label))
-            self.exact[order, label] = self.exact.get((order, label), 0) + terms.n * effects
+    def add_heads(self, terms: _Terms, chosen: Mapping[int, Sequence[str]]) -> None:
+        for order, labels in chosen.items():
+            effects = terms.n * terms.effects(order, terms.head_terms(order, labels))
+            for label, own in zip(labels, effects, strict=True):
+                self.exact[order, label] = self.exact.get((order, label), 0) + own
 
     def result(self, model: AttentionOnlyModel) -> TermImportance:
         n = self.tokens
@@ -304,14 +321,15 @@ def _prompts(model: AttentionOnlyModel, tokens: str | Sequence[str | Tensor] | T
     return prompts
 
 
-def _chosen(model: AttentionOnlyModel, heads: int | Heads, sums: _Sums, top: int) -> list[tuple[int, str]]:
-    """(order, label) pairs to measure exactly."""
+def _chosen(model: AttentionOnlyModel, heads: int | Heads, sums: _Sums, top: int) -> dict[int, list[str]]:
+    """The heads to measure exactly, by order."""
     if not isinstance(heads, int):
-        return [(order, label) for order in range(1, top + 1) for label in model.heads.labels(heads)]
+        named = model.heads.labels(heads)
+        return dict.fromkeys(range(1, top + 1), named) if named else {}
     labels = list(model.heads)
-    chosen = []
+    chosen = {}
     for order in range(1, top + 1):
         estimate = torch.cat(sums.estimates[order - 1]).abs()
         best = estimate.topk(min(heads, len(labels))).indices.tolist()
-        chosen += [(order, labels[i]) for i in best if float(estimate[i]) > 0]
-    return chosen
+        chosen[order] = [labels[i] for i in best if float(estimate[i]) > 0]
+    return {order: found for order, found in chosen.items() if found}

@@ -11,7 +11,7 @@ import torch
 from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
-from mechinterp_attn.frozen.goals import Target, resolve_goal
+from mechinterp_attn.frozen.goals import Target, Token, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.model.cost import plan_runs
 
@@ -70,7 +70,7 @@ def logit_attribution(
     *,
     target: Target | None = None,
     position: int = -1,
-    against: Target | None = None,
+    against: Token | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> LogitAttribution:
     """Split one logit into what the embedding, every head and neuron, and the biases write to it.

@@ -22,6 +22,7 @@ from mechinterp_attn.core.plan import MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
+from mechinterp_attn.frozen.sublayer import ROWS
 from mechinterp_attn.model.cost import plan_runs
 
 Count = Literal["all", "attention", "mlp"]
@@ -52,7 +53,7 @@ def _plan(frozen: Frozen, max_order: int | None, count: Count) -> Plan:
     copies = n_orders * (1 if frozen.cap is None else 2) + 4
     held = max((bank.bank.n_heads * bank.bank.d_head for bank in frozen.banks), default=0)
     size, n = frozen.logits.element_size(), len(frozen.tokens)
-    floats = copies * frozen.logits.numel() + 5 * n_orders * frozen.end.numel() + 6 * held * n
+    floats = copies * frozen.logits.numel() + 5 * n_orders * frozen.end.numel() + 6 * held * max(n, ROWS)
     return plan_runs(
         frozen.model,
         f"{n_orders} orders x {tuple(frozen.logits.shape)} logits",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mechinterp_attn.frozen.prompt import Frozen
-from mechinterp_attn.paths.flow import Nodes, walk
+from mechinterp_attn.paths.flow import POOL, Nodes, walk
 from mechinterp_attn.paths.score import key_weights, pullback
 
 MIN_SHARE = 0.01  # edges below this share of a side's absolute sum are left out
@@ -30,7 +30,7 @@ def score_edges(
     for depth, earlier, outputs, _ in walk(frozen, kept):
         where = torch.cat([kept.position[earlier], torch.arange(pos, device=earlier.device)])
         names = [ids[i] for i in earlier.tolist()] + [f"token@{p}" for p in range(pos)]
-        for row in (kept.depth == depth).nonzero()[:, 0].tolist():
+        for row in ((kept.depth == depth) & (kept.head != POOL)).nonzero()[:, 0].tolist():
             bank = banks[int(kept.bank[row])][1]
             head, q = int(kept.head[row]), int(kept.position[row])
             x = frozen.sublayers[depth].stream
@@ -52,7 +52,7 @@ def score_edges(
             if sides.distance is not None:
                 value += float(sides.distance[q] @ contrast)
             layer = bank.bank.layer
-            nodes.append((node, label, "score", layer, head, q, tokens[q], value, None, 0.0))
+            nodes.append((node, label, "score", layer, head, None, q, tokens[q], value, None, 0.0))
             edges.append((node, ids[row], "pattern", float(moved[key])))
             for kind, field in (
                 ("query", pullback(sides.query, at[0], key_total, x)),

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plans, withi
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank
-from mechinterp_attn.frozen.goals import Goal, Target, resolve_goal
+from mechinterp_attn.frozen.goals import Goal, Target, Token, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, Place, sum_tolerance
 from mechinterp_attn.frozen.sublayer import Source
 from mechinterp_attn.model.cost import plan_runs
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
 Positions = Literal["source", "apart", "summed"]
 WIDTH = 1000  # partial paths that one expansion may add to the queue
 CHUNK = 4096  # complete paths evaluated at once
-ENTRY = 1024  # bytes of a partial path beside its field: Python's own objects
+ENTRY = 4096  # bytes of the partial paths behind one field, beside 40 for each: Python's own objects
 QUEUE = 100_000  # partial paths that wait to be opened
+AT_ONCE = 16  # partial paths opened together: the weights of every bank are read once for all of them
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -90,9 +92,10 @@ def _plan(frozen: Frozen, k: int, positions: Positions, max_expansions: int) -> 
     queue = min(added, 2 * QUEUE + WIDTH * len(places))
     fields = min(queue, max_expansions * len(places))  # those of one opened path share theirs
     held = size * 3 * sum(pos * bank.n_heads * bank.d_head for bank in model.banks)
-    most = max(places, default=0)
-    opened = size * (6 * pos * max((bank.n_heads for bank in model.banks), default=0))
-    opened += size * min(most, CHUNK) * (3 * pos + 2 * d_model)
+    most, at_once = max(places, default=0), 1 if positions == "apart" else AT_ONCE
+    widest = max((bank.n_heads * bank.d_head for bank in model.banks), default=0)
+    opened = size * at_once * (3 * widest + 8 * most + pos + d_model)
+    opened += size * min(at_once * most, CHUNK) * (3 * pos + 2 * d_model)
     result = CELL * TABLE * k
     return plan_runs(
         model,
@@ -100,7 +103,12 @@ def _plan(frozen: Frozen, k: int, positions: Positions, max_expansions: int) -> 
         runs=max_expansions / pos + k + 2,
         rows=1,
         positions=pos,
-        bytes=held + queue * ENTRY + fields * size * (pos + d_model) + opened + 3 * result + ENTRY * k,
+        bytes=held
+        + queue * 40
+        + fields * (ENTRY + size * (pos + d_model))
+        + opened
+        + 3 * result
+        + ENTRY * k,
         result=result,
         flops=2 * max_expansions * sum(places) * pos,
         chunks=max_expansions,
@@ -114,7 +122,7 @@ def top_paths(
     *,
     target: Target | None = None,
     position: int = -1,
-    against: Target | None = None,
+    against: Token | None = None,
     k: int = 20,
     positions: Positions = "source",
     max_expansions: int = 1000,
@@ -153,9 +161,8 @@ def top_paths(
     within(_plan(frozen, k, positions, max_expansions), max_bytes, "a smaller k or a shorter prompt")
     search = _Search(frozen, goal, k, positions)
     with Progress(total=max_expansions, desc="paths", show=progress, stops=True) as bar:
-        while search.queue and search.expansions < max_expansions and not bar.stopped:
-            search.step()
-            bar.update()
+        while search.unfinished and search.expansions < max_expansions and not bar.stopped:
+            bar.update(search.step(max_expansions - search.expansions))
     found = search.found()
     explained = sum(path.value for path in found)
     error = max((abs(replay(frozen, goal, path) - path.value) for path in found), default=0.0)
@@ -183,31 +190,57 @@ def top_paths(
     )
 
 
-class _Partial(NamedTuple):
-    """The end of a path: a head to enter, and the field behind it. ``step`` None is the target."""
+@dataclass
+class _Waiting:
+    """Heads of one bank in front of a partial path, those that carry most first: they wait to be opened.
+
+    Attributes:
+        w, v: the field behind the heads, weights over positions times one vector.
+        flat: the heads, or (position, head) pairs, as ``_Search`` numbers them.
+        size: what each carries, in absolute value;  bound: what no path through it exceeds.
+        most: the largest bound from each on.
+        steps: what the path consists of with a head in front, given its number.
+        next: the first one that still waits.
+    """
 
     w: Float[Tensor, " pos"]
     v: Float[Tensor, " d_model"]
-    step: Step | None
-    tail: tuple[Step, ...]
-    bound: float
+    flat: Int[Tensor, " n"]
+    size: Float[Tensor, " n"]
+    bound: Float[Tensor, " n"]
+    most: Float[Tensor, " n"]
+    steps: Callable[[int], tuple[Step, ...]]
+    next: int = 0
+
+    def left(self) -> int:
+        return len(self.flat) - self.next
+
+
+class _Partial(NamedTuple):
+    """The end of a path: its steps, the field in front of them, and the sublayer whose stream it reads."""
+
+    w: Float[Tensor, " pos"]
+    v: Float[Tensor, " d_model"]
+    steps: tuple[Step, ...]
+    depth: int
 
 
 class _Search:
-    """Best-first search over the ends of paths."""
+    """Best-first search over the ends of paths, a few opened at once."""
 
     def __init__(self, frozen: Frozen, goal: Goal, k: int, positions: Positions):
         self.frozen, self.k, self.mode = frozen, k, positions
         self.expansions = 0
+        self.queue: list[tuple[float, int, _Waiting]] = []
         self._best: list[tuple[float, int, Path]] = []  # a heap: the smallest of the k largest first
         self._count = itertools.count()
         self._dropped = 0.0
+        self._waiting = 0
         self._z_bias = [[bank.z_bias for bank in sublayer.banks] for sublayer in frozen.sublayers]
         self._reach = _reaches(frozen, summed=positions != "apart")
         at = frozen.end.new_zeros(len(frozen.tokens))
         at[goal.position] = 1
-        root = _Partial(at, goal.direction, None, (), float("inf"))
-        self.queue: list[tuple[float, int, _Partial]] = [(-float("inf"), next(self._count), root)]
+        self._root: _Partial | None = _Partial(at, goal.direction, (), len(frozen.sublayers))
         if goal.offset:
             self._add(goal.offset, None, None, ())
 
@@ -216,119 +249,187 @@ class _Search:
         """What a path must exceed to be listed."""
         return self._best[0][0] if len(self._best) == self.k else 0.0
 
+    @property
+    def unfinished(self) -> bool:
+        return self._root is not None or bool(self.queue)
+
     def found(self) -> list[Path]:
         return [path for _, _, path in sorted(self._best, key=lambda entry: (-entry[0], entry[1]))]
 
     def left_out(self) -> float:
         """No path that was not looked at is larger than this."""
-        return max([self._dropped, *(partial.bound for _, _, partial in self.queue)])
+        if self._root is not None:
+            return float("inf")
+        return max([self._dropped, *(float(group.most[group.next]) for _, _, group in self.queue)])
 
-    def step(self) -> None:
-        """Open the partial path that carries the most."""
-        partial = heapq.heappop(self.queue)[2]
-        if partial.bound <= self.threshold:  # nothing in it can be listed any more
-            self._dropped = max(self._dropped, partial.bound)
+    def step(self, most: int) -> int:
+        """Open the partial paths that carry the most, at ``most`` so many; how many they were."""
+        # Where positions are apart, each partial path has its own, and many heads at each.
+        chosen = list(
+            itertools.islice(self._strongest(), min(most, 1 if self.mode == "apart" else AT_ONCE))
+        )
+        self.expansions += len(chosen)
+        if chosen:
+            self._open(chosen)
+            self._shorten()
+        return len(chosen)
+
+    def _strongest(self) -> Iterator[_Partial]:
+        """Partial paths as they are taken from the queue."""
+        if self._root is not None:
+            root, self._root = self._root, None
+            yield root
             return
-        self.expansions += 1
-        frozen, tail = self.frozen, partial.tail
-        w, v = partial.w, partial.v
-        depth = len(frozen.sublayers)
-        if partial.step is not None:
-            place, position = partial.step
-            head = torch.tensor([place.head], device=w.device)
-            at = None if position is None else torch.tensor([position], device=w.device)
-            w, v = (t[0] for t in _in_front(frozen.bank_at(place), head, at, w[None], v[None]))
-            depth, tail = place.depth, (partial.step, *tail)
-        for j in range(depth - 1, -1, -1):
-            self._add_sources(j + 1, j + 1, w, v, tail)
-            w, v = frozen.sublayers[j].carry_rank_one(w, v)
-            self._add_sources(j, j + 1, w, v, tail)
-            for i in range(len(frozen.sublayers[j].banks)):
-                self._extend(j, i, w, v, tail)
-        self._add_sources(0, 0, w, v, tail)
-        self._shorten()
+        while self.queue:
+            group = heapq.heappop(self.queue)[2]
+            i, group.next = group.next, group.next + 1
+            self._waiting -= 1
+            if group.left():
+                heapq.heappush(self.queue, (-float(group.size[group.next]), next(self._count), group))
+            if float(group.bound[i]) <= self.threshold:  # nothing in it can be listed any more
+                self._dropped = max(self._dropped, float(group.bound[i]))
+                continue
+            steps = group.steps(int(group.flat[i]))
+            place, position = steps[0]
+            head = torch.tensor([place.head], device=group.w.device)
+            at = None if position is None else torch.tensor([position], device=group.w.device)
+            bank = self.frozen.bank_at(place)
+            w, v = (t[0] for t in _in_front(bank, head, at, group.w[None], group.v[None]))
+            yield _Partial(w, v, steps, place.depth)
+
+    def _open(self, partials: list[_Partial]) -> None:
+        """Walk back from the ends of paths through all earlier sublayers, those that end late first."""
+        partials = sorted(partials, key=lambda one: -one.depth)
+        rows: list[_Partial] = []
+        w, v = (
+            partials[0].w.new_zeros(0, len(partials[0].w)),
+            partials[0].v.new_zeros(0, len(partials[0].v)),
+        )
+        for j in range(partials[0].depth, -1, -1):
+            joining = [one for one in partials if one.depth == j]
+            if joining:
+                rows += joining
+                w = torch.cat([w, torch.stack([one.w for one in joining])])
+                v = torch.cat([v, torch.stack([one.v for one in joining])])
+            self._add_sources(j, j, w, v, rows)
+            if j == 0:
+                return
+            w, v = self.frozen.sublayers[j - 1].carry_rank_one(w, v)
+            self._add_sources(j - 1, j, w, v, rows)
+            for i in range(len(self.frozen.sublayers[j - 1].banks)):
+                self._extend(j - 1, i, w, v, rows)
 
     def _shorten(self) -> None:
         """Keep the queue bounded: the weakest partial paths are left out, and counted as such."""
-        if len(self.queue) <= 2 * QUEUE:
+        if self._waiting <= 2 * QUEUE:
             return
-        self.queue.sort()  # a sorted list is a heap
-        weakest = max(partial.bound for _, _, partial in self.queue[QUEUE:])
-        self._dropped = max(self._dropped, weakest)
-        del self.queue[QUEUE:]
+        sizes = torch.cat([group.size[group.next :] for _, _, group in self.queue])
+        least = float(sizes.topk(QUEUE).values[-1])
+        kept = []
+        for _, number, group in self.queue:
+            end = max(group.next, int((group.size >= least).sum()))
+            if end < len(group.flat):
+                self._dropped = max(self._dropped, float(group.most[end]))
+            if end > group.next:
+                group.most = group.bound[:end].flip(0).cummax(0).values.flip(0)
+                group.flat, group.size, group.bound = group.flat[:end], group.size[:end], group.bound[:end]
+                kept.append((-float(group.size[group.next]), number, group))
+        self.queue = kept
+        heapq.heapify(self.queue)
+        self._waiting = sum(group.left() for _, _, group in self.queue)
 
-    def _extend(self, j: int, i: int, w: Tensor, v: Tensor, tail: tuple[Step, ...]) -> None:
-        """All heads of a bank in front of a partial path."""
+    def _extend(self, j: int, i: int, w: Tensor, v: Tensor, rows: list[_Partial]) -> None:
+        """All heads of a bank in front of some partial paths."""
         bank = self.frozen.sublayers[j].banks[i]
-        held = bank.hold(v[None])
-        at = w.nonzero()[:, 0]  # behind a neuron one position only
-        weights = bank.weigh_out(w)[at, None]  # [at, 1]
-        carried = weights * (self.frozen.sublayers[j].held[i][at] * held).sum(-1)  # [at, head]
-        own = weights * (self._z_bias[j][i][at] * held).sum(-1)
-        bound = w[at].abs()[:, None] * self._reach[j][i][at] * bank.pull_norms(held)
-        if self.mode != "apart":
-            carried, own, bound = carried.sum(0, True), own.sum(0, True), bound.sum(0, True)
-        n_heads = carried.shape[1]
+        n_heads = bank.bank.n_heads
+        hold = bank.hold(v)  # [row, head, d_head]
+        weights = bank.weigh_out(w)
+        held, z_bias, reach = self.frozen.sublayers[j].held[i], self._z_bias[j][i], self._reach[j][i]
+        if self.mode == "apart":  # one row
+            at = w[0].nonzero()[:, 0]  # behind a neuron one position only
+            carried, own = (weights[0, at, None] * (z[at] * hold).sum(-1) for z in (held, z_bias))
+            bound = w[0, at].abs()[:, None] * reach[at] * bank.pull_norms(hold)
+            carried, own, bound = carried.flatten()[None], own.flatten()[None], bound.flatten()[None]
+        else:
+            carried, own = (
+                ((weights @ z.flatten(1)).unflatten(-1, (n_heads, -1)) * hold).sum(-1)
+                for z in (held, z_bias)
+            )
+            bound = (w.abs() @ reach) * bank.pull_norms(hold)
+        positions = at.tolist() if self.mode == "apart" else [None]
 
-        def step(flat: int) -> Step:
-            position = int(at[flat // n_heads]) if self.mode == "apart" else None
-            return Step(Place(j, i, flat % n_heads), position)
+        def steps(row: int, flat: int) -> tuple[Step, ...]:
+            position, head = divmod(flat, n_heads)
+            return (Step(Place(j, i, head), positions[position]), *rows[row].steps)
 
-        largest = own.abs().flatten().topk(min(self.k, own.numel()))
-        for size, flat in zip(*(t.tolist() for t in largest), strict=True):
-            if size > self.threshold:
-                self._add(float(own.flatten()[flat]), None, None, (step(flat), *tail))
+        for row, flat, value in self._largest(own):
+            self._add(value, None, None, steps(row, flat))
         # A bound is a product of rounded norms: rounding must not cut what equals the threshold.
-        bound, carried = bound.flatten() * (1 + 1e-4), carried.flatten()
-        live = (bound > self.threshold).nonzero()[:, 0]
+        bound = bound * (1 + 1e-4)
+        live = bound > self.threshold
         if j == 0:
-            for chunk in live.split(CHUNK):
-                self._finish(bank, chunk, n_heads, at, w, v, lambda flat: (step(flat), *tail))
+            for chunk in live.nonzero().split(CHUNK):
+                self._finish(bank, chunk, positions, w, v, steps)
             return
-        if len(live) > WIDTH:
-            order = carried[live].abs().argsort(descending=True)
-            self._dropped = max(self._dropped, float(bound[live[order[WIDTH:]]].max()))
-            live = live[order[:WIDTH]]
-        sizes, bounds = carried[live].abs().tolist(), bound[live].tolist()
-        for flat, size, limit in zip(live.tolist(), sizes, bounds, strict=True):
-            partial = _Partial(w, v, step(flat), tail, limit)
-            heapq.heappush(self.queue, (-size, next(self._count), partial))
+        best = torch.where(live, carried.abs(), -1.0).topk(min(WIDTH, carried.shape[1]), dim=1)
+        bounds = bound.gather(1, best.indices)
+        for row, n in enumerate(live.sum(1).tolist()):
+            if n > WIDTH:
+                beyond = torch.where(live[row], bound[row], 0.0).index_fill(0, best.indices[row], 0.0)
+                self._dropped = max(self._dropped, float(beyond.max()))
+                n = WIDTH
+            if not n:
+                continue
+            own_bounds = bounds[row, :n].clone()  # no view that keeps the other rows
+            group = _Waiting(
+                w[row],
+                v[row],
+                best.indices[row, :n].clone(),
+                best.values[row, :n].clone(),
+                own_bounds,
+                own_bounds.flip(0).cummax(0).values.flip(0),
+                partial(steps, row),
+            )
+            self._waiting += n
+            heapq.heappush(self.queue, (-float(group.size[0]), next(self._count), group))
+
+    def _largest(self, values: Float[Tensor, "row n"]) -> list[tuple[int, int, float]]:
+        """The entries that may be listed: row, column and value."""
+        flat = values.flatten()
+        largest = flat.abs().topk(min(self.k, len(flat))).indices
+        found = zip(largest.tolist(), flat[largest].tolist(), strict=True)
+        return [(*divmod(i, values.shape[1]), value) for i, value in found if abs(value) > self.threshold]
 
     def _finish(
         self,
         bank: FrozenBank,
-        chosen: Int[Tensor, " n"],
-        n_heads: int,
-        at: Int[Tensor, " positions"],
+        chosen: Int[Tensor, "n 2"],
+        positions: list[int | None],
         w: Tensor,
         v: Tensor,
-        steps: Callable[[int], tuple[Step, ...]],
+        steps: Callable[[int, int], tuple[Step, ...]],
     ) -> None:
         """Heads that read the start of the stream: their paths are complete, many at once."""
-        n = len(chosen)
-        position = at[chosen // n_heads] if self.mode == "apart" else None
-        ws, vs = _in_front(bank, chosen % n_heads, position, w.expand(n, -1), v.expand(n, -1))
+        row, flat = chosen[:, 0], chosen[:, 1]
+        n_heads = bank.bank.n_heads
+        at = None
+        if self.mode == "apart":
+            at = torch.tensor(positions, device=flat.device)[flat // n_heads]
+        ws, vs = _in_front(bank, flat % n_heads, at, w[row], v[row])
         for origin in self.frozen.sources_at(0, 0):
             values = ws * (vs @ origin.values.T)  # [n, pos]
             values = values.sum(-1, keepdim=True) if self.mode == "summed" else values
-            flat = values.flatten()
-            largest = flat.abs().topk(min(self.k, len(flat))).indices
-            for index, value in zip(largest.tolist(), flat[largest].tolist(), strict=True):
-                if abs(value) <= self.threshold:
-                    break
-                row, source = divmod(index, values.shape[1])
+            for i, source, value in self._largest(values):
                 start = None if self.mode == "summed" else source
-                self._add(value, origin, start, steps(int(chosen[row])))
+                self._add(value, origin, start, steps(int(row[i]), int(flat[i])))
 
-    def _add_sources(self, depth: int, reader: int, w: Tensor, v: Tensor, tail: tuple[Step, ...]) -> None:
-        """Complete a path with the sources that join the stream here, at every position or over all."""
+    def _add_sources(self, depth: int, reader: int, w: Tensor, v: Tensor, rows: list[_Partial]) -> None:
+        """Complete paths with the sources that join the stream here, at every position or over all."""
         for source in self.frozen.sources_at(depth, reader):
-            values = w * (source.values @ v)
-            if self.mode == "summed":
-                self._add(float(values.sum()), source, None, tail)
-                continue
-            for position in values.abs().topk(min(self.k, len(values))).indices.tolist():
-                self._add(float(values[position]), source, position, tail)
+            values = w * (v @ source.values.T)
+            values = values.sum(-1, keepdim=True) if self.mode == "summed" else values
+            for row, position, value in self._largest(values):
+                self._add(value, source, None if self.mode == "summed" else position, rows[row].steps)
 
     def _add(
         self, value: float, source: Source | None, position: int | None, steps: tuple[Step, ...]

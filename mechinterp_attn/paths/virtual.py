@@ -19,7 +19,7 @@ from torch import Tensor
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import CELL, MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
-from mechinterp_attn.frozen.goals import Target, resolve_goal
+from mechinterp_attn.frozen.goals import Target, Token, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.model.cost import plan_runs
 from mechinterp_attn.model.index import One
@@ -74,7 +74,7 @@ def virtual_head(
     *heads: One,
     target: Target | None = None,
     position: int = -1,
-    against: Target | None = None,
+    against: Token | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> VirtualTerm:
     """The term of the path expansion that goes from the embeddings through these very heads.
