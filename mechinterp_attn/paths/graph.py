@@ -51,12 +51,8 @@ class AttributionGraph(Result):
     """Where a logit comes from: a graph of tokens, heads and neurons at positions.
 
     Attributes:
-        inside: the share of the target that runs along paths inside the graph's nodes, biases included,
-            in the frozen pass: every other head or neuron writes nothing. 1 where nothing is lost.
-        faithfulness: the same asked of the running model, whose patterns are free to change: with
-            everything outside the graph patched, how much of the way is left from the model with
-            every head and neuron patched (0) to the whole model (1). NaN if it was not asked for.
-        runs: the target in these three runs, and what was patched in; None if it was not asked for.
+        runs: the target in the three runs behind ``faithfulness``, and what was patched in; None if it was
+            not asked for.
         nodes: one row per node, earliest first: ``node`` (its id, such as ``L0H3@5``), ``label``,
             ``kind`` ("token", "attention", "mlp", "bias", "score", "logit"), ``layer, index``,
             ``members`` (1; of a pool, such as ``L0N*@5``, how many heads or neurons are in it),
@@ -107,10 +103,17 @@ class AttributionGraph(Result):
 
     @property
     def inside(self) -> float:
+        """The share of the target that runs along paths inside the graph's nodes, biases included, in the
+        frozen pass: every other head or neuron writes nothing. 1 where nothing is lost.
+        """
         return self.kept / self.total if self.total else float("nan")
 
     @property
     def faithfulness(self) -> float:
+        """The same asked of the running model, whose patterns are free to change: with everything outside
+        the graph patched, how much is left of the way from the model with every head and neuron patched
+        (0) to the whole model (1). NaN if it was not asked for.
+        """
         return float("nan") if self.runs is None else self.runs.share
 
     def members(self, node: str) -> list[str]:
