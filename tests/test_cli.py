@@ -101,9 +101,18 @@ def test_an_option_is_the_same_everywhere():
         assert {"--quiet", "-q"} <= options, name
         if name not in ("convert", "report"):
             assert {"--json", "--csv"} <= options, name
-        if name in ("detect", "paths", "circuits"):
+        if name in ("detect", "paths", "circuits", "causal"):
             assert {"--figure", "--top", "-k"} <= options, name
-    assert set(COMMANDS) == {"models", "convert", "verify", "report", "detect", "paths", "circuits"}
+    assert set(COMMANDS) == {
+        "models",
+        "convert",
+        "verify",
+        "report",
+        "detect",
+        "paths",
+        "circuits",
+        "causal",
+    }
 
 
 @pytest.mark.parametrize(
@@ -118,6 +127,10 @@ def test_an_option_is_the_same_everywhere():
         (["paths", "attn-1l", "orders"], "--prompt"),
         (["models", "--csv", "no/such/folder/x.csv"], "no/such/folder"),
         (["verify", "attn-1l", "--text", "missing.txt"], "missing.txt"),
+        (["causal", "attn-1l", "effects", "flying"], "no behaviour by name"),
+        (["causal", "attn-1l", "guess", "induction"], "no analysis 'guess'"),
+        (["causal", "attn-2l", "path", "induction"], "path takes paths"),
+        (["causal", "attn-1l", "discover", "induction", "L0H1"], "leave out L0H1"),
         (["fly"], "fly"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -10,7 +10,7 @@ import traceback
 
 import typer
 
-from mechinterp_attn.cli import circuits, detect, models, paths, report
+from mechinterp_attn.cli import causal, circuits, detect, models, paths, report
 from mechinterp_attn.cli.common import BUG, INTERRUPTED, WRONG_INPUT, any_console, fail, remark
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.interrupt import gentle_interrupt
@@ -21,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for group in (models, report, detect, paths, circuits):
+for group in (models, report, detect, paths, circuits, causal):
     group.register(app)
 
 
