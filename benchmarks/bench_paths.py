@@ -121,7 +121,7 @@ def long_prompt(small: bool, only: list[str]) -> None:
         "score of a head": lambda: paths.expand_score(
             frozen, f"L{last}H0", -1, 5, against="others", keep=8
         ),
-        "20 partial paths": lambda: paths.top_paths(frozen, k=10, max_expansions=20, progress=False),
+        "20 partial paths": lambda: paths.top_paths(frozen, top_k=10, max_expansions=20, progress=False),
         "orders 0..4": lambda: paths.orders(frozen, max_order=4),
         "term importance, 4 heads": lambda: paths.term_importance(net, tokens, heads=4),
     }
@@ -185,10 +185,10 @@ def main() -> None:
         f"(goal: {args.max_order + 2})"
     )
     start = time.process_time()
-    few = mia.paths.top_paths(frozen, k=10, max_expansions=1, progress=False)
+    few = mia.paths.top_paths(frozen, top_k=10, max_expansions=1, progress=False)
     first = time.process_time() - start
     start = time.process_time()
-    paths = mia.paths.top_paths(frozen, k=10, max_expansions=30, progress=False)
+    paths = mia.paths.top_paths(frozen, top_k=10, max_expansions=30, progress=False)
     more = time.process_time() - start
     rate = (paths.expansions - few.expansions) / (more - first)
     print(f"top paths: {first:.2f} s to begin, then {rate:.1f} partial paths opened per second")

@@ -102,7 +102,7 @@ def paths(
             result = mia.paths.logit_attribution(frozen, **goal)
             rows = result.top(k)
         case Analysis.top:
-            result = mia.paths.top_paths(frozen, **goal, k=k)
+            result = mia.paths.top_paths(frozen, **goal, top_k=k)
             rows = result.frame
         case Analysis.score:
             head = one_head(heads, "paths ... score")

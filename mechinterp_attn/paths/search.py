@@ -24,6 +24,7 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plans, within
 from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.core.renamed import renamed_arguments
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank
 from mechinterp_attn.frozen.goals import Goal, Target, Token, resolve_goal
@@ -82,7 +83,7 @@ class TopPaths(Result):
         return draw(self, k)
 
 
-def _plan(frozen: Frozen, k: int, positions: Positions, max_expansions: int) -> Plan:
+def _plan(frozen: Frozen, top_k: int, positions: Positions, max_expansions: int) -> Plan:
     """What every head holds and can reach; the queue, whose partial paths have a field each; and one
     bank's heads at every position while a partial path is opened.
     """
@@ -96,11 +97,11 @@ def _plan(frozen: Frozen, k: int, positions: Positions, max_expansions: int) -> 
     widest = max((bank.n_heads * bank.d_head for bank in model.banks), default=0)
     opened = size * at_once * (3 * widest + 8 * most + pos + d_model)
     opened += size * min(at_once * most, CHUNK) * (3 * pos + 2 * d_model)
-    result = CELL * TABLE * k
+    result = CELL * TABLE * top_k
     return plan_runs(
         model,
-        f"the {k:,} strongest paths, at most {max_expansions:,} opened",
-        runs=max_expansions / pos + k + 2,
+        f"the {top_k:,} strongest paths, at most {max_expansions:,} opened",
+        runs=max_expansions / pos + top_k + 2,
         rows=1,
         positions=pos,
         bytes=held
@@ -108,13 +109,14 @@ def _plan(frozen: Frozen, k: int, positions: Positions, max_expansions: int) -> 
         + fields * (ENTRY + size * (pos + d_model))
         + opened
         + 3 * result
-        + ENTRY * k,
+        + ENTRY * top_k,
         result=result,
         flops=2 * max_expansions * sum(places) * pos,
         chunks=max_expansions,
     )
 
 
+@renamed_arguments(k="top_k")
 @plans(_plan)
 @torch.no_grad()
 def top_paths(
@@ -123,20 +125,20 @@ def top_paths(
     target: Target | None = None,
     position: int = -1,
     against: Token | None = None,
-    k: int = 20,
+    top_k: int = 20,
     positions: Positions = "source",
     max_expansions: int = 1000,
     max_bytes: int = MAX_BYTES,
     progress: bool = True,
 ) -> TopPaths:
-    """Find the ``k`` strongest paths from tokens (and biases) to a logit.
+    """Find the ``top_k`` strongest paths from tokens (and biases) to a logit.
 
     Args:
         frozen: the frozen prompt, from ``paths.freeze``.
         target: the next token (text of one token, or its id); by default the model's own top one.
         position: where the prediction is made; negative counts from the end.
         against: a second token: explain ``logit(target) - logit(against)``.
-        k: how many paths.
+        top_k: how many paths.
         positions: "source" tells paths apart by their heads and the position they start at,
             "apart" also by the position of every head on the way, "summed" by their heads only.
         max_expansions: how many partial paths to open. If the search ends before, the list is proven;
@@ -151,15 +153,17 @@ def top_paths(
     goal = resolve_goal(frozen, target=target, against=against, position=position)
     wrong = [
         f"{name}={value}; expected 1 or more"
-        for name, value in (("k", k), ("max_expansions", max_expansions))
+        for name, value in (("top_k", top_k), ("max_expansions", max_expansions))
         if value < 1
     ]
     if positions not in ("source", "apart", "summed"):
         wrong.append(f"positions={positions!r}; expected 'source', 'apart' or 'summed'")
     if wrong:
         raise MechInterpError("; ".join(wrong))
-    within(_plan(frozen, k, positions, max_expansions), max_bytes, "a smaller k or a shorter prompt")
-    search = _Search(frozen, goal, k, positions)
+    within(
+        _plan(frozen, top_k, positions, max_expansions), max_bytes, "a smaller top_k or a shorter prompt"
+    )
+    search = _Search(frozen, goal, top_k, positions)
     with Progress(total=max_expansions, desc="paths", show=progress, stops=True) as bar:
         while search.unfinished and search.expansions < max_expansions and not bar.stopped:
             bar.update(search.step(max_expansions - search.expansions))

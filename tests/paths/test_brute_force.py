@@ -74,7 +74,9 @@ def test_all_paths_one_by_one(frozen, brute, positions):
     target = int(frozen.logits[-1].argmax())
     expected = brute.values(target, len(TOKENS) - 1, summed=positions == "summed")
     expected = pd.Series({name: value for name, value in expected.items() if abs(value) > 1e-12})
-    found = mia.paths.top_paths(frozen, k=10**5, positions=positions, max_expansions=10**6, progress=False)
+    found = mia.paths.top_paths(
+        frozen, top_k=10**5, positions=positions, max_expansions=10**6, progress=False
+    )
     assert found.proven
     assert found.receipt.ok
     own = found.frame.set_index("path")["contribution"]
@@ -89,7 +91,7 @@ def test_all_paths_one_by_one(frozen, brute, positions):
 def test_a_search_that_ends_is_proven_and_right(frozen, brute, k):
     target = int(frozen.logits[1].argmin())
     found = mia.paths.top_paths(
-        frozen, target=target, position=1, k=k, max_expansions=10**6, progress=False
+        frozen, target=target, position=1, top_k=k, max_expansions=10**6, progress=False
     )
     best = sorted(brute.values(target, 1).values(), key=abs, reverse=True)[:k]
     assert found.proven
@@ -98,7 +100,7 @@ def test_a_search_that_ends_is_proven_and_right(frozen, brute, k):
 
 
 def test_a_search_cut_short_says_what_it_may_have_missed(frozen, brute):
-    found = mia.paths.top_paths(frozen, k=5, max_expansions=2, progress=False)
+    found = mia.paths.top_paths(frozen, top_k=5, max_expansions=2, progress=False)
     values = brute.values(found.target, found.position)
     missed = {name for name in values if name not in set(found.frame["path"])}
     best_missed = max(abs(values[name]) for name in missed)
@@ -117,7 +119,9 @@ def test_paths_apart_and_graph_edges_by_brute_force(case):
     brute = Brute(model, tokens, apart=True)
     target = int(frozen.logits[-1].argmax())
     expected = brute.values(target, 1)
-    found = mia.paths.top_paths(frozen, k=10**5, positions="apart", max_expansions=10**6, progress=False)
+    found = mia.paths.top_paths(
+        frozen, top_k=10**5, positions="apart", max_expansions=10**6, progress=False
+    )
     own = dict(zip(found.frame["path"], found.frame["contribution"], strict=True))
     for name, value in expected.items():
         assert own.get(name, 0.0) == pytest.approx(value, abs=1e-10), name

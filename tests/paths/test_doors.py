@@ -20,7 +20,7 @@ def frozen():
 
 def test_the_bars_of_a_logit_add_up_to_it(frozen):
     attribution = mia.paths.logit_attribution(frozen)
-    paths = mia.paths.top_paths(frozen, k=5, max_expansions=20, progress=False)
+    paths = mia.paths.top_paths(frozen, top_k=5, max_expansions=20, progress=False)
     for figure, total in ((attribution.plot(6), attribution.total), (paths.plot(), paths.total)):
         shown = [x for trace in figure.data for x in trace.x]
         assert sum(shown) == pytest.approx(total)

@@ -136,7 +136,7 @@ def test_every_family_freezes_and_sums(family):
     assert mia.paths.logit_attribution(frozen, position=4).receipt.ok
     graph = mia.paths.attribution_graph(frozen, scores=True, max_nodes=150)
     assert graph.receipt.ok
-    assert mia.paths.top_paths(frozen, k=5, max_expansions=20, progress=False).receipt.ok
+    assert mia.paths.top_paths(frozen, top_k=5, max_expansions=20, progress=False).receipt.ok
     last = model.sublayers()[-1].banks[0].layer
     score = mia.paths.expand_score(frozen, f"L{last}H1", 6, 5, against="others", by_source=True, keep=3)
     assert score.receipt.ok
@@ -272,7 +272,7 @@ def test_nothing_of_the_callers_is_changed(model):
     frozen = mia.paths.freeze(model, tokens)
     mia.paths.term_importance(model, tokens, heads=2)
     mia.paths.attribution_graph(frozen, scores=True)
-    mia.paths.top_paths(frozen, k=3, max_expansions=5, progress=False)
+    mia.paths.top_paths(frozen, top_k=3, max_expansions=5, progress=False)
     mia.paths.expand_score(frozen, "L1H0", 3, 2)
     mia.paths.orders(frozen)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -372,6 +372,6 @@ class TestErrors:
         with pytest.raises(MechInterpError, match=r"node_threshold=2.*max_nodes=0"):
             mia.paths.attribution_graph(frozen, node_threshold=2, max_nodes=0)
         with pytest.raises(MechInterpError, match=r"k=0; expected 1 or more.*positions='x'"):
-            mia.paths.top_paths(frozen, k=0, positions="x")
+            mia.paths.top_paths(frozen, top_k=0, positions="x")
         with pytest.raises(MechInterpError, match="count='neurons'"):
             mia.paths.orders(frozen, count="neurons")

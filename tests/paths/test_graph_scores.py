@@ -138,7 +138,9 @@ def test_a_target_is_any_direction_of_logits(frozen):
     weights = {3: 2.0, 5: -0.5, 7: -0.5}
     expected = float(sum(weight * frozen.logits[4, token] for token, weight in weights.items()))
     graph = mia.paths.attribution_graph(frozen, target=weights, position=4, max_nodes=30)
-    paths = mia.paths.top_paths(frozen, target=weights, position=4, k=3, max_expansions=5, progress=False)
+    paths = mia.paths.top_paths(
+        frozen, target=weights, position=4, top_k=3, max_expansions=5, progress=False
+    )
     direct = mia.paths.logit_attribution(frozen, target=weights, position=4)
     for result in (graph, paths, direct):
         assert result.total == pytest.approx(expected, **CLOSE)

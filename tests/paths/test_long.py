@@ -88,7 +88,7 @@ def test_the_counter_counts():
         lambda model, frozen, **m: mia.paths.freeze(model, frozen.tokens, **m),
         lambda model, frozen, **m: mia.paths.orders(frozen, **m),
         lambda model, frozen, **m: mia.paths.logit_attribution(frozen, **m),
-        lambda model, frozen, **m: mia.paths.top_paths(frozen, k=5, max_expansions=20, **m),
+        lambda model, frozen, **m: mia.paths.top_paths(frozen, top_k=5, max_expansions=20, **m),
         lambda model, frozen, **m: mia.paths.expand_score(frozen, "L1H0", 300, 200, **m),
         lambda model, frozen, **m: mia.paths.virtual_head(frozen, "L0H0", "L1H1", **m),
         lambda model, frozen, **m: mia.paths.attribution_graph(frozen, **m),
@@ -126,15 +126,15 @@ def test_searches_and_scores_hold_no_more_than_the_frozen_prompt(model, frozen):
     works = [
         lambda: mia.paths.logit_attribution(frozen),
         lambda: mia.paths.expand_score(frozen, "L1H1", -1, 5, against="others", by_source=True),
-        lambda: mia.paths.top_paths(frozen, k=5, max_expansions=10, progress=False),
-        lambda: mia.paths.top_paths(frozen, k=5, max_expansions=10, progress=False, positions="summed"),
+        lambda: mia.paths.top_paths(frozen, top_k=5, max_expansions=10, progress=False),
+        lambda: mia.paths.top_paths(frozen, top_k=5, max_expansions=10, progress=False, positions="summed"),
     ]
     for work in works:
         result, most = peak(work)
         assert result.receipt.ok
         assert most < 2 * prompt
     apart, most = peak(
-        lambda: mia.paths.top_paths(frozen, k=5, max_expansions=10, progress=False, positions="apart")
+        lambda: mia.paths.top_paths(frozen, top_k=5, max_expansions=10, progress=False, positions="apart")
     )
     assert apart.receipt.ok
     rows = 4096 * N * size  # complete paths are evaluated so many at once, a few vectors each
@@ -142,9 +142,9 @@ def test_searches_and_scores_hold_no_more_than_the_frozen_prompt(model, frozen):
 
 
 def test_a_short_queue_says_what_it_left_out(model, frozen, monkeypatch):
-    whole = mia.paths.top_paths(frozen, k=5, max_expansions=30, progress=False)
+    whole = mia.paths.top_paths(frozen, top_k=5, max_expansions=30, progress=False)
     monkeypatch.setattr("mechinterp_attn.paths.search.QUEUE", 30)
-    short = mia.paths.top_paths(frozen, k=5, max_expansions=30, progress=False)
+    short = mia.paths.top_paths(frozen, top_k=5, max_expansions=30, progress=False)
     assert list(short.frame["path"]) == list(whole.frame["path"])  # the strongest were opened all the same
     assert short.bound == pytest.approx(whole.bound)
     assert not short.proven

@@ -50,7 +50,7 @@ CIRCUITS = {
 PATHS = {
     "orders": mia.paths.orders,
     "logit_attribution": lambda f: mia.paths.logit_attribution(f, target=3),
-    "top_paths": lambda f: mia.paths.top_paths(f, target=3, k=12, max_expansions=40),
+    "top_paths": lambda f: mia.paths.top_paths(f, target=3, top_k=12, max_expansions=40),
     "expand_score": lambda f: mia.paths.expand_score(f, "L1H2", 6, 3, against="others"),
     "expand_score of a neuron": lambda f: mia.paths.expand_score(f, f.model.banks[3].label(5), 6),
     "attribution_graph": lambda f: mia.paths.attribution_graph(f, target=3, against=1, scores=True),

@@ -297,7 +297,7 @@ def test_other_files_are_no_reports(tmp_path, text, message):
 
 def test_paths_and_graph_are_those_of_the_analyses(report, model):
     frozen = mia.paths.freeze(model, PROMPT)
-    exact = mia.paths.top_paths(frozen, k=30, max_expansions=200, progress=False).frame
+    exact = mia.paths.top_paths(frozen, top_k=30, max_expansions=200, progress=False).frame
     table = as_frame(blocks(report, "table")["top-paths"])
     np.testing.assert_allclose(table["contribution"], exact["contribution"], rtol=1e-5)
     nodes = as_frame(blocks(report, "table")["graph-nodes"])

@@ -87,7 +87,7 @@ class Study:
             self.frozen,
             target=self.target,
             position=self.position,
-            k=30,
+            top_k=30,
             max_expansions=SEARCH,
             progress=False,
         )
