@@ -202,7 +202,8 @@ def run_cuts(
 def next_token(
     logits: Float[Tensor, "batch pos d_vocab"], batch: Batch
 ) -> tuple[Float[Tensor, "batch pos_minus_1"], Float[Tensor, "batch pos_minus_1"]]:
-    """Loss (nats) and logit of every next token; zero on padding.
+    """Loss (nats) of every next token and its logit against the average logit, of which softmax sees
+    nothing; zero on padding. In ``loss_dtype``.
 
     Raises:
         MechInterpError: fewer than two tokens, or outputs that are no next tokens.
@@ -214,10 +215,15 @@ def next_token(
             f"this model gives {logits.shape[-1]} logits for {int(batch.tokens.max()) + 1} or more "
             "tokens: its outputs are not next tokens, and have no next-token loss"
         )
-    logits = logits[:, :-1]
+    logits = logits[:, :-1].to(loss_dtype(logits.dtype))
     logit = logits.gather(-1, batch.tokens[:, 1:, None])[..., 0]
-    loss = logits.logsumexp(-1) - logit
+    loss, logit = logits.logsumexp(-1) - logit, logit - logits.mean(-1)
     return loss * batch.predicts, logit * batch.predicts
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which losses of a model of some dtype are taken and kept: its own, float32 for narrower ones."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def saved_patterns(model: AttentionOnlyModel, batch: Batch) -> dict[str, Tensor]:

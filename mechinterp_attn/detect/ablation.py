@@ -18,6 +18,7 @@ from mechinterp_attn.causal.cuts import (
     Target,
     cut_of,
     cut_of_all,
+    loss_dtype,
     mean_z,
     next_token,
     run_cuts,
@@ -41,8 +42,9 @@ class Ablations(Result):
     Attributes:
         frame: one row per head, virtual head or edge: ``head, layer, index, kind, loss_change``
             (nats a token: above zero where the model needs the head), ``logit_change`` (of the
-            right next token), both exact, NaN where only estimated; and ``estimate``, the loss
-            change from one backward pass (``estimates.py``; NaN for what is not a single head).
+            right next token, against the average logit), both exact, NaN where only estimated; and
+            ``estimate``, the loss change from one backward pass (``estimates.py``; NaN for what is not a
+            single head).
         loss: of the whole model on the counted tokens (nats).
         loss_changes, logit_changes: every token's, ``[row, batch, pos - 1]``, for the rows of the
             frame that are exact, which come first; zero on padding.
@@ -119,13 +121,14 @@ def ablate(
     n = counted.sum()
     frame = _frame(model, cuts, estimates, every=heads is None)
     for column, change in (("logit_change", logit_changes), ("loss_change", changes)):
-        means = ((change * counted).sum((1, 2)) / n).tolist()
+        means = ((change.double() * counted).sum((1, 2)) / n).tolist()
         names = [cut.name for cut in cuts]
         frame.insert(4, column, frame["head"].map(dict(zip(names, means, strict=True))).astype(float))
-    loss = float((losses[0] * counted).sum() / n)
+    loss = float((losses[0].double() * counted).sum() / n)
     notes: dict[str, Any] = {
         "loss": round(loss, 6), "replace": replace, "keep_patterns": keep_patterns,
         "tokens counted": int(n), "dtype": str(model.W_E.dtype).removeprefix("torch."),
+        "losses kept in": str(losses.dtype).removeprefix("torch."),
     }  # fmt: skip
     notes |= rank_correlation(frame)
     plain = float(((_plain(model, batch, rows) - losses[0]) * counted).abs().max())
@@ -166,7 +169,9 @@ def _exact(
     """Losses and logits ``[1 + cut, batch, pos - 1]``, the first with nothing cut."""
     runs = [Cut("nothing"), *cuts]
     at_a_time = max(1, rows_within(model, batch.tokens.shape[1], max_bytes) // rows)
-    losses = torch.zeros(len(runs), len(batch), batch.tokens.shape[1] - 1)
+    losses = torch.zeros(
+        len(runs), len(batch), batch.tokens.shape[1] - 1, dtype=loss_dtype(model.W_E.dtype)
+    )
     logits = torch.zeros_like(losses)
     with Progress(desc="cutting heads", total=len(runs) * len(batch)) as progress:
         for at, part in zip(range(0, len(batch), rows), batch.split(rows), strict=True):
@@ -202,7 +207,7 @@ def _estimates(
 
 @torch.no_grad()
 def _plain(model: AttentionOnlyModel, batch: Batch, rows: int) -> Float[Tensor, "batch pos_minus_1"]:
-    losses = torch.zeros(len(batch), batch.tokens.shape[1] - 1)
+    losses = torch.zeros(len(batch), batch.tokens.shape[1] - 1, dtype=loss_dtype(model.W_E.dtype))
     for at, part in zip(range(0, len(batch), rows), batch.split(rows), strict=True):
         padded: dict[str, Any] = {} if part.mask is None else {"attention_mask": part.mask}
         loss, _ = next_token(model(part.tokens, **padded), part)

@@ -44,7 +44,8 @@ class CorpusScores(Result):
         model: its name.
         frame: one row per head: the columns of ``score_heads``; ``written``, the mean norm of what
             the head writes; ``loss_change`` and ``logit_change`` (nats a token, logit of the right
-            token) for the heads that were cut; ``estimate`` of the loss change, if asked for.
+            token against the average logit) for the heads that were cut; ``estimate`` of the loss
+            change, if asked for.
         ablations: one row per head, virtual head or edge that was cut: ``head, loss_change,
             logit_change``.
         loss: of the model (nats a token).
@@ -256,7 +257,7 @@ def _checks(
     right = logits[0, :-1].double().log_softmax(-1).gather(1, tokens[0, 1:, None])
     loss = -float(right.sum()) / len(right)
     error = abs(loss - float(own.loss) / len(right))
-    tolerance = max(TOLERANCE[model.W_E.dtype], 1e-6) * max(1.0, loss)  # losses are kept in float32
+    tolerance = TOLERANCE[model.W_E.dtype] * max(1.0, loss)
     batch = pad(model, [tokens[0]])
     return (
         Check("next tokens counted, against those that were read", lost, 0.5),

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp_attn.causal.batches import Batch, Input, as_batch, rows_within
-from mechinterp_attn.causal.cuts import next_token
+from mechinterp_attn.causal.cuts import loss_dtype, next_token
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.core.tolerance import TOLERANCE
@@ -105,8 +105,7 @@ def _check(model: AttentionOnlyModel, batch: Batch, losses: Tensor) -> Check:
         again = torch.zeros_like(losses[row]).double()
         again[batch.predicts[row].cpu()] = -right.cpu()
         error = max(error, float((losses[row] - again).abs().max()))
-    # Beside what rounding does to logits: losses are kept in float32.
-    tolerance = max(TOLERANCE[model.W_E.dtype], 1e-6) * max(1.0, float(losses.max()))
+    tolerance = TOLERANCE[model.W_E.dtype] * max(1.0, float(losses.max()))
     return Check("losses of the first and last sequence, alone and in float64", error, tolerance)
 
 
@@ -116,7 +115,8 @@ def token_losses(
 ) -> Float[Tensor, "batch pos_minus_1"]:
     """Every next token's loss (nats), zero on padding, on the CPU."""
     rows = rows_within(model, batch.tokens.shape[1], max_bytes)
-    losses = torch.zeros(len(batch), max(batch.tokens.shape[1] - 1, 0))
+    width = max(batch.tokens.shape[1] - 1, 0)
+    losses = torch.zeros(len(batch), width, dtype=loss_dtype(model.W_E.dtype))
     for at, part in zip(range(0, len(batch), rows), batch.split(rows), strict=True):
         logits = model(part.tokens) if part.mask is None else model(part.tokens, attention_mask=part.mask)
         loss, _ = next_token(logits, part)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from mechinterp_attn.causal.batches import Batch, rows_within
 from mechinterp_attn.causal.cuts import next_token
+from mechinterp_attn.circuits.ends import average_unembedding, embedding, seen_width
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
@@ -31,7 +32,8 @@ def random_removals(
 ) -> pd.DataFrame:
     """What the loss does when, in place of a head's output, its output turned by a random rotation is
     taken out of the residual stream: the same norm at every position, the same relations between
-    positions, another direction.
+    positions, another direction. Rotations are drawn in a basis that is made of the model's own
+    embeddings: how its residual stream happens to be turned makes no difference.
 
     Returns:
         indexed by head: ``mean`` and ``std`` of the loss change (nats) over ``DRAWS`` rotations.
@@ -40,7 +42,9 @@ def random_removals(
     at_a_time = max(1, min(DRAWS, rows_within(model, batch.tokens.shape[1], max_bytes) // rows))
     batch, where = next(batch.split(rows)), where[:rows].to(batch.tokens.device)
     generator = torch.Generator().manual_seed(seed)
-    turns = [_rotation(model.spec.d_model, generator).to(model.W_E) for _ in range(DRAWS)]
+    basis = seen_basis(model, generator)
+    n = basis.shape[1]
+    turns = [(basis @ _rotation(n, generator) @ basis.T).to(model.W_E) for _ in range(DRAWS)]
     plain = _loss(model, batch, where, [])
     found = {}
     for label in Progress(heads, desc="random directions"):
@@ -55,24 +59,50 @@ def random_removals(
     return pd.DataFrame.from_dict(found, orient="index", columns=["mean", "std"])
 
 
+def seen_basis(model: AttentionOnlyModel, generator: Generator) -> Float[Tensor, "d_model seen"]:
+    """An orthonormal basis of what readers of the residual stream see, float64 on the CPU: mixtures of some
+    tokens' embeddings, one made orthogonal to the others after the other, and of logits' directions
+    where the embeddings are too few. If the stream is turned, so is the basis."""
+    width, d_model = seen_width(model), model.spec.d_model
+    average = average_unembedding(model)
+    rows = []
+    for size, table in (
+        (model.spec.d_vocab, lambda ids: embedding(model, ids)),
+        (model.spec.d_vocab_out, lambda ids: model.W_U.detach()[:, ids].double().T - average),
+        (d_model, lambda ids: torch.eye(d_model, dtype=torch.float64)[ids]),  # a vocabulary of a few tokens
+    ):
+        n = min(size, width - sum(map(len, rows)))
+        ids = torch.randperm(size, generator=generator)[: 4 * width]
+        mixed = torch.randn(n, len(ids), generator=generator, dtype=torch.float64) @ table(ids).cpu()
+        rows.append(mixed - mixed.mean(-1, keepdim=True) if model.spec.mean_unseen else mixed)
+    Q, R = torch.linalg.qr(torch.cat(rows).T)
+    return Q * R.diagonal().sign()
+
+
 def _turned_out(model: AttentionOnlyModel, label: str, turns: Tensor) -> list[tuple[str, Any]]:
-    """Hooks that take a head's output, turned, out of the stream behind its sublayer; every turn in
-    its own share of the batch.
+    """Hooks that take a head's output, turned, out of the stream behind its sublayer, as large as it is
+    behind the norm that may stand there; every turn in its own share of the batch.
     """
     bank, index = model.heads.find(label)
     streams = [sublayer.stream for sublayer in model.sublayers()]
     streams.append(f"blocks.{model.spec.n_layers - 1}.hook_resid_post")
     behind = streams[streams.index(model.stream_of(bank)) + 1]
-    W_O, held = model[label].W_O, {}
+    sublayer = model.sublayer_of(bank)
+    norm, path = sublayer.out or sublayer.posts[sublayer.banks.index(bank)]
+    W_O, held = bank.behind(model[label].W_O), {}
 
-    def keep(z: Tensor, hook: Any) -> None:
-        held["z"] = bank.by_head(z)[:, :, index]
+    def keep(name: str) -> Callable[..., None]:
+        return lambda x, hook: held.__setitem__(name, x)
 
     def remove(x: Tensor, hook: Any) -> Tensor:
-        written = (held["z"] @ W_O).unflatten(0, (len(turns), -1))
-        return x - torch.einsum("nbpd,nde->nbpe", written, turns).flatten(0, 1)
+        written = bank.by_head(held["z"])[:, :, index] @ W_O
+        if norm.kind is not None:
+            written = (written / held["scale"]).to(written.dtype)
+        turned = torch.einsum("nbpd,nde->nbpe", written.unflatten(0, (len(turns), -1)), turns)
+        return x - turned.flatten(0, 1)
 
-    return [(bank.hook("z"), keep), (behind, remove)]
+    scales = [] if norm.kind is None else [(f"{path}.hook_scale", keep("scale"))]
+    return [(bank.hook("z"), keep("z")), *scales, (behind, remove)]
 
 
 def _loss(

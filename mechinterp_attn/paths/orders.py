@@ -37,7 +37,8 @@ class Orders(Result):
             ``max_order`` cut the list, the last entry holds all higher orders together.
         count: the heads that count: all, or one kind, the other being part of the wires.
         frame: one row per order: ``order, loss`` (mean next-token loss in nats with the paths up to
-            this order), ``change`` (against one order less), ``logit_norm`` (root mean square).
+            this order), ``change`` (against one order less), ``logit_norm`` (root mean square,
+            against the average logit, which softmax does not see).
     """
 
     title: ClassVar[str] = "Logits by path order"
@@ -107,7 +108,7 @@ def orders(
             "order": order_names(n_orders, top),
             "loss": losses,
             "change": [float("nan")] + [b - a for a, b in itertools.pairwise(losses)],
-            "logit_norm": [float(part.pow(2).mean().sqrt()) for part in logits],
+            "logit_norm": [float(part.var(-1, correction=0).mean().sqrt()) for part in logits],
         }
     )
     notes = {**frozen.receipt.notes, "counted": count}

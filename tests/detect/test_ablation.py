@@ -133,7 +133,8 @@ def test_the_planted_neuron_is_what_raises_its_token():
     changes = result.frame.set_index("head")["logit_change"]
     after = tokens[0, :-1] == FIRES_ON
     row = list(result.frame["head"]).index(PLANTED)
-    assert result.logit_changes[row, 0][after].tolist() == [-20.0, -20.0]  # relu(5) * 4 on each
+    # relu(5) * 4 on each, against the average of the 8 logits
+    assert result.logit_changes[row, 0][after].tolist() == [-17.5, -17.5]
     assert (result.logit_changes[row, 0][~after] == 0).all()
     neurons = changes[[head for head in changes.index if "N" in head and head != PLANTED]]
     assert (neurons == 0).all()

@@ -7,7 +7,7 @@ import torch
 
 import mechinterp_attn as mia
 from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.detect.null import DRAWS, random_removals
+from mechinterp_attn.detect.null import DRAWS, random_removals, seen_basis
 from mechinterp_attn.sources.zoo import read_bundled
 from tests.conftest import random_tokens, tiny_bridge
 from tests.detect.constructed import PLANTED, known_heads
@@ -42,6 +42,9 @@ def test_the_null_of_a_cut_is_as_much_taken_out_in_random_directions():
     _, cache = model.run_with_cache(probe.tokens)
     written = cache["blocks.0.attn.hook_z"][:, :, 1] @ model["L0H1"].W_O
     generator = torch.Generator().manual_seed(7)
+    seen = seen_basis(model, generator)  # 15 directions: every reader takes the mean out
+    assert torch.allclose(seen.T @ seen, torch.eye(15, dtype=torch.float64))
+    assert torch.allclose(seen.sum(0), torch.zeros(15, dtype=torch.float64))
 
     def loss(hooks):
         logits = model.run_with_hooks(probe.tokens, fwd_hooks=hooks)
@@ -50,8 +53,10 @@ def test_the_null_of_a_cut_is_as_much_taken_out_in_random_directions():
 
     changes = []
     for _ in range(DRAWS):
-        turn = torch.linalg.qr(torch.randn(16, 16, generator=generator, dtype=torch.float64))[0]
-        assert torch.allclose((written @ turn).norm(dim=-1), written.norm(dim=-1))
+        turn = torch.linalg.qr(torch.randn(15, 15, generator=generator, dtype=torch.float64))[0]
+        turn = seen @ turn @ seen.T
+        centred = written - written.mean(-1, keepdim=True)
+        assert torch.allclose((written @ turn).norm(dim=-1), centred.norm(dim=-1))
         out = [("blocks.0.hook_resid_mid", lambda x, hook, turn=turn: x - written @ turn)]
         changes.append(loss(out) - loss([]))
     expected = torch.tensor(changes, dtype=torch.float64)
