@@ -105,7 +105,9 @@ RUNS: dict[str, Callable[[Version], pd.DataFrame]] = {
     "term importance": lambda v: P.term_importance(v.model, TOKENS, progress=False).frame,
     "score": lambda v: P.expand_score(_frozen(v), v("L1H1"), 5, 2).frame,
     "graph": lambda v: P.attribution_graph(_frozen(v), target=3, against=7).nodes,
-    "virtual head": lambda v: P.virtual_head(_frozen(v), v("L0H0"), v("L1H1")).frame,
+    "virtual head": lambda v: P.virtual_head(
+        _frozen(v), v("L0H0"), v("L1H1"), target=3, against=7
+    ).frame,
     "paths": lambda v: P.top_paths(_frozen(v), target=3, against=7, k=5, progress=False).frame,
 }  # fmt: skip
 SCORES = WEIGHTS | RUNS

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechinterp_attn.circuits.chance import Chance
 from mechinterp_attn.circuits.groups import Composition, HeadGroup
-from mechinterp_attn.circuits.null import shape_null
+from mechinterp_attn.circuits.null import mean_and_spread
 from mechinterp_attn.circuits.streaming import Best, Precision, matmul_precision, wide
 
 RankBy = Literal["score", "z"]
@@ -139,8 +140,46 @@ class Job:
         rows = sum(len(self.sources[i]) * self.sources[i].rank for i in self.earlier(reader))
         return 2 * rows * (unit.last - unit.first) * reader.reading_rank(self.kind) * self.d_model
 
-    def null(self, rank: int, reader: int) -> tuple[float, float]:
-        return shape_null(self.width, rank, self.readers[reader].reading_rank(self.kind))
+    def null(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Mean and spread of a block's scores with the same heads turned at random: one number where all
+        heads of a side have one participation, as all neurons have.
+        """
+        n, m = block.squares.shape
+        p1 = torch.cat([self.spectra[0][i] for i in self.by_rank[block.rank]])[
+            block.first : block.first + n
+        ]
+        p2 = self.spectra[1][block.reader][block.column : block.column + m]
+        # Heads that read or write nothing have a score of 0, below any mean.
+        p1, p2 = (p.nan_to_num(1.0) for p in (p1, p2))
+        p1, p2 = (p[:1] if bool((p == p[0]).all()) else p for p in (p1, p2))
+        mean, spread = mean_and_spread(p1[:, None], p2[None], self.width)
+        return mean.to(block.squares.dtype), spread.clamp_min(1e-30).to(block.squares.dtype)
+
+    @cached_property
+    def spectra(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The participations (``null.py``) of the sources' and of the readers' heads, by group; NaN where
+        heads read or write nothing.
+        """
+        dtype, nothing = wide(self.dtype), torch.full((1,), torch.nan, dtype=torch.float64)
+        return (
+            [group.participation("V", dtype=dtype) for group in self.sources],
+            [
+                group.participation(self.kind, dtype=dtype)
+                if group.reads_stream(self.kind)
+                else nothing.to(self.device).expand(len(group))
+                for group in self.readers
+            ],
+        )
+
+    @cached_property
+    def chance(self) -> Chance:
+        """How large a z is by chance, of all pairs."""
+        pairs = [
+            (self.spectra[0][i], self.spectra[1][j])
+            for j, reader in enumerate(self.readers)
+            for i in self.earlier(reader)
+        ]
+        return Chance(pairs, self.width)
 
     def edges(self) -> Tensor:
         """Edges of the histogram: 64 bins up to 8 / sqrt(d_model), the last one up to 1."""
@@ -249,8 +288,8 @@ class Top:
                 bins = sample.sqrt().mul_(self.per_score).clamp_(max=BINS - 1).flatten().int()
                 self.histogram[source, block.reader] += bins.bincount(minlength=BINS).cpu()
         if job.rank_by == "z":
-            mean, spread = job.null(block.rank, block.reader)
-            squares = squares.sqrt_().sub_(mean).div_(spread or 1.0)
+            mean, spread = job.null(block)
+            squares = squares.sqrt_().sub_(mean).div_(spread)
         first = job.reader_starts[block.reader] + block.column
         columns = torch.arange(first, first + squares.shape[1], device=job.device)
         places = job.places[block.rank][block.first : block.first + len(squares)]

@@ -22,9 +22,9 @@ from mechinterp_attn.circuits.blocks import SAMPLED, Dense, Job, RankBy, Top, Un
 from mechinterp_attn.circuits.ends import norms_note, seen_width
 from mechinterp_attn.circuits.groups import Composition, HeadGroup, Select, groups_of, refuse_non_finite
 from mechinterp_attn.circuits.lifted import lifted_cost, lifted_scores, lifts
-from mechinterp_attn.circuits.null import mean_and_spread, shape_null
+from mechinterp_attn.circuits.null import mean_and_spread
 from mechinterp_attn.circuits.state import SearchState
-from mechinterp_attn.circuits.streaming import Precision, block_shape, wide
+from mechinterp_attn.circuits.streaming import Precision, block_shape
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.plan import CELL, MAX_BYTES, Plan, make_plan, plans
@@ -50,10 +50,11 @@ class CompositionScores(Result):
     Attributes:
         kind: "Q", "K" or "V".
         frame: one row per pair: ``src, dst, kind`` ("Q", "K" or "V"), ``score`` in [0, 1], ``baseline``
-            and ``spread`` (mean and standard deviation for random heads of the same shapes), ``z``
-            = (score - baseline) / spread, ``z_spectrum`` (the same against these very heads turned at
-            random, which allows for their singular values). z is NaN where a head reads or writes
-            nothing.
+            and ``spread`` (mean and standard deviation with these very heads, their singular values,
+            turned against each other at random), ``z`` = (score - baseline) / spread, and
+            ``by_chance``: how many of all the pairs that were compared would be expected to reach
+            this z if all were turned at random (below 1: fewer than one). NaN where a head reads
+            or writes nothing.
         scores: ``[source, reader]`` with NaN where a pair does not compose; None for a streamed search.
         sources, readers: labels along ``scores``; empty for a streamed search.
         histograms: of a streamed search: ``src`` and ``dst`` (banks), ``left, right`` (edges of a bin
@@ -117,8 +118,8 @@ def composition(
         src, dst: earlier and later heads: labels or heads (virtual ones too), "attention", "mlp", or
             None for all. Pairs in which the later one does not read the earlier are left out.
         top_k: list only the strongest pairs, streaming over all; None lists every pair.
-        rank_by: what top_k ranks by. Scores of pairs of different shapes have different random
-            means; "z" compares each with its own.
+        rank_by: what top_k ranks by. Scores of heads of different singular values scatter
+            differently at random; "z" compares each pair with its own scatter.
         max_bytes: memory beyond the model's that may be used, the scores and their table included.
         resume: a file that keeps the state of a streamed search. It is written as the search goes
             on; an interrupted search starts again where it stopped.
@@ -339,53 +340,34 @@ def _group_of(starts: Sequence[int], heads: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _frame(job: Job, row: Tensor, column: Tensor, score: Tensor) -> pd.DataFrame:
-    src, rank1, p1 = _side(job.sources, job.source_starts, "V", row, wide(job.dtype))
-    dst, rank2, p2 = _side(job.readers, job.reader_starts, job.kind, column, wide(job.dtype))
-    null = score.new_empty(2, len(row), dtype=torch.float64)
-    for r1 in rank1.unique().tolist():
-        for r2 in rank2.unique().tolist():
-            both = (rank1 == r1) & (rank2 == r2)
-            null[:, both] = null.new_tensor(shape_null(job.width, r1, r2))[:, None]
-    own = torch.stack(mean_and_spread(p1, p2, job.width))
+    src, dst = _labels(job.sources, job.source_starts, row), _labels(job.readers, job.reader_starts, column)
+    p1, p2 = (torch.cat(side)[at] for side, at in zip(job.spectra, (row, column), strict=True))
+    mean, spread = mean_and_spread(p1, p2, job.width)
     # A K-composition into the constant key is 0 whatever the weights: no null either (p2 is NaN).
-    null[1], own[1] = (x.masked_fill((p1 + p2).isnan(), torch.nan) for x in (null[1], own[1]))
-    score, null, own = (x.double().cpu() for x in (score, null, own))
+    spread = spread.masked_fill((p1 + p2).isnan(), torch.nan)
+    score, mean, spread = (x.double().cpu() for x in (score, mean, spread))
+    z = (score - mean) / spread
     return pd.DataFrame(
         {
             "src": src,
             "dst": dst,
             "kind": job.kind,
             "score": score.numpy(),
-            "baseline": null[0].numpy(),
-            "spread": null[1].numpy(),
-            "z": ((score - null[0]) / null[1]).numpy(),
-            "z_spectrum": ((score - own[0]) / own[1]).numpy(),
+            "baseline": mean.numpy(),
+            "spread": spread.numpy(),
+            "z": z.numpy(),
+            "by_chance": job.chance.above(z).numpy(),
         }
     )
 
 
-def _side(
-    groups: Sequence[HeadGroup],
-    starts: Sequence[int],
-    kind: Composition,
-    heads: Tensor,
-    dtype: torch.dtype,
-) -> tuple[np.ndarray, Tensor, Tensor]:
-    """Label, inner dimension and participation of heads counted through all groups; each head once.
-    The participation is NaN where a head reads or writes nothing on this side.
-    """
+def _labels(groups: Sequence[HeadGroup], starts: Sequence[int], heads: Tensor) -> np.ndarray:
+    """Labels of heads counted through all groups; each made once."""
     some, back = heads.unique(return_inverse=True)
     place, group = _group_of(starts, some)
-    labels = np.empty(len(some), dtype=object)
-    rank = torch.empty_like(some)
-    participation = torch.full(some.shape, torch.nan, dtype=torch.float64, device=some.device)
-    for g in group.unique().tolist():
-        here = (group == g).nonzero().flatten()
-        labels[here.cpu().numpy()] = [groups[g].label(i) for i in place[here].tolist()]
-        rank[here] = groups[g].reading_rank(kind)
-        if groups[g].reads_stream(kind):
-            participation[here] = groups[g].participation(kind, place[here], dtype)
-    return labels[back.cpu().numpy()], rank[back], participation[back]
+    where = zip(group.tolist(), place.tolist(), strict=True)
+    labels = np.array([groups[g].label(i) for g, i in where], dtype=object)
+    return labels[back.cpu().numpy()]
 
 
 def _histograms(job: Job, sink: Top) -> pd.DataFrame:
@@ -414,7 +396,8 @@ def _result(
     stopped: dict[str, str] | None = None,
 ) -> CompositionScores:
     notes: dict[str, Any] = {
-        "null": "random heads of the same shapes, closed form",
+        "null": "the same heads turned at random, closed form",
+        **job.chance.notes(),
         "dtype": _used(job) if scores is not None else f"values float64, search {_used(job)}",
         "norms": job.norms,
         "biases": "left out: a score is about what the earlier head writes",

@@ -9,21 +9,10 @@ and variance; for two rank-1 heads it is one, the squared cosine of random vecto
 
 from __future__ import annotations
 
-from functools import cache
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
-
-
-def random_participation(d_model: int, rank: int) -> float:
-    """The participation of ``A @ B`` with Gaussian ``A [d_model, rank]``, ``B [rank, d_model]``: expected
-    fourth powers over the squared expected second powers.
-    """
-    if rank == 1:
-        return 1.0
-    d, r = d_model, rank
-    return ((d + 1) * (d + r + 1) + r * d + 2) / (d * d * r)
 
 
 def mean_and_spread(p1: Tensor, p2: Tensor, d_model: int) -> tuple[Tensor, Tensor]:
@@ -32,14 +21,11 @@ def mean_and_spread(p1: Tensor, p2: Tensor, d_model: int) -> tuple[Tensor, Tenso
     Args:
         p1, p2: participations, float64, any shapes that broadcast.
     """
-    d = d_model
-    if d == 1:
+    if d_model == 1:
         return torch.ones_like(p1 * p2), torch.zeros_like(p1 * p2)
-    mean = 1 / d
-    variance = 2 * (p1 - mean).clamp_min(0) * (p2 - mean).clamp_min(0) / ((d - 1) * (d + 2))
-    variance = variance.clamp(1e-30, 0.999 * mean * (1 - mean))
-    size = mean * (1 - mean) / variance - 1  # of the Beta: a + b
-    a, total = mean * size, size
+    mean, variance = 1 / d_model, _variance(p1, p2, d_model)
+    a, b = beta_of(p1, p2, d_model)
+    total = a + b
     # E sqrt(x) = B(a + 1/2, b) / B(a, b)
     log = torch.lgamma(a + 0.5) - torch.lgamma(a) + torch.lgamma(total) - torch.lgamma(total + 0.5)
     score = log.exp()
@@ -49,12 +35,17 @@ def mean_and_spread(p1: Tensor, p2: Tensor, d_model: int) -> tuple[Tensor, Tenso
     return score, spread
 
 
-@cache
-def shape_null(d_model: int, rank1: int, rank2: int) -> tuple[float, float]:
-    """Mean and spread of the score of random Gaussian heads of given inner dimensions."""
-    p1, p2 = (torch.tensor(random_participation(d_model, r), dtype=torch.float64) for r in (rank1, rank2))
-    mean, spread = mean_and_spread(p1, p2, d_model)
-    return float(mean), float(spread)
+def beta_of(p1: Tensor, p2: Tensor, d_model: int) -> tuple[Tensor, Tensor]:
+    """The parameters of the Beta distribution of the squared score; arguments as of ``mean_and_spread``."""
+    mean = 1 / d_model
+    size = mean * (1 - mean) / _variance(p1, p2, d_model) - 1
+    return mean * size, (1 - mean) * size
+
+
+def _variance(p1: Tensor, p2: Tensor, d_model: int) -> Tensor:
+    mean = 1 / d_model
+    squares = (p1 - mean).clamp_min(0) * (p2 - mean).clamp_min(0)
+    return (2 * squares / ((d_model - 1) * (d_model + 2))).clamp(1e-30, 0.999 * mean * (1 - mean))
 
 
 def expected_maximum(n: int) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from mechinterp_attn.causal.batches import Batch, rows_within
@@ -62,16 +62,17 @@ def random_removals(
 def seen_basis(model: AttentionOnlyModel, generator: Generator) -> Float[Tensor, "d_model seen"]:
     """An orthonormal basis of what readers of the residual stream see, float64 on the CPU: mixtures of some
     tokens' embeddings, one made orthogonal to the others after the other, and of logits' directions
-    where the embeddings are too few. If the stream is turned, so is the basis."""
+    where the embeddings are too few. If the stream is turned, so is the basis.
+    """
     width, d_model = seen_width(model), model.spec.d_model
     average = average_unembedding(model)
-    rows = []
+    rows: list[Tensor] = []
     for size, table in (
         (model.spec.d_vocab, lambda ids: embedding(model, ids)),
         (model.spec.d_vocab_out, lambda ids: model.W_U.detach()[:, ids].double().T - average),
         (d_model, lambda ids: torch.eye(d_model, dtype=torch.float64)[ids]),  # a vocabulary of a few tokens
     ):
-        n = min(size, width - sum(map(len, rows)))
+        n = min(size, width - sum(len(part) for part in rows))
         ids = torch.randperm(size, generator=generator)[: 4 * width]
         mixed = torch.randn(n, len(ids), generator=generator, dtype=torch.float64) @ table(ids).cpu()
         rows.append(mixed - mixed.mean(-1, keepdim=True) if model.spec.mean_unseen else mixed)
@@ -89,7 +90,8 @@ def _turned_out(model: AttentionOnlyModel, label: str, turns: Tensor) -> list[tu
     behind = streams[streams.index(model.stream_of(bank)) + 1]
     sublayer = model.sublayer_of(bank)
     norm, path = sublayer.out or sublayer.posts[sublayer.banks.index(bank)]
-    W_O, held = bank.behind(model[label].W_O), {}
+    W_O = bank.behind(model[label].W_O)
+    held: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
         return lambda x, hook: held.__setitem__(name, x)

@@ -15,7 +15,8 @@ from safetensors import safe_open
 
 import mechinterp_attn as mia
 from mechinterp_attn.circuits import distributed
-from mechinterp_attn.circuits.null import shape_null
+from mechinterp_attn.circuits.chance import Chance
+from mechinterp_attn.circuits.null import mean_and_spread
 from tests.circuits import dense
 from tests.conftest import tiny_bridge
 
@@ -117,7 +118,7 @@ def test_wide_heads_taken_as_whole_matrices_have_the_same_scores(kind):
     single = C.composition(model.float(), kind, heads, heads)
     assert single.receipt.notes["dtype"] == "float32"
     # float32: scores to 5e-7, over spreads of some 1e-4
-    ours, own = (r.frame["z_spectrum"].to_numpy() for r in (single, exact))
+    ours, own = (r.frame["z"].to_numpy() for r in (single, exact))
     assert ours == pytest.approx(own, rel=1e-3, abs=1e-2)
     assert torch.equal(single.scores.isnan(), expected.isnan())
     # float32: a square to some 1e-9, where it is small the product to 1e-7
@@ -194,6 +195,17 @@ def test_max_bytes_too_small_says_the_least_that_works(model):
         C.composition(model, "V", top_k=5, max_bytes=least - 1)
 
 
+def gaussian(d, r):
+    """The participation of ``A @ B``, A [d, r] and B [r, d] Gaussian: expected fourth powers of the
+    singular values over the squared expected second powers."""
+    return 1.0 if r == 1 else ((d + 1) * (d + r + 1) + r * d + 2) / (d * d * r)
+
+
+def shape_null(d, r1, r2):
+    p1, p2 = (torch.tensor(gaussian(d, r), dtype=torch.float64) for r in (r1, r2))
+    return tuple(float(x) for x in mean_and_spread(p1, p2, d))
+
+
 @pytest.mark.parametrize(
     "ranks", [(1, 1, 64), (1, 8, 64), (16, 16, 64), (32, 1, 64), (64, 64, 64), (4, 4, 32)]
 )
@@ -213,6 +225,58 @@ def test_the_null_is_what_random_heads_have(ranks):
     mean, spread = shape_null(d, r1, r2)
     assert float(drawn.mean()) == pytest.approx(mean, abs=3 * spread / 20 + 0.01 * mean)
     assert float(drawn.std()) == pytest.approx(spread, rel=0.15)
+
+
+@pytest.mark.parametrize(("seed", "d"), [(0, 24), (1, 48)])
+def test_z_counts_deviations_of_these_very_heads_turned(seed, d):
+    """Heads of few large singular values and neurons, turned by 1500 random rotations: mean and deviation
+    of the score to four standard errors; and the share above a z to 0.05 (a fit by two moments)."""
+    model = random_model(seed, d_model=d, d_mlp=6)
+    with torch.no_grad():
+        for bank in model.banks[::2]:  # two of eight dimensions are ten times the others
+            bank.W_O[:, :2] *= 10
+    generator = torch.Generator().manual_seed(seed)
+    for src, dst in (("L0H1", "L1H2"), ("L0N3", "L1H2"), ("L0N3", "L1N4")):
+        found = C.composition(model, "V", [src], [dst])
+        row = found.frame.iloc[0]
+        one, two = dense.ov(model[src]), dense.ov(model[dst])
+        drawn = []
+        for _ in range(1500):
+            turn = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+            drawn.append((one @ turn @ two).norm() / one.norm() / two.norm())
+        scores = torch.stack(drawn)
+        assert float(scores.mean()) == pytest.approx(row["baseline"], abs=4 * row["spread"] / 1500**0.5)
+        assert float(scores.std()) == pytest.approx(row["spread"], rel=0.1)
+        assert row["z"] == pytest.approx((row["score"] - row["baseline"]) / row["spread"])
+        for z in (0.3, 1.0, 2.0):
+            above = float((scores > row["baseline"] + z * row["spread"]).double().mean())
+            p = torch.ones(1, dtype=torch.float64)
+            own = [participation(model[label]) for label in (src, dst)]
+            assert float(Chance([tuple(own)], d).above(p * z)) == pytest.approx(above, abs=0.05)
+
+
+def participation(head):
+    """From the singular values of its dense OV circuit."""
+    squares = torch.linalg.svdvals(dense.ov(head)).square()
+    return ((squares / squares.sum()).square().sum())[None]
+
+
+def test_the_largest_of_many_is_expected_to_be_large():
+    """Among 40 x 40 random neurons and 3 x 3 heads, over 60 models: on average one pair above the z that
+    the receipt names, and by_chance counts what all pairs together are expected to have above it."""
+    above = []
+    for seed in range(60):
+        found = C.composition(random_model(seed), "V")
+        notes = found.receipt.notes
+        assert notes["compared"] == len(found.frame)
+        above.append(int((found.frame["z"] > notes["largest z by chance"]).sum()))
+        nearest = found.frame.iloc[(found.frame["z"] - notes["largest z by chance"]).abs().argmin()]
+        if abs(nearest["z"] - notes["largest z by chance"]) < 0.01:
+            assert nearest["by_chance"] == pytest.approx(1, abs=0.1)
+    assert 0.5 < sum(above) / 60 < 1.6  # 60 draws with a deviation of 1: to 4 standard errors
+    assert C.composition(random_model(0), "V", top_k=1, rank_by="z").receipt.notes["compared"] == len(
+        found.frame
+    )
 
 
 def test_the_published_null():
@@ -251,7 +315,7 @@ def test_a_real_circuit_can_lie_below_the_random_mean(data):
     assert round(scores["K"]["score"] / scores["Q"]["score"]) == 22
     assert round(scores["K"]["score"] / scores["V"]["score"]) == 91
     assert scores["K"]["baseline"] == pytest.approx(0.125, abs=5e-4)
-    assert scores["K"]["z"] < -20
+    assert scores["K"]["z"] < -10
     copying = C.copying_scores(model).frame.set_index("head")["copying_score"]
     assert copying["L1H0"] == pytest.approx(1.00, abs=5e-3)
     assert copying["L0H0"] == pytest.approx(0.028, abs=5e-3)
