@@ -1,7 +1,7 @@
 """What softmax and norms see is in the circuits, and nothing else is.
 
 Query biases, norms behind a sublayer or the embedding, neurons at the end of a chain: against what the
-model itself computes, or dense float64 products. Then the symmetries of a transformer, as properties.
+model itself computes, or dense float64 products. The symmetries are in ``tests/test_invariance.py``.
 """
 
 import sys
@@ -9,13 +9,10 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import mechinterp_attn as mia
 from tests.circuits import dense
 from tests.circuits.test_composition import random_model
-from tests.conftest import tiny_bridge
 
 C = mia.circuits
 
@@ -123,159 +120,3 @@ def test_bugs_are_checked_against_the_circuits(monkeypatch):
     monkeypatch.setattr(bugs, "halves_of", wrong)
     with pytest.warns(mia.FailedCheckWarning):
         assert not C.factoring_bugs(model, "L0H0").receipt.ok
-
-
-# The symmetries: changes of the weights after which the model computes the same.
-
-LABELS = ("L0H0", "L0H2", "L1H1", "L0N3", "L1N5", "L0H1 > L1H2")
-
-
-def scores_of(model) -> dict[str, torch.Tensor]:
-    """Every score and z that the package reads from weights, under names that a permutation keeps."""
-    found = {}
-
-    def keep(name, frame, columns, key="head"):
-        keys = [key] if isinstance(key, str) else key
-        frame = frame.sort_values(keys, kind="stable")
-        for column in columns:
-            found[f"{name} {column}"] = torch.tensor(frame[column].to_numpy(dtype=float))
-
-    pair = ["src", "dst"]
-    keep("copying", C.copying_scores(model, diagonals=True).frame,
-         ["copying_score", "z", "eigenvalue", "size", "positive_diagonal", "top1_on_diagonal"])  # fmt: skip
-    for kind in "QKV":
-        keep(kind, C.composition(model, kind).frame, ["score", "baseline", "z", "z_spectrum"], pair)
-    weights = mia.detect.score_weights(model, draws=2)
-    keep("weights", weights.frame, ["copying", "copying_z", "pure_copying", "induction", "induction_z"])
-    keep("pairs", weights.pairs, ["composition", "trace", "trace_z", "matching", "matching_z"], pair)
-    keep("virtual", C.virtual_heads(model, top_k=6).frame, ["norm", "score", "z", "copying_score"])
-    for label in LABELS:
-        directions = C.singular_directions(model, label, components=1, top_k=3)
-        found[f"{label} directions"] = directions.singular_values
-        found[f"{label} in and out"] = torch.tensor(directions.frame["value"].to_numpy())
-        for name, circuit in (("OV", C.ov_circuit), ("QK", C.qk_circuit)):
-            circuit = circuit(model, label)
-            found[f"{label} {name}"] = torch.tensor(circuit.statistics().frame["value"].to_numpy())
-        found[f"{label} ov_top"] = torch.tensor(C.ov_top(model, label, top_k=5).frame["value"].to_numpy())
-        found[f"{label} qk_top"] = torch.tensor(
-            C.qk_top(model, label, top_k=1, over="rows").frame["value"].to_numpy()
-        )
-    found["trigrams"] = torch.tensor(C.skip_trigrams(model, top_k=5).frame["value"].to_numpy())
-    found["bigrams"] = torch.tensor(C.bigrams(model, top_k=3).frame["value"].to_numpy())
-    reads = C.reads_and_writes(model, ["L0N3", "L1N5"], top_k=3).frame
-    found["reads and writes"] = torch.tensor(reads["value"].to_numpy())
-    return found
-
-
-UNITLESS = """copying_score z positive_diagonal top1_on_diagonal score baseline z_spectrum copying copying_z
-pure_copying induction induction_z composition trace_z matching matching_z"""
-
-
-def unchanged(before, after):
-    """To float64 rounding; eigenvalues of random products of heads lose some digits."""
-    wrong = [
-        name
-        for name, value in before.items()
-        if not torch.allclose(after[name], value, rtol=1e-6, atol=1e-8, equal_nan=True)
-    ]
-    assert not wrong
-
-
-def symmetric(seed: int):
-    """Without norms, with all biases; some tens of heads."""
-    return biased(seed, d_vocab=16, d_mlp=8, d_model=24, d_head=5)
-
-
-@settings(max_examples=2, deadline=None)
-@given(seed=st.integers(0, 1000))
-def test_turning_the_residual_stream_changes_nothing(seed):
-    model = symmetric(seed)
-    before = scores_of(model)
-    generator = torch.Generator().manual_seed(seed)
-    R = torch.linalg.qr(torch.randn(24, 24, generator=generator, dtype=torch.float64)).Q
-    with torch.no_grad():
-        model.W_E.copy_(model.W_E @ R)
-        model.W_pos.copy_(model.W_pos @ R)
-        model.W_U.copy_(R.T @ model.W_U)
-        for bank in model.banks:
-            for name, W in bank.named_parameters():
-                if name in ("W_Q", "W_K", "W_V", "W_in"):
-                    W.copy_(R.T @ W)
-                elif name in ("W_O", "W_out", "b_O", "b_out"):
-                    W.copy_(W @ R)
-    unchanged(before, scores_of(model))
-
-
-@settings(max_examples=2, deadline=None)
-@given(seed=st.integers(0, 1000), size=st.floats(0.2, 5))
-def test_gauges_of_heads_and_shifts_of_logits_change_nothing(seed, size):
-    """OV and QK each in another basis of the head, other key biases, a vector on all columns of W_U."""
-    model = symmetric(seed)
-    before = scores_of(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for bank in model.banks[::2]:
-            for h in range(bank.n_heads):
-                G, H = (torch.randn(5, 5, generator=generator, dtype=torch.float64) for _ in range(2))
-                bank.W_V[h] = bank.W_V[h] @ G
-                bank.b_V[h] = bank.b_V[h] @ G
-                bank.W_O[h] = torch.linalg.inv(G) @ bank.W_O[h]
-                bank.W_Q[h] = bank.W_Q[h] @ H * size
-                bank.b_Q[h] = bank.b_Q[h] @ H * size
-                bank.W_K[h] = bank.W_K[h] @ torch.linalg.inv(H).T / size
-                bank.b_K[h] = torch.randn(5, generator=generator, dtype=torch.float64)
-        model.W_U.add_(10 * torch.randn(24, 1, generator=generator, dtype=torch.float64))
-    unchanged(before, scores_of(model))
-
-
-@settings(max_examples=2, deadline=None)
-@given(seed=st.integers(0, 1000), size=st.floats(-20, 20))
-def test_what_layer_norm_takes_out_changes_nothing(seed, size):
-    """A constant added to all coordinates of embeddings, positions and whatever heads write."""
-    model = mia.convert(tiny_bridge(seed=seed % 50, d_model=24, d_head=5, d_mlp=8))
-    assert model.spec.mean_unseen
-    before = scores_of(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for W in (
-            model.W_E,
-            model.W_pos,
-            *(b.W_O if b.kind == "attention" else b.W_out for b in model.banks),
-        ):
-            W.add_(size * torch.randn(*W.shape[:-1], 1, generator=generator, dtype=torch.float64))
-        model.W_E.add_(size)
-    unchanged(before, scores_of(model))
-
-
-@settings(max_examples=2, deadline=None)
-@given(seed=st.integers(0, 1000))
-def test_the_order_of_heads_changes_nothing(seed):
-    model = symmetric(seed)
-    before = {k: v for k, v in scores_of(model).items() if not k.startswith(LABELS)}
-    order = torch.randperm(3, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        for bank in model.banks[::2]:
-            for name, W in bank.named_parameters():
-                if name != "b_O":
-                    W.copy_(W[order].clone())
-    after = scores_of(model)
-    assert len(before) > 20
-    unchanged(
-        *({name: found[name].nan_to_num(9).sort().values for name in before} for found in (before, after))
-    )
-
-
-@settings(max_examples=2, deadline=None)
-@given(seed=st.integers(0, 1000), size=st.floats(0.1, 10))
-def test_scores_have_no_units(seed, size):
-    """Logits and what heads write in other units: ratios and z stay, sizes follow."""
-    model = symmetric(seed)
-    before = scores_of(model)
-    with torch.no_grad():
-        model.W_U.mul_(size)
-        for bank in model.banks:
-            (bank.W_O if bank.kind == "attention" else bank.W_out).mul_(3 * size)
-    scores = [name for name in before if name.split()[-1] in UNITLESS.split()]
-    assert len(scores) > 20
-    after = scores_of(model)
-    unchanged({name: before[name] for name in scores}, after)

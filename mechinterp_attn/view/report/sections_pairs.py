@@ -30,7 +30,7 @@ def composition(study: Study) -> Block | None:
     lead = [
         [
             "How much of what one head writes a later head reads, from the weights alone, 0 to 1. The "
-            "baseline is the mean for random heads of the same shapes; z counts standard deviations from "
+            "baseline is the mean with the same heads turned at random; z counts standard deviations from "
             "it. A pair of a real circuit may well lie below it."
         ]
     ]
