@@ -280,15 +280,11 @@ def test_ratios_have_no_units():
     unchanged("RMS", 0, [other_units_of_logits], RATIOS)
 
 
+# What only looks up or draws, and what is about a set or a path of heads that is given to it.
 NO_SCORES = {
-    "assert_circuit",
-    "check_circuit",
-    "freeze",
-    "random_repeats",
-    "resolve_head",
-    "virtual_head",
-    "tasks",
-}
+    "assert_circuit", "check_circuit", "faithfulness", "freeze", "minimality", "path_patch",
+    "random_repeats", "resolve_head", "tasks", "virtual_head",
+}  # fmt: skip
 
 
 def test_every_analysis_is_here():
