@@ -165,7 +165,11 @@ def _gate(model: AttentionOnlyModel, bank: HeadBank, rule: str) -> list[Hook]:
 
 
 def _over_neurons(model: AttentionOnlyModel) -> bool:
-    """Whether a neuron's gate depends on the other neurons, so that it has no chord of its own."""
+    """Whether a neuron's weight depends on other readings too (the other neurons', a router's), so that it
+    has no chord of its own.
+    """
+    if model.spec.experts:
+        return True
     return str(model.spec.act_fn).startswith("solu") and not model.spec.mixtures
 
 

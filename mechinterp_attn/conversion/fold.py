@@ -70,8 +70,9 @@ def attention_only_weights(spec: Spec, source: Mapping[str, Tensor]) -> dict[str
         mlp, bank = f"blocks.{layer}.mlp", f"blocks.{layer}.neurons"
         shared = spec.parallel and not any(f"{ln2}.{part}" in source for part in ("w", "b"))
         gain, beta = _gain_and_bias(source, ln1 if shared else ln2)
-        for name in ("in", "gate") if spec.gated else ("in",):
-            bias = source.get(f"{mlp}.b_{name}", zeros(spec.d_mlp))
+        present = {"gate": spec.gated, "router": bool(spec.experts), "shared": spec.shared_gate}
+        for name in ("in", *(name for name, is_there in present.items() if is_there)):
+            bias = source.get(f"{mlp}.b_{name}", zeros(source[f"{mlp}.W_{name}"].shape[1]))
             W, b = fold(source[f"{mlp}.W_{name}"], bias, gain, beta, kind=spec.norm)
             out[f"{bank}.W_{name}"], out[f"{bank}.b_{name}"] = W, b
         W_out, b_out = source[f"{mlp}.W_out"], source.get(f"{mlp}.b_out", zeros(spec.d_model))

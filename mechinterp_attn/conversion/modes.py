@@ -69,6 +69,9 @@ def mixtures_for(
     """
     if mlp == "exact" or spec.act_fn is None:
         return ()
+    if spec.experts:
+        reason = "a mixture of experts: the router's weight on a neuron is no softmax over {self, bias}"
+        raise UnsupportedModelError(f"{name} in mode {mlp!r}", [f"{reason}; use 'exact'"])
     act = GATES[spec.act_fn].name
     if spec.gated:
         if act == "sigmoid":

@@ -101,11 +101,29 @@ def _mlp(checkpoint: Checkpoint, spec: Spec, at: str, x: Tensor) -> Tensor:
     if spec.gated:
         gate = x @ sd[f"{at}.mlp.W_gate"] + sd.get(f"{at}.mlp.b_gate", 0.0)
         y = _activation(spec)(gate) * y
+        if spec.experts:
+            y = y * _expert_weights(checkpoint, spec, at, x)
     else:
         y = _activation(spec)(y)
     if spec.act_fn == "solu_ln":
         y = _norm(checkpoint, f"{at}.mlp.ln", y, "LN", spec.eps)
     return y @ sd[f"{at}.mlp.W_out"] + sd.get(f"{at}.mlp.b_out", 0.0)
+
+
+def _expert_weights(checkpoint: Checkpoint, spec: Spec, at: str, x: Tensor) -> Tensor:
+    """What every neuron is multiplied with: its expert's weight, 0 where the token goes to others."""
+    sd = checkpoint.state_dict
+    share = (x @ sd[f"{at}.mlp.W_router"] + sd.get(f"{at}.mlp.b_router", 0.0)).softmax(-1)
+    least = share.sort(-1, descending=True).values[..., spec.experts_used - 1, None]
+    share = share * (share >= least)
+    if spec.router_renormed:
+        share = share / share.sum(-1, keepdim=True)
+    shared = x.new_ones(*x.shape[:-1], spec.d_mlp - spec.experts * spec.d_expert)
+    if spec.shared_gate:
+        reading = x @ sd[f"{at}.mlp.W_shared"] + sd.get(f"{at}.mlp.b_shared", 0.0)
+        shared = shared / (1 + torch.exp(-reading))
+    own = [share[..., i // spec.d_expert, None] for i in range(spec.experts * spec.d_expert)]
+    return torch.cat([*own, shared], -1)
 
 
 def _attention(checkpoint: Checkpoint, spec: Spec, layer: int, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from transformer_lens.hook_points import HookPoint
 
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.model.attention import AttentionBank, ForkedInput
+from mechinterp_attn.model.experts import ExpertBank
 from mechinterp_attn.model.gates import Function, Rule
 from mechinterp_attn.model.heads import HeadBank
 from mechinterp_attn.model.neurons import MLPNames, NeuronBank
@@ -132,7 +133,8 @@ class Block(nn.Module):
         self.attn = AttentionBank(spec, layer, weights["attn"])
         self.ln1_post = post("ln1_post")
         self.hook_attn_out = HookPoint()
-        self.neurons = None if rule is None else NeuronBank(spec, layer, rule, weights["neurons"])
+        kind = ExpertBank if spec.experts else NeuronBank
+        self.neurons = None if rule is None else kind(spec, layer, rule, weights["neurons"])
         if self.neurons is not None:
             if not self.parallel:
                 self.hook_resid_mid = HookPoint()

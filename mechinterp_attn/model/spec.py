@@ -52,6 +52,12 @@ class Spec:
         d_mlp: 0 for an attention-only model.
         d_vocab_out: width of the logits; differs from d_vocab in classifiers.
         act_fn: TransformerLens's name of the activation; None for an attention-only model.
+        experts: how many experts the router chooses from; 0 for an ordinary MLP. Their neurons come first
+            among the ``d_mlp``, those of experts that every token is sent to behind them.
+        experts_used: how many of them a token is sent to.
+        d_expert: neurons of each.
+        router_renormed: the chosen experts' weights are divided by their sum.
+        shared_gate: the experts that every token is sent to have a gate, a sigmoid.
         gated: the MLP is act(x W_gate) * (x W_in) instead of act(x W_in).
         parallel: attention and MLP of a block read the same stream.
         norm: the norm in front of every sublayer.
@@ -127,6 +133,11 @@ class Spec:
     sinks: bool = False
     query_growth: tuple[float, int] | None = None
     mixtures: tuple[Mixture, ...] = ()
+    experts: int = 0
+    experts_used: int = 0
+    d_expert: int = 0
+    router_renormed: bool = False
+    shared_gate: bool = False
 
     @property
     def mean_unseen(self) -> bool:
@@ -208,6 +219,15 @@ class Spec:
         wrong += [
             f"a window of {w} tokens, expected at least 1" for w in self.windows if w is not None and w < 1
         ]
+        if self.experts and not (
+            0 < self.experts_used <= self.experts and 0 < self.experts * self.d_expert <= self.d_mlp
+        ):
+            wrong.append(
+                f"{self.experts} experts of {self.d_expert} neurons, {self.experts_used} used, among d_mlp="
+                f"{self.d_mlp} neurons"
+            )
+        if self.experts and (not self.gated or self.mixtures):
+            wrong.append("experts that are not gated, or in a mode other than 'exact'")
         if not self.attn_only and self.act_fn is None:
             wrong.append("neurons without an activation (act_fn)")
         return wrong

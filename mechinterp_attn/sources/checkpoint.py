@@ -111,6 +111,11 @@ def expected_shapes(spec: Spec) -> tuple[Shapes, Shapes]:
         if spec.gated:
             required[f"{at}.mlp.W_gate"] = (d, m)
             optional[f"{at}.mlp.b_gate"] = (m,)
+        if spec.experts:
+            required[f"{at}.mlp.W_router"] = (d, spec.experts)
+            optional[f"{at}.mlp.b_router"] = (spec.experts,)
+        if spec.shared_gate:
+            required[f"{at}.mlp.W_shared"], optional[f"{at}.mlp.b_shared"] = (d, 1), (1,)
         if spec.act_fn == "solu_ln":
             optional |= {f"{at}.mlp.ln.{part}": (m,) for part in ("w", "b")}
         norms += [f"{at}.ln2"] if around else []

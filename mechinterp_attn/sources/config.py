@@ -84,6 +84,11 @@ def spec_from_config(cfg: Mapping[str, Any], name: str) -> Spec:
         qk_norm_over=cfg.get("qk_norm_over", "head"),
         qk_norm_last=bool(cfg.get("qk_norm_last")),
         qkv_clip=_cap(cfg.get("qkv_clip")),
+        experts=cfg.get("experts") or 0,
+        experts_used=cfg.get("experts_used") or 0,
+        d_expert=cfg.get("d_expert") or 0,
+        router_renormed=bool(cfg.get("router_renormed")),
+        shared_gate=bool(cfg.get("shared_gate")),
         prediction_head=bool(cfg.get("prediction_head")),
         scale_by_layer=bool(cfg.get("scale_attn_by_inverse_layer_idx")),
         windows=_windows(cfg),
@@ -139,6 +144,11 @@ class _Fields(TypedDict, total=False):
     qk_norm_over: NormOver
     qk_norm_last: bool | None
     qkv_clip: float | None
+    experts: int | None
+    experts_used: int | None
+    d_expert: int | None
+    router_renormed: bool | None
+    shared_gate: bool | None
     use_NTK_by_parts_rope: bool | None
     NTK_by_parts_low_freq_factor: float
     NTK_by_parts_high_freq_factor: float

@@ -250,7 +250,7 @@ REFUSED: dict[str, list[str]] = {
     **{
         name: [_MOE]
         for name in (
-            "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "gpt_oss", "granite_moe",
+            "gpt_oss",
             "ernie4_5_moe", "glm4_moe", "jetmoe", "minimax_m2", "llama4_text",
         )
     },

@@ -34,6 +34,11 @@ PARTS = {
     "norm_of_each": dict(qk_norm="LN", qk_norm_over="each"),
     "norm_last": dict(qk_norm="RMS", qk_norm_over="each", qk_norm_last=True),
     "norms_behind_only": dict(pre_norm=False, use_normalization_before_and_after=True),
+    "experts": dict(experts=4, experts_used=2, d_expert=5, gated_mlp=True, shared_gate=True, d_mlp=23),
+    "experts_renormed": dict(
+        experts=4, experts_used=2, d_expert=6, gated_mlp=True, router_renormed=True,
+        normalization_type="LN",
+    ),
     "everything": dict(
         sinks=True, qkv_clip=0.4, query_growth=[0.4, 7], qk_norm="LN", qk_norm_over="each",
         windows=[5, None], rotaries=[SLOW, FAST], rotary_of=[1, 0],
@@ -105,7 +110,9 @@ def test_saved_and_read_again(part, model, tmp_path):
     model.save(tmp_path / part)
     again = mia.load(tmp_path / part)
     assert again.spec == model.spec
-    assert torch.equal(again(ids()), model(ids()))
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    torch.testing.assert_close(again(ids()), model(ids()), rtol=0, atol=1e-12)  # float64, other strides
 
 
 def test_circuits_take_the_heads(part, model):
@@ -130,6 +137,28 @@ def test_a_sink_is_the_bias_tokens_score():
     torch.testing.assert_close(entropy, torch.special.entr(expected).sum(-1), rtol=0, atol=1e-12)
     assert head.compares_keys is False  # what all keys share counts against the sink
     assert not bank.z_constant.any()  # a head may look at nothing
+
+
+def test_experts_are_one_bank():
+    """Only the experts that a token is sent to write, whether or not a hook makes all of them run."""
+    model = mia.convert(checkpoint("experts"))
+    bank, label = model.banks[1], "L0N2.3"
+    assert model[label].index == 2 * 5 + 3
+    assert bank.label(20) == "L0N4.0"  # the shared expert
+    routed = model(ids())
+    every, cache = model.run_with_cache(ids())
+    torch.testing.assert_close(every, routed, rtol=0, atol=1e-11)  # float64, other sums
+    router = cache[bank.hook("router")][0]
+    assert (router.count_nonzero(-1) == 2).all()
+    norm, _ = model.norm_of(bank)
+    x = norm(cache["blocks.0.hook_resid_mid"])[0]
+    head = model[label]
+    gate = torch.nn.functional.silu(x @ head.W_Q + head.b_Q)[:, 0]
+    weight = cache[bank.hook("pattern")][0, :, head.index]
+    torch.testing.assert_close(weight, router[:, 2] * gate, rtol=0, atol=1e-12)  # float64
+    assert bool((weight == 0).any())
+    with pytest.raises(UnsupportedModelError, match="a mixture of experts"):
+        mia.convert(checkpoint("experts"), mlp="mixture")
 
 
 def test_alibi_by_distance():

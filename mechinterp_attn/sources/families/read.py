@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mechinterp_attn.sources.families.attention import attention_of, qk_gains, qk_norms, slopes_of
+from mechinterp_attn.sources.families.experts import experts_config, experts_tensors
 from mechinterp_attn.sources.families.refused import refused_parts
 from mechinterp_attn.sources.families.rotary import rotation_of
-from mechinterp_attn.sources.families.table import family_of
+from mechinterp_attn.sources.families.table import Family, family_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -38,8 +39,6 @@ def config_of(bridge: TransformerBridge) -> dict[str, Any]:
     norm, final = _norm_kind(around), _norm_kind(getattr(bridge, "ln_final", None))
     over_stream = norms_stream(bridge)
     cfg |= {
-        "d_mlp": block.mlp.W_in.shape[-1],
-        "gated_mlp": getattr(block.mlp, "W_gate", None) is not None,
         "parallel_attn_mlp": type(block).__name__ == "ParallelBlockBridge",
         "normalization_type": norm,
         "pre_norm": hasattr(block, "ln1"),
@@ -56,6 +55,11 @@ def config_of(bridge: TransformerBridge) -> dict[str, Any]:
         "use_local_attn": False,
         "use_NTK_by_parts_rope": False,
     }
+    if family.experts:
+        cfg |= experts_config(block, hf, family)
+    else:
+        cfg["d_mlp"] = block.mlp.W_in.shape[-1]
+        cfg["gated_mlp"] = getattr(block.mlp, "W_gate", None) is not None
     if family.act_fn:
         cfg["act_fn"] = family.act_fn
     if reason := _bridge_differs(hf, attention[0], cfg):
@@ -119,16 +123,19 @@ def tensors_of(bridge: TransformerBridge, cfg: dict[str, Any]) -> dict[str, Tens
         out |= {"prediction.W": dense.weight.T, "prediction.b": dense.bias}
     out |= _norm_weights(bridge, "embed_ln", "embed_norm") | _norm_weights(bridge, "ln_final", "ln_final")
     for layer, block in enumerate(bridge.blocks):
-        out |= _block(block, f"blocks.{layer}", _factor(hf, family.times_residual))
+        out |= _block(block, f"blocks.{layer}", family, _factor(hf, family.times_residual))
     return out
 
 
-def _block(block: Any, at: str, residual: float) -> dict[str, Tensor]:
+def _block(block: Any, at: str, family: Family, residual: float) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"):
         out |= _weight(block.attn, name, f"{at}.attn")
-    for name in ("W_in", "W_gate", "W_out", "b_in", "b_gate", "b_out"):
-        out |= _weight(block.mlp, name, f"{at}.mlp")
+    if family.experts:
+        out |= {f"{at}.mlp.{name}": tensor for name, tensor in experts_tensors(block).items()}
+    else:
+        for name in ("W_in", "W_gate", "W_out", "b_in", "b_gate", "b_out"):
+            out |= _weight(block.mlp, name, f"{at}.mlp")
     for name in ("attn.W_O", "attn.b_O", "mlp.W_out", "mlp.b_out"):
         if f"{at}.{name}" in out:
             out[f"{at}.{name}"] = _times(out[f"{at}.{name}"], residual)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from mechinterp_attn.sources.families.experts import unfit_experts
 from mechinterp_attn.sources.families.rotary import BY_LENGTH, PLAIN
+from mechinterp_attn.sources.families.table import family_of
 
 _POSITIONS = ("standard", "rotary", "alibi", None, "none")
 # Attention that is no softmax over scores of a query with keys, or whose keys are not read from the stream.
@@ -29,9 +31,9 @@ def refused_parts(bridge: Any, hf: Any) -> list[str]:
         reasons.append(f"{positions} positions")
     if without := [i for i, b in enumerate(blocks) if not hasattr(b, "attn")]:
         reasons.append(f"blocks without attention (state-space or convolution), such as block {without[0]}")
-    experts = any("MoE" in type(getattr(b, "mlp", None)).__name__ for b in blocks)
-    if experts or any(getattr(hf, name, None) for name in ("num_local_experts", "num_experts")):
-        reasons.append("a mixture of experts")
+    family = family_of(str(getattr(bridge.cfg, "architecture", "")))
+    if experts := unfit_experts(blocks, hf, family):
+        reasons.append(experts)
     elif lacking := [i for i, b in enumerate(blocks) if hasattr(b, "attn") and not hasattr(b, "mlp")]:
         reasons.append(f"blocks without an MLP, such as block {lacking[0]}")
     kinds = sorted({type(b.attn).__name__ for b in blocks if hasattr(b, "attn")})

@@ -19,6 +19,8 @@ class Family:
         norms_stream: the norms are taken of the whole stream behind each sublayer.
         embed_norm: a norm without parameters behind the embedding: "LN" or "RMS".
         act_fn: the activation, where the config's name for it means another one.
+        experts: its mixture of experts is a softmax over a router's scores, of which some are chosen.
+        router_renormed: the chosen ones' weights are divided by their sum, whatever the config says.
         alibi_bfloat16: see ``Spec``.
         times_embedding, times_residual, times_logits, over_logits: the config's fields that the embedding,
             what sublayers write, and the logits are multiplied with or divided by.
@@ -33,6 +35,8 @@ class Family:
     norms_stream: bool = False
     embed_norm: str | None = None
     act_fn: str | None = None
+    experts: bool = False
+    router_renormed: bool = False
     alibi_bfloat16: bool = False
     times_embedding: str | None = None
     times_residual: str | None = None
@@ -59,7 +63,19 @@ _FAMILIES = {
         times_residual="residual_multiplier",
         over_logits="logits_scaling",
     ),
+    "GraniteMoeFor": Family(
+        experts=True,
+        router_renormed=True,
+        times_embedding="embedding_multiplier",
+        times_residual="residual_multiplier",
+        over_logits="logits_scaling",
+    ),
     "HunYuan": Family(qk_norm_last=True),
+    "FlexOlmo": Family(experts=True),
+    "Mixtral": Family(experts=True, router_renormed=True),
+    "Olmoe": Family(experts=True),
+    "Qwen2Moe": Family(experts=True),
+    "Qwen3MoeFor": Family(experts=True),
     "MPT": Family(act_fn="gelu"),
     "Mpt": Family(act_fn="gelu"),
     "NanoChat": Family(turns_back=True, qk_norm_last=True, embed_norm="RMS"),
