@@ -59,6 +59,8 @@ def is_property(function: Function) -> bool:
 def faults_of_function(function: Function, inherited: dict[str, set[str]] | None = None) -> Iterator[str]:
     """What a function's docstring leaves out; ``inherited`` are the sections of its class."""
     text = ast.get_docstring(function)
+    if any(ast.unparse(decorator).endswith("overload") for decorator in function.decorator_list):
+        return  # the function itself says it all
     if text is None and inherited is None:
         yield "has no docstring"
         return

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from dataclasses import replace as replace_fields
+from typing import Any, ClassVar, cast, overload
 
 import pandas as pd
 import torch
@@ -25,6 +26,8 @@ from mechinterp_attn.causal.cuts import (
     saved_patterns,
     targets_of,
 )
+from mechinterp_attn.causal.effects import Effects, effects
+from mechinterp_attn.causal.task import Task
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
@@ -59,11 +62,38 @@ class Ablations(Result):
     counted: Bool[Tensor, "batch pos_minus_1"]
 
 
+@overload
 def ablate(
     model: AttentionOnlyModel,
     tokens: Input,
+    heads: Heads | None = ...,
+    *,
+    task: None = ...,
+    target: None = ...,
+    **options: Any,
+) -> Ablations: ...
+
+
+@overload
+def ablate(
+    model: AttentionOnlyModel,
+    tokens: Input | Task | None = ...,
+    heads: Heads | None = ...,
+    *,
+    task: Task | None = ...,
+    target: Any = ...,
+    **options: Any,
+) -> Effects: ...
+
+
+def ablate(
+    model: AttentionOnlyModel,
+    tokens: Input | Task | None = None,
     heads: Heads | None = None,
     *,
+    task: Task | None = None,
+    target: Any = None,
+    position: int | None = None,
     together: bool = False,
     replace: Replace = "zero",
     reference: Input | None = None,
@@ -71,8 +101,9 @@ def ablate(
     where: Bool[Tensor, "batch pos_minus_1"] | None = None,
     exact: int = 32,
     max_bytes: int = MAX_BYTES,
-) -> Ablations:
-    """Cut heads of any kind out of the model and measure every next token's loss and logit.
+) -> Ablations | Effects:
+    """Cut heads of any kind out of the model and measure every next token's loss and logit; or, with a task
+    or a target, what that behaviour loses.
 
     A neuron cut to zero is the source's neuron set to zero. A virtual head, ``"L0H1 > L1H2"`` or
     ``("L0H1", "L1H2")``: the last head loses what came to it through the ones before, and nothing
@@ -84,6 +115,11 @@ def ablate(
         tokens: tokens ``[pos]`` or ``[batch, pos]``, a text, or texts of any lengths.
         heads: heads or labels, chains of them, and edges, each cut in a run of its own. None: all
             heads by the estimate, and the ``exact`` ones with the largest estimates by cutting.
+        task: a behaviour, in place of ``tokens`` (or on them, instead of its own prompts): its metric is
+            measured instead of every token's loss, by ``causal.effects``, of which the result is.
+        target: the same for the logit of one token (text or id) behind ``tokens``: one for all prompts
+            or one for each.
+        position: where the target is read; negative counts from the end. The last token by default.
         together: cut all of ``heads`` in one run.
         replace: ``"zero"``, or ``"mean"``: what the head holds on average over ``reference``.
         reference: tokens or texts for the mean; the same tokens by default.
@@ -94,8 +130,22 @@ def ablate(
         max_bytes: of what is held at a time.
 
     Raises:
-        MechInterpError: unknown heads, nothing to count, a ``where`` of another shape.
+        MechInterpError: unknown heads, nothing to count, a ``where`` of another shape, options that say
+            nothing about a task or target.
     """
+    if isinstance(tokens, Task) or task is not None or target is not None:
+        without = {"reference": reference, "where": where, "keep_patterns": keep_patterns or None}
+        _only_tokens(without)
+        behaviour = _behaviour(tokens, task, target, position)
+        groups = [list(targets_of(model, heads))] if together and heads is not None else heads
+        return effects(
+            model, behaviour, cast(Any, groups), replace, max_bytes=max_bytes,
+            exact=exact if heads is None else None,
+        )  # fmt: skip
+    if tokens is None:
+        raise MechInterpError("nothing to cut heads on; give tokens or a text, or task=")
+    if position is not None:
+        raise MechInterpError(f"position={position} is where a target is read; give target= too")
     model.heads.required()
     batch = as_batch(model, tokens)
     counted = _counted(batch, where)
@@ -143,6 +193,38 @@ def ablate(
     )
 
 
+def _only_tokens(given: dict[str, Any]) -> None:
+    """Raises:
+    MechInterpError: options about the losses of tokens, where a task is measured.
+    """
+    names = [f"{name}=" for name, value in given.items() if value is not None]
+    if names:
+        raise MechInterpError(
+            f"{', '.join(names)} is about the losses of all tokens; leave it out where a task or "
+            "target is given"
+        )
+
+
+def _behaviour(tokens: Input | Task | None, task: Task | None, target: Any, position: int | None) -> Task:
+    """The task that was given, in whatever way.
+
+    Raises:
+        MechInterpError: two of them, or a target without prompts.
+    """
+    at = -1 if position is None else position
+    if isinstance(tokens, Task):
+        task, tokens, twice = tokens, None, task is not None
+    else:
+        twice = False
+    if task is None and tokens is not None:
+        return Task(cast(Any, tokens), answer=target, position=at, metric="logit")
+    if twice or task is None or target is not None or position is not None:
+        raise MechInterpError(
+            "give one task, which has an answer and a position of its own, or tokens and target="
+        )
+    return task if tokens is None else replace_fields(task, clean=tokens, corrupt=None)
+
+
 def _counted(batch: Batch, where: Tensor | None) -> Bool[Tensor, "batch pos_minus_1"]:
     counted = batch.predicts.cpu()
     if where is not None:
@@ -187,7 +269,7 @@ def _exact(
 
 
 def _rows(cut: Cut, start: int, end: int, width: int) -> Cut:
-    return replace(cut, parts={key: part[start:end, :width] for key, part in cut.parts.items()})
+    return replace_fields(cut, parts={key: part[start:end, :width] for key, part in cut.parts.items()})
 
 
 def _estimates(

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from mechinterp_attn.causal.batches import Batch, look
+from mechinterp_attn.causal.circuit import Circuit
 from mechinterp_attn.causal.cuts import cut_of, cutting
+from mechinterp_attn.causal.task import Task
+from mechinterp_attn.causal.wires import EMBED, LOGITS
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.ablation import Ablations, ablate
 from mechinterp_attn.detect.losses import token_losses
@@ -78,6 +82,27 @@ class Induction(Result):
             "edges": [f"{src} -K-> {dst}" for src, dst in self.edges[["src", "dst"]].to_numpy()],
             "behaviour": "induction",
         }
+
+    def circuit(self, task: Task | None = None) -> Circuit:
+        """The circuit as an object that runs alone, draws itself and is compared with others.
+
+        The previous-token heads move the tokens they stand on, the induction heads find them with their
+        keys, by queries that are the tokens themselves, and copy tokens to the logits.
+
+        Args:
+            task: the behaviour it is held to, such as ``mia.tasks.induction(model)``.
+
+        Raises:
+            MechInterpError: no circuit was found.
+        """
+        if not self.found:
+            raise MechInterpError(f"{self}; there is no circuit to give")
+        pairs = [(str(src), str(dst)) for src, dst in self.edges[["src", "dst"]].to_numpy()]
+        edges = [(src, dst, "K") for src, dst in pairs]
+        edges += [(EMBED, src, "V") for src in dict.fromkeys(src for src, _ in pairs)]
+        for dst in dict.fromkeys(dst for _, dst in pairs):
+            edges += [(EMBED, dst, "Q"), (EMBED, dst, "V"), (dst, LOGITS, "")]
+        return Circuit.of_edges(edges, task=task)
 
     def __str__(self) -> str:
         if not self.found:
