@@ -206,15 +206,10 @@ def next_token(
     nothing; zero on padding. In ``loss_dtype``.
 
     Raises:
-        MechInterpError: fewer than two tokens, or outputs that are no next tokens.
+        MechInterpError: fewer than two tokens.
     """
     if batch.tokens.shape[1] < 2:
         raise MechInterpError("a loss needs at least 2 tokens, got 1: there is no next token")
-    if logits.shape[-1] <= int(batch.tokens.max()):
-        raise MechInterpError(
-            f"this model gives {logits.shape[-1]} logits for {int(batch.tokens.max()) + 1} or more "
-            "tokens: its outputs are not next tokens, and have no next-token loss"
-        )
     logits = logits[:, :-1].to(loss_dtype(logits.dtype))
     logit = logits.gather(-1, batch.tokens[:, 1:, None])[..., 0]
     loss, logit = logits.logsumexp(-1) - logit, logit - logits.mean(-1)

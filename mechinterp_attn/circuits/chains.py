@@ -11,6 +11,7 @@ import torch
 
 from mechinterp_attn.circuits.composition import CompositionScores, composition
 from mechinterp_attn.circuits.copying import copying_scores
+from mechinterp_attn.circuits.ends import alignment_note
 from mechinterp_attn.circuits.groups import Select, groups_of
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import MAX_BYTES, Plan, plan, plans
@@ -98,12 +99,11 @@ def virtual_heads(
     if length == 3:
         frame = _lengthened(model, frame, dst, norms, top_k, max_bytes)
     frame = frame.head(top_k).reset_index(drop=True)
-    frame["copying_score"] = float("nan")
-    if model.spec.d_vocab == model.spec.d_vocab_out:
-        heads = [virtual_head(model, a, b) for a, b in zip(frame["src"], frame["dst"], strict=True)]
-        copying = copying_scores(model, heads, max_bytes=max_bytes)
-        frame["copying_score"] = frame["head"].map(copying.frame.set_index("head")["copying_score"])
-    return VirtualHeads(frame=frame, receipt=scores.receipt)
+    heads = [virtual_head(model, a, b) for a, b in zip(frame["src"], frame["dst"], strict=True)]
+    copying = copying_scores(model, heads, max_bytes=max_bytes)
+    frame["copying_score"] = frame["head"].map(copying.frame.set_index("head")["copying_score"])
+    receipt = replace(scores.receipt, notes={**scores.receipt.notes, **alignment_note(model, None)})
+    return VirtualHeads(frame=frame, receipt=receipt)
 
 
 def _with_norms(scores: CompositionScores, norms: Mapping[str, float]) -> pd.DataFrame:

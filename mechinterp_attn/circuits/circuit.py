@@ -123,13 +123,15 @@ class VocabularyCircuit:
     def _left(self, x: Tensor) -> Tensor:
         if self.which == "OV":
             return as_read(self.model, x) @ self.head.W_V.to(x.dtype)
-        return self._turned(self.head.query_read(as_read(self.model, x, bias=True)), self.offset)
+        return self._turned(
+            self.head.query_read(as_read(self.model, x, bias=True)), max(self.offset or 0, 0)
+        )
 
     def _right(self, x: Tensor) -> Tensor:
         if self.which == "OV":
             x = x - self._average_unembedding.to(x.dtype)
             return x @ self.head.bank.behind(self.head.W_O.to(x.dtype)).T
-        return self._turned(self.head.key_read(as_read(self.model, x)), 0)
+        return self._turned(self.head.key_read(as_read(self.model, x)), max(-(self.offset or 0), 0))
 
     @cached_property
     def _average_unembedding(self) -> Tensor:
@@ -146,10 +148,8 @@ class VocabularyCircuit:
             **about,
         }
 
-    def _turned(self, x: Tensor, position: int | None) -> Tensor:
-        if self.offset is None or position is None:
-            return x
-        return self.head.bank.turned(x, position)
+    def _turned(self, x: Tensor, position: int) -> Tensor:
+        return x if self.offset is None else self.head.bank.turned(x, position)
 
     def at(self, rows: Tensor, columns: Tensor) -> Float[Tensor, " entry"]:
         """Single entries ``M[rows[i], columns[i]]``, one by one in float64.
@@ -290,13 +290,16 @@ def qk_circuit(
     Args:
         model: the converted model.
         head: a label (``"L0H3"``), a ``Head`` or a virtual head.
-        offset: the key stands this many tokens before the query (rotary heads turn with it).
+        offset: the key stands this many tokens before the query (rotary heads turn with it); negative,
+            behind it, in bidirectional models.
 
     Raises:
         MechInterpError: no such head, or an offset outside the context.
     """
-    if offset is not None and not 0 <= offset < model.spec.n_ctx:
-        raise MechInterpError(f"offset={offset}; expected 0 to {model.spec.n_ctx - 1} tokens")
+    last = model.spec.n_ctx - 1
+    first = 0 if model.spec.causal else -last
+    if offset is not None and not first <= offset <= last:
+        raise MechInterpError(f"offset={offset}; expected {first} to {last} tokens")
     return VocabularyCircuit(model, resolve_head(model, head), "QK", offset)
 
 
@@ -316,10 +319,9 @@ def token_ids(model: AttentionOnlyModel, tokens: Tokens, size: int) -> Tensor:
 
 def token_texts(model: AttentionOnlyModel, ids: Sequence[int], *, output: bool = False) -> list[str]:
     """The text of every id, each made once; ids in brackets for outputs that are no input tokens."""
-    if output and model.spec.d_vocab_out != model.spec.d_vocab:
-        return [f"<{i}>" for i in ids]
     some = sorted(set(ids))
-    texts = dict(zip(some, model.to_str_tokens(some), strict=True)) if some else {}
+    named = model.output_texts if output else model.to_str_tokens
+    texts = dict(zip(some, named(some), strict=True)) if some else {}
     return [texts[i] for i in ids]
 
 

@@ -7,7 +7,7 @@ attends to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,7 +18,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechinterp_attn.circuits.circuit import ov_circuit, positive_share
-from mechinterp_attn.circuits.ends import CHUNK, LOGITS, norms_note, seen_width, unembed_embed
+from mechinterp_attn.circuits.ends import (
+    CHUNK,
+    LOGITS,
+    alignment,
+    alignment_note,
+    norms_note,
+    seen_width,
+    unembed_embed,
+)
 from mechinterp_attn.circuits.groups import HeadGroup, Select, groups_of, refuse_non_finite
 from mechinterp_attn.circuits.null import largest_by_chance
 from mechinterp_attn.core.errors import MechInterpError
@@ -74,6 +82,7 @@ def copying_scores(
     heads: Select = None,
     *,
     diagonals: bool = False,
+    align: Sequence[int] | Tensor | None = None,
     seed: int = 0,
     max_bytes: int = MAX_BYTES,
 ) -> CopyingScores:
@@ -83,24 +92,28 @@ def copying_scores(
         model: the converted model.
         heads: labels or heads (virtual ones too), "attention", "mlp", or None for all.
         diagonals: add the two alternatives that Elhage et al. name: the share of tokens that a head
-            raises at all and of those it raises most. A pass over the vocabulary for every head.
+            raises at all and of those it raises most. A pass over the vocabulary for every head, for
+            models whose outputs are their input tokens.
+        align: for a model whose outputs are not its input tokens: the id of the input token that each
+            output stands for, in order; by default the first ones, one for one (the receipt says so).
         seed: of the random heads and of the tokens that ``diagonals`` looks at.
         max_bytes: memory beyond the model's that may be used, the table included.
 
     Raises:
-        MechInterpError: no such head, non-finite weights, or input and output vocabularies that
-            differ (there is no diagonal).
+        MechInterpError: no such head, non-finite weights, an align that is no list of input tokens, or
+            diagonals where input and output vocabularies differ.
     """
     spec = model.spec
-    if spec.d_vocab != spec.d_vocab_out:
+    if diagonals and spec.d_vocab != spec.d_vocab_out:
         raise MechInterpError(
-            f"copying compares input with output tokens, but this model has {spec.d_vocab} and "
-            f"{spec.d_vocab_out} of them"
+            f"diagonals look at all tokens in and out, but this model has {spec.d_vocab} and "
+            f"{spec.d_vocab_out} of them; leave diagonals out: eigenvalues compare those that align pairs"
         )
+    inputs = alignment(model, align)
     groups = groups_of(model, heads)
     within(_plan_of(model, groups, diagonals), max_bytes, "fewer heads")
     refuse_non_finite(model, (group.bank for group in groups))
-    middle = unembed_embed(model)
+    middle = unembed_embed(model, inputs)
     scale = float(middle.norm()) / seen_width(model)  # spread of u @ middle @ w for random unit u and w
     eigenvalues: dict[str, Tensor] = {}
     nulls: dict[int, tuple[float, float]] = {}
@@ -110,7 +123,7 @@ def copying_scores(
         numbers = {"head": group.labels, "layer": group.layer, "kind": group.kind}
         size = found.abs().sum(-1)
         score = found.real.sum(-1) / torch.where(size > 0, size, torch.nan)
-        numbers |= {"copying_score": score.cpu(), "size": (size / spec.d_vocab).cpu()}
+        numbers |= {"copying_score": score.cpu(), "size": (size / len(inputs)).cpu()}
         if group.rank == 1:
             value = found[:, 0].real
             norm = group.write_norms() * scale
@@ -140,6 +153,7 @@ def copying_scores(
         **largest_by_chance(int(frame["z"].notna().sum())),
         "norms": norms_note(model),
         "logits": LOGITS,
+        **alignment_note(model, align),
     }
     return CopyingScores(frame=frame, receipt=Receipt((check,), notes), eigenvalues=eigenvalues)
 

@@ -8,10 +8,13 @@ against its average over the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 CHUNK = 4096  # tokens whose embedding is widened to float64 at a time
@@ -60,15 +63,52 @@ def average_unembedding(model: AttentionOnlyModel) -> Float[Tensor, " d_model"]:
     return torch.stack(parts).sum(0) / model.spec.d_vocab_out
 
 
-def unembed_embed(model: AttentionOnlyModel) -> Float[Tensor, "d_model d_model"]:
+def alignment(model: AttentionOnlyModel, align: Sequence[int] | Tensor | None) -> Int[Tensor, " output"]:
+    """The input token that each output, from the first on, stands for.
+
+    Args:
+        align: those ids; None: the first ones, one for one, as many as both vocabularies have.
+
+    Raises:
+        MechInterpError: more of them than outputs, none, or ids outside the vocabulary.
+    """
+    spec, device = model.spec, model.W_E.device
+    if align is None:
+        return torch.arange(min(spec.d_vocab, spec.d_vocab_out), device=device)
+    ids = torch.as_tensor(align)
+    most = f"1 to {spec.d_vocab_out} ids of input tokens 0..{spec.d_vocab - 1}, one for each output"
+    if ids.ndim != 1 or not 1 <= len(ids) <= spec.d_vocab_out or ids.dtype.is_floating_point:
+        raise MechInterpError(f"align has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected {most}")
+    if int(ids.min()) < 0 or int(ids.max()) >= spec.d_vocab:
+        raise MechInterpError(f"align has ids from {int(ids.min())} to {int(ids.max())}; expected {most}")
+    return ids.to(device, torch.long)
+
+
+def alignment_note(model: AttentionOnlyModel, align: Sequence[int] | Tensor | None) -> dict[str, str]:
+    """Which outputs are compared with which inputs, for a receipt; nothing where they are the same."""
+    n = len(alignment(model, align))
+    if align is not None:
+        return {"alignment": f"{n:,} outputs with the input tokens given in align"}
+    if model.spec.d_vocab == model.spec.d_vocab_out:
+        return {}
+    return {"alignment": f"outputs 0..{n - 1} with input tokens 0..{n - 1} (align= names others)"}
+
+
+def unembed_embed(
+    model: AttentionOnlyModel, inputs: Int[Tensor, " output"]
+) -> Float[Tensor, "d_model d_model"]:
     """``W_U @ W_E`` as softmax and heads see them: its eigenvalues with ``W_OV`` between are those of
     ``W_E W_OV W_U``. Float64, a few thousand tokens at a time.
+
+    Args:
+        model: the converted model.
+        inputs: from ``alignment``: which token's embedding goes with each output.
     """
     W_U, W_E, mean = model.W_U.detach(), model.W_E.detach(), average_unembedding(model)[:, None]
     out = mean.new_zeros(len(W_U), len(W_U))
-    for a in range(0, len(W_E), CHUNK):
-        part = slice(a, a + CHUNK)
-        out += (W_U[:, part].double() - mean) @ as_read(model, W_E[part].double())
+    for a in range(0, len(inputs), CHUNK):
+        part = slice(a, min(a + CHUNK, len(inputs)))
+        out += (W_U[:, part].double() - mean) @ as_read(model, W_E[inputs[part]].double())
     return out
 
 

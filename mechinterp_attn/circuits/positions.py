@@ -84,11 +84,12 @@ def position_circuit(
     if not 1 <= n <= model.spec.n_ctx:
         raise MechInterpError(f"n_positions={n}; expected 1 to {model.spec.n_ctx}")
     _need_positions(model, one)
+    offsets = range(0 if model.spec.causal else 1 - n, n)
     scale = one.bank.score_scale
     if model.spec.positions == "rotary":
-        curve = _rotary_curve(model, one, n)
-        distance = (torch.arange(n)[:, None] - torch.arange(n)).abs().to(curve.device)
-        scores, shown = curve, curve[distance] / scale
+        curve = _rotary_curve(model, one, offsets)
+        distance = torch.arange(n)[:, None] - torch.arange(n) - offsets[0]
+        scores, shown = curve, curve[distance.clamp_min(0).to(curve.device)] / scale  # masked below
         tested = _rotary_at(model, one, n - 1)
         error = abs(float(tested - curve[-1]))
     elif model.spec.positions == "alibi":
@@ -108,9 +109,9 @@ def position_circuit(
     pattern = shown.masked_fill(~allowed, -torch.inf).softmax(-1)
     frame = pd.DataFrame(
         {
-            "offset": range(n),
-            "score": scores.tolist() if scores.ndim == 1 else _by_offset(scores),
-            "attention": _by_offset(pattern),
+            "offset": offsets,
+            "score": scores.tolist() if scores.ndim == 1 else _by_offset(scores, offsets),
+            "attention": _by_offset(pattern, offsets),
         }
     )
     check = Check("one score computed on its own", error, 1e-8 * max(1.0, float(scores.abs().max())))
@@ -202,9 +203,9 @@ def _need_positions(model: AttentionOnlyModel, head: Head) -> None:
         )
 
 
-def _by_offset(table: Float[Tensor, "query key"]) -> list[float]:
-    """Means over the pairs whose key stands 0, 1, 2, ... tokens before the query."""
-    return [float(table.diagonal(-k).mean()) for k in range(len(table))]
+def _by_offset(table: Float[Tensor, "query key"], offsets: range) -> list[float]:
+    """Means over the pairs whose key stands so many tokens before the query (negative: behind it)."""
+    return [float(table.diagonal(-k).mean()) for k in offsets]
 
 
 def _average(model: AttentionOnlyModel, head: Head) -> tuple[Tensor, Tensor]:
@@ -215,10 +216,10 @@ def _average(model: AttentionOnlyModel, head: Head) -> tuple[Tensor, Tensor]:
     return query, key
 
 
-def _rotary_curve(model: AttentionOnlyModel, head: Head, n: int) -> Float[Tensor, " offset"]:
+def _rotary_curve(model: AttentionOnlyModel, head: Head, offsets: range) -> Float[Tensor, " offset"]:
     query, key = _average(model, head)
-    key = head.bank.turned(key, 0)
-    return torch.stack([head.bank.turned(query, k) @ key for k in range(n)])
+    turned = head.bank.turned
+    return torch.stack([turned(query, max(k, 0)) @ turned(key, max(-k, 0)) for k in offsets])
 
 
 def _rotary_at(model: AttentionOnlyModel, head: Head, offset: int) -> Tensor:

@@ -165,8 +165,8 @@ def qk_top(
             ``"columns"``.
         sources: only these query tokens (texts of one token, or ids).
         largest: False for the most negative entries.
-        offset: the key stands this many tokens before the query, for rotary heads; None leaves
-            rotations out.
+        offset: the key stands this many tokens before the query, for rotary heads (negative, behind
+            it, in bidirectional models); None leaves rotations out.
         special_tokens: list special tokens and ids that no text stands for (padding rows of the
             vocabulary), which are left out by default.
         precision: of the search (float64 where it is small or the model is); the entries listed

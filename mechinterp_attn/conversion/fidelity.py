@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,7 +34,7 @@ class Fidelity(Result):
         max_logit_error, mean_logit_error: absolute differences of the logits.
         logit_scale: the largest absolute logit of the source.
         kl: mean KL divergence from the source's next-token distribution to the model's (nats).
-        loss_source, loss_model: mean next-token loss (nats); NaN for a single token.
+        loss_source, loss_model: mean next-token loss (nats); NaN where there is none.
         top1_agreement: share of positions where both predict the same token.
         worst_position: (sequence, position) of the largest logit error.
         frame: residual stream after every sublayer: ``sublayer, max_error, scale, relative``.
@@ -98,7 +99,7 @@ class Fidelity(Result):
             "largest logit of the source": f"{self.logit_scale:.3g}",
             "max error / largest logit": f"{self.relative_error:.1e} (tolerance {self.tolerance:.0e})",
             "KL divergence (nats)": f"{self.kl:.1e}",
-            "loss of source and model (nats)": f"{self.loss_source:.4f}, {self.loss_model:.4f}",
+            **self._loss("loss of source and model (nats)", ", "),
             "same top token": f"{self.top1_agreement:.2%} of {self.n_tokens:,} positions",
             "worst position": f"sequence {sequence}, token {position}",
             "compared in": self.dtype,
@@ -114,15 +115,22 @@ class Fidelity(Result):
             f"Residual stream after every sublayer</summary>{html_table(self.frame)}</details></div>"
         )
 
+    def _loss(self, name: str, between: str) -> dict[str, str]:
+        """Both losses under a name; nothing where there is none."""
+        if math.isnan(self.loss_source):
+            return {}
+        return {name: f"{self.loss_source:.4f}{between}{self.loss_model:.4f}"}
+
     def __repr__(self) -> str:
         return str(self)
 
     def __str__(self) -> str:
         verdict = "equal" if self.ok else "NOT EQUAL"
+        losses = "".join(f"{name} {both}, " for name, both in self._loss("loss", " -> ").items())
         return (
             f"{verdict}: max logit error {self.max_logit_error:.2e} = {self.relative_error:.1e} of "
             f"the logit scale (tolerance {self.tolerance:.0e}, {self.dtype}), KL {self.kl:.1e}, "
-            f"loss {self.loss_source:.4f} -> {self.loss_model:.4f}, same top token at "
+            f"{losses}same top token at "
             f"{self.top1_agreement:.1%} of {self.n_tokens} positions"
         )
 
@@ -168,7 +176,7 @@ def _compare(
     streams: dict[str, Tensor],
     tokens: Int[Tensor, "batch pos"],
 ) -> Fidelity:
-    errors = _position_errors(expected, logits, tokens)
+    errors = _position_errors(expected, logits, tokens, model.spec.no_next_token is None)
     worst = errors["max"].argmax()
     dtype = model.W_E.dtype
     # A source that takes its norms in float32 is no float64 model, whatever its weights are.
@@ -198,16 +206,17 @@ def _position_errors(
     expected: Float[Tensor, "batch pos d_vocab"],
     logits: Float[Tensor, "batch pos d_vocab"],
     tokens: Int[Tensor, "batch pos"],
+    predicts: bool,
 ) -> dict[str, Float[Tensor, "batch pos"]]:
     """What each position has to say, in float64, some positions at a time: the logits of a long text
     over a large vocabulary are never held in float64 whole.
 
-    The losses are those of the next token, meaningless at a sequence's last position and NaN where a
-    token is no class of the logits.
+    The losses are those of the next token, meaningless at a sequence's last position and NaN where
+    logits are not of next tokens.
     """
     rows, given = expected.flatten(0, 1), logits.flatten(0, 1)
     following = tokens.roll(-1, 1).flatten()
-    is_class = int(tokens.max()) < rows.shape[-1]
+    is_class = predicts and int(tokens.max()) < rows.shape[-1]
     found: dict[str, list[Tensor]] = {}
     for start in range(0, len(rows), step := max(1, _AT_ONCE // rows.shape[-1])):
         at = slice(start, start + step)

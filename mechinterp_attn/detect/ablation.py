@@ -98,7 +98,7 @@ def ablate(
     replace: Replace = "zero",
     reference: Input | None = None,
     keep_patterns: bool = False,
-    where: Bool[Tensor, "batch pos_minus_1"] | None = None,
+    where: Bool[Tensor, "batch pos_minus_1"] | Sequence[Any] | None = None,
     exact: int = 32,
     max_bytes: int = MAX_BYTES,
 ) -> Ablations | Effects:
@@ -125,13 +125,14 @@ def ablate(
         reference: tokens or texts for the mean; the same tokens by default.
         keep_patterns: hold the patterns of all heads, gates of neurons included, to those of the
             whole model (Olsson et al. 2022, "pattern-preserving ablation"). Norms still follow.
-        where: count only these next tokens, ``[batch, pos - 1]``.
+        where: count only these next tokens, ``[batch, pos - 1]`` truth values, a tensor or lists.
         exact: how many heads to cut where ``heads`` is None.
         max_bytes: of what is held at a time.
 
     Raises:
-        MechInterpError: unknown heads, nothing to count, a ``where`` of another shape, options that say
-            nothing about a task or target.
+        MechInterpError: unknown heads, nothing to count, a ``where`` of another shape, a model that does
+            not predict next tokens and no task or target, options that say nothing about a task or
+            target.
     """
     if isinstance(tokens, Task) or task is not None or target is not None:
         without = {"reference": reference, "where": where, "keep_patterns": keep_patterns or None}
@@ -147,6 +148,7 @@ def ablate(
     if position is not None:
         raise MechInterpError(f"position={position} is where a target is read; give target= too")
     model.heads.required()
+    model.spec.need_next_tokens("ablation")
     batch = as_batch(model, tokens)
     counted = _counted(batch, where)
     if replace not in ("zero", "mean"):
@@ -225,15 +227,22 @@ def _behaviour(tokens: Input | Task | None, task: Task | None, target: Any, posi
     return task if tokens is None else replace_fields(task, clean=tokens, corrupt=None)
 
 
-def _counted(batch: Batch, where: Tensor | None) -> Bool[Tensor, "batch pos_minus_1"]:
+def _counted(batch: Batch, where: Tensor | Sequence[Any] | None) -> Bool[Tensor, "batch pos_minus_1"]:
     counted = batch.predicts.cpu()
     if where is not None:
-        if tuple(where.shape) != tuple(counted.shape):
+        try:
+            chosen = torch.as_tensor(where).cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
             raise MechInterpError(
-                f"where has shape {tuple(where.shape)}; expected {tuple(counted.shape)}: which tokens "
-                "after the first to count"
+                f"where is a {type(where).__name__} that is no table ({error}); expected a tensor or lists "
+                f"of {tuple(counted.shape)} truth values: which tokens after the first to count"
+            ) from error
+        if chosen.shape != counted.shape or chosen.dtype.is_floating_point or chosen.dtype.is_complex:
+            raise MechInterpError(
+                f"where has shape {tuple(chosen.shape)} and dtype {chosen.dtype}; expected "
+                f"{tuple(counted.shape)} truth values: which tokens after the first to count"
             )
-        counted = counted & where.bool().cpu()
+        counted = counted & chosen.bool()
     if not bool(counted.any()):
         raise MechInterpError("no next token to count; give at least 2 tokens and a where with True in it")
     return counted

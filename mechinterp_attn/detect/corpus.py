@@ -48,8 +48,8 @@ class CorpusScores(Result):
             change, if asked for.
         ablations: one row per head, virtual head or edge that was cut: ``head, loss_change,
             logit_change``.
-        loss: of the model (nats a token).
-        tokens: how many next tokens were counted.
+        loss: of the model (nats a token); NaN where it does not predict next tokens.
+        tokens: how many tokens after the first of their windows were counted.
     """
 
     title: ClassVar[str] = "Heads over a corpus"
@@ -254,16 +254,18 @@ def _checks(
     own = count(model, [window], settings)
     tokens = window.tokens[None].to(model.W_E.device)
     logits, cache = model.run_with_cache(tokens, return_cache_object=False)
+    batch = pad(model, [tokens[0]])
+    checks = (
+        Check("next tokens counted, against those that were read", lost, 0.5),
+        dense_check(model, batch, cache, own.sums),
+    )
+    if model.spec.no_next_token is not None:
+        return checks
     right = logits[0, :-1].double().log_softmax(-1).gather(1, tokens[0, 1:, None])
     loss = -float(right.sum()) / len(right)
     error = abs(loss - float(own.loss) / len(right))
     tolerance = TOLERANCE[model.W_E.dtype] * max(1.0, loss)
-    batch = pad(model, [tokens[0]])
-    return (
-        Check("next tokens counted, against those that were read", lost, 0.5),
-        Check("loss of the first window, in float64", error, tolerance),
-        dense_check(model, batch, cache, own.sums),
-    )
+    return (*checks, Check("loss of the first window, in float64", error, tolerance))
 
 
 def _result(
@@ -280,7 +282,10 @@ def _result(
     names = settings.names(model)
     loss, logit = (tally.cut / n).numpy()
     ablations = pd.DataFrame({"head": names, "loss_change": loss, "logit_change": logit})
-    notes = {"windows": tally.windows, "tokens": int(n), "loss": round(float(tally.loss) / n, 6)}
+    none = model.spec.no_next_token
+    loss_per_token = float("nan") if none else float(tally.loss) / n
+    notes: dict[str, Any] = {"windows": tally.windows, "tokens": int(n)}
+    notes["loss"] = none or round(loss_per_token, 6)
     if names:
         frame = frame.merge(ablations, on="head", how="left")
     if settings.estimate:
@@ -291,7 +296,7 @@ def _result(
         frame=frame,
         receipt=Receipt(checks, {**notes, **more}),
         ablations=ablations,
-        loss=float(tally.loss) / n,
+        loss=loss_per_token,
         tokens=int(n),
         tally=tally,
         model=model,

@@ -44,6 +44,11 @@ class Settings:
                 wrong.append(f"{name}={getattr(self, name)}; expected at least 1")
         if self.context < 0:
             wrong.append(f"context={self.context}; expected 0 or more")
+        if (self.heads or self.estimate) and model.spec.no_next_token is not None:
+            wrong.append(
+                f"heads={list(self.heads)}, estimate={self.estimate}, which count next-token losses, but "
+                f"{model.spec.no_next_token}; leave both out"
+            )
         if workers is not None and workers < 1:
             wrong.append(f"workers={workers}; expected at least 1, or None for this process")
         if wrong:
@@ -114,7 +119,7 @@ def _tally(
     logits, cache = model.run_with_cache(
         batch.tokens, names_filter=lambda name: name in names, return_cache_object=False, **padded
     )
-    loss, _ = next_token(logits, batch)
+    loss = torch.zeros(()) if model.spec.no_next_token else next_token(logits, batch)[0]
     del logits
     # The first token has no context, and heads often rest on it: no passage is about it.
     counted = batch.real.clone()

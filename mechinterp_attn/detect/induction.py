@@ -143,8 +143,10 @@ def induction(
         max_bytes: of what is held at a time.
 
     Raises:
-        MechInterpError: context or vocabulary too small for repeated tokens.
+        MechInterpError: context or vocabulary too small for repeated tokens, or a model that does not
+            predict next tokens.
     """
+    model.spec.need_next_tokens("the induction circuit by intervention")
     probe = random_repeats(model, draws=draws, seed=seed)
     scores = score_heads(model, seed=seed, draws=draws, max_bytes=max_bytes)
     weights = score_weights(model, seed=seed)

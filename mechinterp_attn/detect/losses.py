@@ -60,8 +60,9 @@ def in_context_learning(
         max_bytes: of what is held at a time.
 
     Raises:
-        MechInterpError: positions outside the tokens.
+        MechInterpError: positions outside the tokens, or a model that does not predict next tokens.
     """
+    model.spec.need_next_tokens("the loss by position")
     batch = as_batch(model, tokens)
     losses = token_losses(model, batch, max_bytes=max_bytes)
     last = losses.shape[1]

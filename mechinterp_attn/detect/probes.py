@@ -96,6 +96,28 @@ def random_repeats(model: AttentionOnlyModel, *, draws: int, seed: int) -> Probe
     return Probe(tokens, period, repeats, len(front), seed)
 
 
+def random_probe(model: AttentionOnlyModel, *, draws: int, seed: int) -> Probe:
+    """``random_repeats`` or, where the context is too short to repeat anything, random tokens once.
+
+    Raises:
+        MechInterpError: not even one token has room, or ``draws`` is below 1.
+    """
+    front, choices = torch.tensor(model.added_tokens[0], dtype=torch.long), model.text_ids
+    room = model.spec.n_ctx - len(front)
+    if draws < 1 or (room >= 4 and len(choices) > 1):
+        return random_repeats(model, draws=draws, seed=seed)
+    period = min(PERIOD, room, len(choices))
+    if period < 1:
+        raise MechInterpError(
+            f"a context of {model.spec.n_ctx} tokens and {len(choices)} tokens to draw leave no room for a "
+            "random one; give tokens"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [choices[torch.randperm(len(choices), generator=generator)[:period]] for _ in range(draws)]
+    tokens = torch.stack([torch.cat([front, row]) for row in drawn]).to(model.W_E.device)
+    return Probe(tokens, period, 1, len(front), seed)
+
+
 def pairs_by_role(batch: Batch) -> dict[str, Bool[Tensor, "batch query key"]]:
     """For each kind of head, which keys it attends to from which queries.
 

@@ -18,7 +18,7 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.measures import SEEN, Sums, hooks_of, sums_of, sums_of_chain
-from mechinterp_attn.detect.probes import pairs_by_role, random_repeats
+from mechinterp_attn.detect.probes import pairs_by_role, random_probe
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Cache
 from mechinterp_attn.model.index import Heads
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 MAX_BYTES = 256 * 2**20
+UP_TO = 8  # the largest offset where none is given
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -39,7 +40,8 @@ class HeadScores(Result):
             first_token, duplicate_token, induction``: mean attention on the pairs that define each
             kind of head, in [0, 1]; ``entropy``: of its rows, in nats; and ``previous_token_weighted,
             ...``: which share of all it moves (attention times the norm of what it writes for that
-            key) it moves along those pairs, in [0, 1], NaN where it moves nothing.
+            key) it moves along those pairs, in [0, 1], NaN where it moves nothing. A score is NaN where
+            the tokens have no such pair, as in contexts too short to repeat anything.
         probe: the tokens they were measured on.
     """
 
@@ -87,8 +89,7 @@ def score_heads(
         max_bytes: of patterns and values held at a time.
 
     Raises:
-        MechInterpError: context or vocabulary too small for repeated tokens; unusable tokens; no
-            such head.
+        MechInterpError: unusable tokens; no such head; no room for a single token.
     """
     chosen = None if heads is None else model.heads.select(heads)
     chains = [head for head in chosen or () if isinstance(head, VirtualHead)]
@@ -121,8 +122,9 @@ class Offsets(Result):
 
     Attributes:
         frame: one row per head: ``head, layer, index, kind``, ``offset_0`` (the token itself),
-            ``offset_1`` (the one before), ..., each the mean over the queries that have such a key,
-            and ``at``, the offset with most attention.
+            ``offset_1`` (the one before), ..., in bidirectional models ``offset_-1`` (the one after)
+            and so on too, each the mean over the queries that have such a key, and ``at``, the offset
+            with most attention.
     """
 
     title: ClassVar[str] = "Attention by relative offset"
@@ -132,17 +134,18 @@ class Offsets(Result):
 def offsets(
     model: AttentionOnlyModel,
     *,
-    up_to: int = 8,
+    up_to: int | None = None,
     seed: int = 0,
     draws: int = 10,
     tokens: Input | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> Offsets:
-    """Mean attention of every head to the token ``0, 1, ..., up_to`` positions back.
+    """Mean attention of every head to the token ``0, 1, ..., up_to`` positions back, in bidirectional
+    models as many positions ahead too.
 
     Args:
         model: the converted model.
-        up_to: the largest offset.
+        up_to: the largest offset; by default 8, or the last there is in shorter texts.
         seed, draws, tokens, max_bytes: as for ``score_heads``.
 
     Raises:
@@ -150,10 +153,12 @@ def offsets(
     """
     batch, notes = probe_or(model, tokens, draws=draws, seed=seed)
     n = batch.tokens.shape[1]
+    up_to = min(UP_TO, n - 1) if up_to is None else up_to
     if not 0 <= up_to < n:
         raise MechInterpError(f"up_to={up_to}; expected 0 to {n - 1}, as there are {n} tokens")
     position = torch.arange(n, device=batch.tokens.device)
     distance = position[:, None] - position[None, :]
+    reach = range(0 if model.spec.causal else -up_to, up_to + 1)
     sums: Tensor | int = 0
     counts: Tensor | int = 0
     error = 0.0
@@ -161,10 +166,10 @@ def offsets(
         cache = look(model, part, roles=("pattern",))
         real, width = part.real, part.tokens.shape[1]
         pairs = [
-            real[:, :, None] & real[:, None, :] & (distance[:width, :width] == offset)
-            for offset in range(up_to + 1)
+            real[:, :, None] & real[:, None, :] & (distance[:width, :width] == offset) for offset in reach
         ]
-        pairs[0][:, 0] = False  # the first token has only itself to look at
+        if model.spec.causal:
+            pairs[0][:, 0] = False  # the first token has only itself to look at
         parts = [
             torch.stack([bank.attention_on(cache[bank.hook("pattern")], p) for p in pairs]).double()
             for bank in model.banks
@@ -174,9 +179,9 @@ def offsets(
         counts = counts + torch.stack([p.sum() for p in pairs]).double()
     means = (sums / counts[:, None]).cpu()  # type: ignore[index]
     frame = model.heads.frame[["head", "layer", "index", "kind"]]
-    by_offset = {f"offset_{i}": row.numpy() for i, row in enumerate(means)}
+    by_offset = {f"offset_{i}": row.numpy() for i, row in zip(reach, means, strict=True)}
     frame = pd.concat([frame, pd.DataFrame(by_offset)], axis=1)
-    frame["at"] = means.nan_to_num(-1).argmax(0).numpy()
+    frame["at"] = means.nan_to_num(-1).argmax(0).numpy() + reach[0]
     check = Check("attention of a head of every bank from its dense picture", error, 1e-4)
     return Offsets(frame=frame, receipt=Receipt((check,), notes))
 
@@ -262,8 +267,14 @@ def probe_or(
     """The caller's tokens, or random tokens repeated; and what to note in the receipt."""
     dtype = str(model.W_E.dtype).removeprefix("torch.")
     if tokens is None:
-        probe = random_repeats(model, draws=draws, seed=seed)
-        return probe.batch, {"tokens": str(probe), "seed": seed, "draws": draws, "dtype": dtype}
+        probe = random_probe(model, draws=draws, seed=seed)
+        notes = {"tokens": str(probe), "seed": seed, "draws": draws, "dtype": dtype}
+        if probe.repeats < 2:
+            notes["not scored"] = (
+                f"induction and duplicate tokens: two tokens said twice need a context of at least 4; this "
+                f"model has {model.spec.n_ctx} and {len(model.text_ids)} tokens to draw"
+            )
+        return probe.batch, notes
     batch = as_batch(model, tokens)
     return batch, {"tokens": f"{int(batch.real.sum())} given", "sequences": len(batch), "dtype": dtype}
 

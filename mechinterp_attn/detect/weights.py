@@ -7,6 +7,7 @@ positions are left out. float64 throughout.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from mechinterp_attn.circuits.composition import composition
 from mechinterp_attn.circuits.copying import copying_scores
-from mechinterp_attn.circuits.ends import embedding, seen_width
+from mechinterp_attn.circuits.ends import alignment, alignment_note, embedding, seen_width
 from mechinterp_attn.circuits.groups import HeadGroup, groups_of
 from mechinterp_attn.circuits.null import expected_maximum
 from mechinterp_attn.core.progress import Progress
@@ -63,6 +64,7 @@ def score_weights(
     *,
     seed: int = 0,
     draws: int = 10,
+    align: Sequence[int] | Tensor | None = None,
 ) -> WeightScores:
     """Score every head by its weights: copying, and induction by K-composition.
 
@@ -82,14 +84,16 @@ def score_weights(
             the product; None: all single heads.
         seed: of random tokens and random heads.
         draws: of 25 random tokens for ``pure_copying``.
+        align: for a model whose outputs are not its input tokens: the id of the input token that each
+            output stands for, in order; by default the first ones, one for one (the receipt says so).
 
     Raises:
-        MechInterpError: inputs and outputs have different vocabularies, so nothing can be copied; no
-            such head.
+        MechInterpError: no such head, or an align that is no list of input tokens.
     """
-    W_E, W_U = embedding(model), model.W_U.detach().double()
+    inputs, W_E = alignment(model, align), embedding(model)
+    W_U = model.W_U.detach()[:, : len(inputs)].double()
     chosen = None if heads is None else model.heads.select(heads)
-    copying = copying_scores(model, chosen, seed=seed)
+    copying = copying_scores(model, chosen, align=align, seed=seed)
     columns = {"copying_score": "copying", "z": "copying_z", "size": "copying_size"}
     frame = copying.frame[["head", "layer", "kind", *columns]].rename(columns=columns)
     groups = groups_of(model, chosen)
@@ -99,7 +103,9 @@ def score_weights(
         label: score
         for group in groups
         for label, score in zip(
-            group.labels, _pure_copying(group, W_E, W_U, draws=draws, seed=seed).tolist(), strict=True
+            group.labels,
+            _pure_copying(group, W_E[inputs], W_U, draws=draws, seed=seed).tolist(),
+            strict=True,
         )
     }
     frame["pure_copying"] = frame["head"].map(pure)
@@ -116,6 +122,7 @@ def score_weights(
         "seed": seed,
         "pairs compared": len(pairs),
         "largest trace_z by chance": round(expected_maximum(len(pairs)), 2),
+        **alignment_note(model, align),
     }
     return WeightScores(frame=frame, receipt=Receipt((*copying.receipt.checks, check), notes), pairs=pairs)
 

@@ -122,7 +122,7 @@ def _weights(frozen: Frozen, pos: int, target: Target | None, against: Token | N
     other = resolve_token(model, against)
     if goal == other:
         raise MechInterpError(
-            f"target and against are both token {goal} ({model.to_str_tokens([goal])[0]!r}); "
+            f"target and against are both token {goal} ({model.output_texts([goal])[0]!r}); "
             "their logit difference is 0 everywhere"
         )
     return {goal: 1.0, other: -1.0}
@@ -158,7 +158,7 @@ def _direction(
 def direction_name(model: AttentionOnlyModel, weights: Mapping[int, float]) -> str:
     """``' dog'``, ``' dog' - ' cat'`` or ``0.5 ' dog' + 0.5 ' cat' - ' fish'``."""
     order = sorted(weights, key=lambda token: -weights[token])
-    names = model.to_str_tokens(order)
+    names = model.output_texts(order)
     parts: list[str] = []
     for token, name in list(zip(order, names, strict=True))[:MOST_NAMED]:
         size = abs(weights[token])
@@ -188,6 +188,11 @@ def resolve_token(model: AttentionOnlyModel, token: Token) -> int:
     Raises:
         MechInterpError: the text is several tokens, or the id is outside the output vocabulary.
     """
+    if isinstance(token, str) and model.spec.d_vocab_out != model.spec.d_vocab:
+        raise MechInterpError(
+            f"{token!r} is a text, but this model's {model.spec.d_vocab_out} outputs are no tokens; give "
+            "the number of an output"
+        )
     found = model.to_single_token(token) if isinstance(token, str) else int(token)
     if not 0 <= found < model.spec.d_vocab_out:
         raise MechInterpError(

@@ -207,11 +207,13 @@ class Frozen:
         return offset if self.cap is None else offset * self.cap
 
     def loss(self, logits: Float[Tensor, "*batch pos d_vocab"]) -> Float[Tensor, "*batch"]:
-        """Mean next-token loss (nats) of the prompt under given logits.
+        """Mean next-token loss (nats) of the prompt under given logits; NaN where there is none.
 
         Args:
             logits: ``[..., pos, d_vocab]``.
         """
+        if len(self.tokens) < 2 or self.model.spec.no_next_token is not None:
+            return logits.new_full(logits.shape[:-2], float("nan"))
         logp = logits[..., :-1, :].log_softmax(-1)
         targets = self.tokens[1:].expand(*logp.shape[:-1])
         return -logp.gather(-1, targets[..., None])[..., 0].mean(-1)

@@ -292,8 +292,9 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
             attention_mask: ``[batch, pos]``, 0 on padding.
 
         Raises:
-            MechInterpError: there is no next token.
+            MechInterpError: there is no next token, or the model does not predict next tokens.
         """
+        self.spec.need_next_tokens("a loss")
         if tokens.shape[1] < 2:
             raise MechInterpError("a loss needs at least 2 tokens, got 1: there is no next token")
         # Rows of logits as they lie in memory: over a strided vocabulary torch sums naively, and a mean

@@ -155,6 +155,36 @@ class Spec:
         return self.windows[layer] if self.windows else None
 
     @property
+    def no_next_token(self) -> str | None:
+        """Why the model has no next-token loss, in a sentence; None where it has one."""
+        if self.d_vocab_out != self.d_vocab:
+            return (
+                f"this model reads {self.d_vocab} tokens and gives {self.d_vocab_out} logits: its outputs "
+                "are not next tokens, so there is no next-token loss"
+            )
+        if not self.causal:
+            return (
+                "this model reads what follows a token as well (bidirectional attention): it does not "
+                "predict next tokens, so there is no next-token loss"
+            )
+        return None
+
+    def need_next_tokens(self, what: str) -> None:
+        """Refuse what is measured in next-token losses for a model that has none.
+
+        Args:
+            what: that measure, as the start of a sentence.
+
+        Raises:
+            MechInterpError: the model has no next-token loss; says why, and what measures it instead.
+        """
+        if self.no_next_token is not None:
+            raise MechInterpError(
+                f"{what} counts next-token losses, and {self.no_next_token}; mia.causal.effects(model, "
+                "task) measures heads on a mia.Task with answers of your own"
+            )
+
+    @property
     def attn_only(self) -> bool:
         return self.d_mlp == 0
 

@@ -169,6 +169,12 @@ class TokenDoor:
             return [f"<{i}>" for i in flat]
         return self.vocabulary.texts(flat)
 
+    def output_texts(self, ids: Tensor | Sequence[int]) -> list[str]:
+        """What each output stands for: the text of a token, or ``<8>`` where outputs are no tokens."""
+        if self.spec.d_vocab_out != self.spec.d_vocab:
+            return [f"<{i}>" for i in _integers(ids).reshape(-1).tolist()]
+        return cast(list[str], self.to_str_tokens(ids))
+
     def to_readable_tokens(
         self, input: str | Tensor | Sequence[int], prepend_bos: bool | None = None
     ) -> list[str]:

@@ -116,9 +116,11 @@ def term_importance(
         progress: show a progress bar when there are several prompts.
 
     Raises:
-        MechInterpError: a prompt without a next token, a negative max_order or number of heads, an
-            unknown head label, or the longest prompt needs more than max_bytes.
+        MechInterpError: a model that does not predict next tokens, a prompt without a next token, a
+            negative max_order or number of heads, an unknown head label, or the longest prompt needs more
+            than max_bytes.
     """
+    model.spec.need_next_tokens("term importance")
     if max_order < 0:
         raise MechInterpError(f"max_order={max_order}; expected 0 or more")
     if isinstance(heads, int) and heads < 0:

@@ -37,8 +37,8 @@ class Orders(Result):
             ``max_order`` cut the list, the last entry holds all higher orders together.
         count: the heads that count: all, or one kind, the other being part of the wires.
         frame: one row per order: ``order, loss`` (mean next-token loss in nats with the paths up to
-            this order), ``change`` (against one order less), ``logit_norm`` (root mean square,
-            against the average logit, which softmax does not see).
+            this order; NaN in a model without one), ``change`` (against one order less),
+            ``logit_norm`` (root mean square, against the average logit, which softmax does not see).
     """
 
     title: ClassVar[str] = "Logits by path order"
@@ -112,6 +112,8 @@ def orders(
         }
     )
     notes = {**frozen.receipt.notes, "counted": count}
+    if frozen.model.spec.no_next_token is not None:
+        notes["loss"] = frozen.model.spec.no_next_token
     return Orders(frame=frame, receipt=Receipt((check,), notes), logits=logits, count=count)
 
 
@@ -145,9 +147,7 @@ def _polynomial(frozen: Frozen, n_orders: int, count: Count) -> Float[Tensor, "o
 
 
 def _losses(frozen: Frozen, logits: Tensor) -> list[float]:
-    """Loss with the paths up to each order; NaN for a single token, which has no next one."""
-    if len(frozen.tokens) < 2:
-        return [float("nan")] * len(logits)
+    """Loss with the paths up to each order; NaN where there is no next token to predict."""
     so_far = torch.zeros_like(logits[0])
     losses = []
     for part in logits:

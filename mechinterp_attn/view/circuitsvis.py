@@ -134,8 +134,8 @@ def show(
     parts = [part for head in found for part in head.chain]
     hooks = {part.bank.hook("pattern") for part in parts}
     _, cached = model.run_with_cache(ids, names_filter=lambda name: name in hooks)
-    tokens = [shown(text) for text in model.to_str_tokens(ids[0, places.start : places.stop])]
     at = slice(places.start, places.stop)
+    tokens = [shown(text) for text in model.to_readable_tokens(ids[0])[at]]
     full = [head.pattern(cached).float().cpu() for head in found]
     biased = any(bool(pattern[at, -1].any()) for pattern in full)
     patterns = tuple(_square(pattern[at], at, biased) for pattern in full)

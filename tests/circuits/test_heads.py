@@ -154,11 +154,10 @@ def test_random_heads_do_not_copy_and_a_planted_one_does():
     assert float(best["copying_score"].iloc[0]) == pytest.approx(1.0, abs=1e-6)
 
 
-def test_copying_needs_one_vocabulary():
-    model = random_model(d_vocab_out=20)
-    model.spec = type(model.spec).from_json(model.spec.to_json() | {"d_vocab_out": 5})
+def test_diagonals_need_one_vocabulary():
+    model = random_model(d_vocab_out=5)
     with pytest.raises(mia.MechInterpError, match="20 and 5 of them"):
-        C.copying_scores(model)
+        C.copying_scores(model, diagonals=True)
 
 
 def test_bigrams_are_rows_of_the_direct_table(model):

@@ -113,7 +113,8 @@ def test_the_seed_decides_the_numbers():
 def test_too_small_for_repeats_says_the_least_that_would_do(config, message):
     model = mia.convert(tiny_bridge(d_mlp=None, attn_only=True, **config))
     with pytest.raises(MechInterpError, match=message):
-        mia.detect.score_heads(model)
+        mia.detect.random_repeats(model, draws=1, seed=0)
+    assert mia.detect.score_heads(model).frame["induction"].isna().all()
 
 
 def test_receipt_and_html():

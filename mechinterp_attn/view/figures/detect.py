@@ -54,7 +54,9 @@ def offset_heatmap(offsets: Offsets) -> go.Figure:
     """Mean attention of every attention head by how far back it looks."""
     frame = offsets.frame[offsets.frame["kind"] == "attention"]
     names = [name for name in frame.columns if str(name).startswith("offset_")]
-    fig = figure(title=offsets.title, x="tokens back", y="head", height=160 + 20 * len(frame))
+    ahead = any(name.startswith("offset_-") for name in names)
+    back = "tokens back (negative: ahead)" if ahead else "tokens back"
+    fig = figure(title=offsets.title, x=back, y="head", height=160 + 20 * len(frame))
     fig.add_trace(
         go.Heatmap(
             z=frame[names].to_numpy(),

@@ -24,13 +24,13 @@ def summary(study: Study) -> Block:
         [_what_is_read(study.n_attention, n_mlp) + " ", *_largest(study)],
         _heads_in_words(study),
     ]
-    if len(study.frozen.tokens) > 1:
+    if study.has_loss:
         lead.append(_loss_in_words(study))
     card = fidelity_receipt(study)
     blocks = [
         facts(
             fact(
-                "Next token",
+                study.output.capitalize(),
                 shown(target),
                 f"probability {probability:.1%}, logit {attribution.total:.2f}",
                 receipt=study.frozen.receipt,
@@ -43,7 +43,7 @@ def summary(study: Study) -> Block:
             fact(
                 "Loss on the prompt",
                 _plain(frame["loss"].iloc[-1]),
-                "nats a token, paths of all orders",
+                "nats a token, paths of all orders" if study.has_loss else "there is none",
                 receipt=study.orders.receipt,
             ),
             fact(
@@ -122,9 +122,9 @@ def _largest_head(study: Study) -> tuple[str, str]:
 
 
 def _best(study: Study, score: str) -> tuple[str, str]:
-    if not study.n_attention:
-        return "none", "there are no attention heads"
-    best = study.ranked(score).iloc[0]
+    best = study.best(score)
+    if best is None:
+        return "none", "no attention heads, or no room in the context"
     note = f"score {best[score]:.2f} of 1 on repeated random tokens"
     return (
         (str(best["head"]), note)
@@ -139,7 +139,10 @@ def _heads_in_words(study: Study) -> list[Any]:
     spans: list[Any] = []
     for score in ("induction", "previous_token"):
         name = SCORES[score].replace(" ", "-")
-        best = study.ranked(score).iloc[0]
+        best = study.best(score)
+        if best is None:
+            spans += [f"The context is too short to tell a {name} head. "]
+            continue
         clear = study.scores.frame.query("kind == 'attention'")[score] >= CLEAR
         if best[score] >= CLEAR:
             spans += [f"The clearest {name} head is ", head(best["head"]), f" (score {best[score]:.2f}"]

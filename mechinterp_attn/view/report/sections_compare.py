@@ -24,9 +24,9 @@ def comparison(study: Study, other: Study) -> Block:
     ]
     blocks = [
         table("comparison", "Side by side", frame, columns, rows=len(frame)),
-        table("comparison-predictions", "The most likely next tokens", *_predictions(*both, names)),
+        table("comparison-predictions", f"The most likely {study.output}s", *_predictions(*both, names)),
     ]
-    if len(study.frozen.tokens) > 1:
+    if study.has_loss:
         blocks.append(_losses(*both, names))
     heads = _by_head(*both)
     if len(heads):
@@ -82,7 +82,8 @@ def _in_words(study: Study, other: Study) -> str:
     same = float((logits[0].argmax(-1) == logits[1].argmax(-1)).float().mean())
     return (
         f"Over its {len(study.frozen.tokens):,} positions the second's predictions are {kl:.3g} nats "
-        f"away from the first's (KL divergence); {same:.0%} of the most likely next tokens are the same."
+        f"away from the first's (KL divergence); {same:.0%} of the most likely "
+        f"{study.output}s are the same."
     )
 
 
@@ -91,10 +92,8 @@ def _facts(*studies: Study) -> list[tuple[str, str, str]]:
     position = studies[0].attribution.position
 
     def best(s: Study, score: str) -> str:
-        if not s.n_attention:
-            return "no attention heads"
-        row = s.ranked(score).iloc[0]
-        return f"{row['head']} ({row[score]:.2f})"
+        row = s.best(score)
+        return "none" if row is None else f"{row['head']} ({row[score]:.2f})"
 
     def conversion_error(s: Study) -> str:
         card = s.model.provenance.get("fidelity")
@@ -104,7 +103,7 @@ def _facts(*studies: Study) -> list[tuple[str, str, str]]:
         return f"{float(s.frozen.logits[position].double().softmax(-1)[s.attribution.target]):.1%}"
 
     facts: list[tuple[str, Any]] = [
-        ("most likely next token", lambda s: shown(s.predictions["token"].iloc[0])),
+        (f"most likely {studies[0].output}", lambda s: shown(s.predictions["token"].iloc[0])),
         ("its probability", lambda s: f"{s.predictions['probability'].iloc[0]:.1%}"),
         (f"logit of {shown(explained)}", lambda s: f"{s.attribution.total:.3f}"),
         (f"probability of {shown(explained)}", probability),
@@ -112,7 +111,7 @@ def _facts(*studies: Study) -> list[tuple[str, str, str]]:
         ("heads", lambda s: f"{s.model.n_heads:,}"),
     ]
     facts += [(f"best {words} head", lambda s, k=key: best(s, k)) for key, words in SCORES.items()]
-    if len(studies[0].frozen.tokens) > 1:
+    if studies[0].has_loss:
         facts.append(("loss", lambda s: f"{s.orders.frame['loss'].iloc[-1]:.4f} nats"))
         facts.append(("loss, no head at all", lambda s: f"{s.orders.frame['loss'].iloc[0]:.4f} nats"))
     first, second = studies

@@ -27,7 +27,7 @@ def loss(study: Study) -> Block:
         table(
             "orders",
             "Loss with the paths up to each order",
-            frame.assign(change=missing(frame["change"])),  # nothing comes before order 0
+            frame.assign(loss=missing(frame["loss"]), change=missing(frame["change"])),
             [
                 column("order", "Order", "text"),
                 column("loss", "Loss (nats)"),
@@ -36,7 +36,7 @@ def loss(study: Study) -> Block:
             ],
         )
     ]
-    if len(study.frozen.tokens) > 1:
+    if study.has_loss:
         blank = math.log(study.model.spec.d_vocab_out)
         blocks.insert(
             0,
@@ -51,13 +51,13 @@ def loss(study: Study) -> Block:
             ),
         )
     else:
-        lead.append(["A prompt of one token has no next token to be wrong about, so there is no loss."])
+        lead.append([f"{study.no_loss[0].upper()}{study.no_loss[1:]}."])
     return section("orders", "Loss by path order", lead, blocks, {"orders": study.orders.receipt})
 
 
 def importance(study: Study) -> Block | None:
     """What each order is worth, paths through attention heads and through MLP-derived heads apart."""
-    if len(study.frozen.tokens) < 2:
+    if not study.has_loss:
         return None
     result = study.importance
     lead = [

@@ -36,7 +36,7 @@ def story(study: Study) -> Block:
         },
         table(
             "predictions",
-            "The most likely next tokens",
+            f"The most likely {study.output}s",
             study.predictions.head(5),
             [
                 column("token", "Token", "token"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -151,27 +151,44 @@ class Study:
         return self.frozen.str_tokens
 
     def token(self, id: int) -> str:
-        return self.model.to_str_tokens([id])[0]
+        return self.model.output_texts([id])[0]
 
     @property
     def predictions(self) -> pd.DataFrame:
-        """The model's next tokens at the position: ``token, token_id, probability, logit``."""
+        """The model's likeliest outputs at the position: ``token, token_id, probability, logit``."""
         logits = self.frozen.logits[self.attribution.position].double()
         top = logits.topk(min(10, len(logits)))
         ids = top.indices.tolist()
         return pd.DataFrame(
             {
-                "token": self.model.to_str_tokens(ids),
+                "token": self.model.output_texts(ids),
                 "token_id": ids,
                 "probability": logits.softmax(-1)[top.indices].tolist(),
                 "logit": top.values.tolist(),
             }
         )
 
-    def ranked(self, score: str, k: int = 1) -> pd.DataFrame:
-        """The ``k`` attention heads with the largest score."""
+    @property
+    def has_loss(self) -> bool:
+        """Whether the prompt has a next-token loss."""
+        return self.model.spec.no_next_token is None and len(self.names) > 1
+
+    @property
+    def no_loss(self) -> str:
+        """Why it has none."""
+        why = self.model.spec.no_next_token
+        return why or "a prompt of one token has no next token to be wrong about, so there is no loss"
+
+    @property
+    def output(self) -> str:
+        """What the model's outputs are."""
+        return "output" if self.model.spec.no_next_token else "next token"
+
+    def best(self, score: str) -> pd.Series[Any] | None:
+        """The attention head with the largest score; None where no head has one."""
         frame = self.scores.frame
-        return frame[frame["kind"] == "attention"].nlargest(k, score)
+        ranked = frame[(frame["kind"] == "attention") & frame[score].notna()].nlargest(1, score)
+        return None if ranked.empty else ranked.iloc[0]
 
     @cached_property
     def own_weights(self) -> pd.DataFrame:
@@ -236,8 +253,8 @@ class Study:
         if kind == "attention" and self.n_attention:
             yield from strongest[:1]
             for score, words in SCORES.items():
-                best = self.ranked(score).iloc[0]
-                if best[score] >= CLEAR:
+                best = self.best(score)
+                if best is not None and best[score] >= CLEAR:
                     yield best["head"], f"{words} {best[score]:.2f}"
         else:
             yield from strongest[: max(1, k - 3)]
@@ -252,7 +269,9 @@ class Study:
             return dict.fromkeys(self.chosen, "asked for")
         reasons: dict[str, str] = {}
         for score in ("induction", "previous_token"):
-            best = self.ranked(score).iloc[0]
+            best = self.best(score)
+            if best is None:
+                continue
             reasons.setdefault(
                 best["head"], f"best {SCORES[score].replace(' ', '-')} head, {best[score]:.2f}"
             )

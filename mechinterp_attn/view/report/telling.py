@@ -144,7 +144,8 @@ def _helper(story: Story, helper: Helper) -> Sentence:
 
 def through_patterns(p: float, p_cut: float, p_held: float) -> bool:
     """Whether at least half of what a cut does to the log-probability is gone when patterns are held."""
-    return abs(math.log(p_held / p)) <= abs(math.log(p_cut / p)) / 2
+    held, cut, whole = (math.log(max(x, 1e-300)) for x in (p_held, p_cut, p))  # exp may have underflowed
+    return abs(held - whole) <= abs(cut - whole) / 2
 
 
 def _no_circuit(story: Story, n_attention: int) -> list[Sentence]:
