@@ -11,7 +11,7 @@ PROMPT ?= Mr. Dorling was a tall man. I had never seen Mr. Dor
 REPORT ?= demo-report.html
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench real docs linkcheck notebooks clean
+.PHONY: help demo test lint format bench mutants real docs linkcheck notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -22,6 +22,9 @@ demo: $(VENV)/.installed  ## write the circuit report of a bundled model to demo
 
 test: lint  ## lint, then run all tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+mutants: $(VENV)/.installed-test  ## make small slips in a copy of the package: each must break a test
+	$(ONE_THREAD) $(BIN)/python -m tests.mutants.run $(MUTANTS)
 
 lint: $(VENV)/.installed-test  ## ruff, mypy, docstrings and, where node is, biome
 	$(BIN)/ruff check .
