@@ -28,9 +28,14 @@ def norms_note(model: AttentionOnlyModel) -> str:
     note = "gains folded, scales left out"
     if spec.stream_norm is not None:
         note += "; norms over the stream left out with the layers in between"
-    if spec.prediction_head:
-        note += "; the prediction head left out"
-    return note
+    left_out = {
+        "the prediction head": spec.prediction_head,
+        "clamping of queries, keys and values": spec.qkv_clip is not None,
+        "the growth of queries with their position": spec.query_growth is not None,
+        "the router's weights": bool(spec.experts),
+        "the order of turning and norming queries and keys": spec.qk_norm_last,
+    }
+    return note + "".join(f"; {part} left out" for part, present in left_out.items() if present)
 
 
 def as_read(

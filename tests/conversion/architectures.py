@@ -18,6 +18,17 @@ _WIDE = _LLAMA | dict(head_dim=8)
 _FULL = _LLAMA | dict(num_key_value_heads=4)
 _OLD = _IDS | dict(n_embd=16, n_layer=2, n_head=4, n_positions=64)
 _EXPERTS = _LLAMA | dict(num_experts_per_tok=2, moe_intermediate_size=8)
+_MAMBA = dict(
+    mamba_d_state=4, mamba_expand=2, mamba_n_heads=4, mamba_d_head=8, mamba_d_ssm=32, mamba_n_groups=1
+)
+_LINEAR = dict(
+    linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=4, linear_value_head_dim=4,
+    layer_types=["linear_attention", "full_attention"],
+)  # fmt: skip
+_LATENT = dict(
+    num_key_value_heads=4, n_routed_experts=4, kv_lora_rank=4, q_lora_rank=6, qk_rope_head_dim=4,
+    qk_nope_head_dim=4, v_head_dim=4,
+)  # fmt: skip
 _SSM = _IDS | dict(hidden_size=16, num_hidden_layers=2)
 
 
@@ -217,6 +228,40 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rwkv": ("RwkvForCausalLM", _SSM | dict(attention_hidden_size=16)),
     "recurrent_gemma": ("RecurrentGemmaForCausalLM", _LLAMA | dict(num_hidden_layers=3)),
     "jamba": ("JambaForCausalLM", _LLAMA | dict(use_mamba_kernels=False)),
+    "afmoe": ("AfmoeForCausalLM", _EXPERTS | dict(num_experts=4, head_dim=8)),
+    "bamba": ("BambaForCausalLM", _LLAMA | _MAMBA),
+    "falcon_h1": ("FalconH1ForCausalLM", _LLAMA | _MAMBA),
+    "falcon_mamba": ("FalconMambaForCausalLM", _SSM),
+    "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", _EXPERTS | _LATENT | dict(n_group=2, topk_group=1)),
+    "glm_moe_dsa": (
+        "GlmMoeDsaForCausalLM",
+        _EXPERTS | _LATENT | dict(n_group=2, topk_group=1, index_n_heads=2, index_head_dim=8, index_topk=4),
+    ),
+    "granite_moe_hybrid": (
+        "GraniteMoeHybridForCausalLM",
+        _LLAMA | _MAMBA | dict(num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=12,
+                               layer_types=["mamba", "attention"]),
+    ),
+    "laguna": ("LagunaForCausalLM", _EXPERTS | dict(num_experts=4)),
+    "lfm2_moe": (
+        "Lfm2MoeForCausalLM", _EXPERTS | dict(num_experts=4, layer_types=["conv", "full_attention"])),
+    "nemotron_h": (
+        "NemotronHForCausalLM", _LLAMA | _MAMBA | dict(layers_block_type=["mamba", "attention"])),
+    "olmo_hybrid": ("OlmoHybridForCausalLM", _LLAMA | _LINEAR),
+    "qwen3_next": (
+        "Qwen3NextForCausalLM",
+        _EXPERTS | _LINEAR | dict(num_experts=4, head_dim=8, shared_expert_intermediate_size=12),
+    ),
+    "qwen3_5": ("Qwen3_5ForCausalLM", _WIDE | _LINEAR),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForCausalLM",
+        _EXPERTS | _LINEAR | dict(num_experts=4, head_dim=8, shared_expert_intermediate_size=12),
+    ),
+    "zamba2": (
+        "Zamba2ForCausalLM",
+        _LLAMA | dict(layers_block_type=["mamba", "hybrid"], mamba_ngroups=1, n_mamba_heads=2,
+                      mamba_d_state=4, mamba_headdim=16),
+    ),
     "t5": (
         "T5ForConditionalGeneration", _IDS | dict(d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)),
     "bart": (
@@ -226,7 +271,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
-_MOE = "a mixture of experts"
+_MOE = "a mixture of experts whose router or experts are of a kind of their own"
 _MLA = "keys and values read through a narrower latent (MLA)"
 _NO_BOOT = "TransformerLens 4.3.0 does not boot this kind of "
 _NO_ATTENTION = "blocks without attention (state-space or convolution), such as block 0"
@@ -254,8 +299,20 @@ REFUSED: dict[str, list[str]] = {
             "ernie4_5_moe", "glm4_moe", "jetmoe", "minimax_m2", "llama4_text",
         )
     },
-    **{name: [_NO_ATTENTION] for name in ("lfm2", "mamba", "mamba2", "rwkv", "recurrent_gemma")},
-    "jamba": [_NO_ATTENTION, _MOE],
+    **{
+        name: [_NO_ATTENTION]
+        for name in (
+            "lfm2", "mamba", "mamba2", "rwkv", "recurrent_gemma", "bamba", "falcon_mamba", "olmo_hybrid",
+            "qwen3_5", "zamba2",
+        )
+    },
+    **{
+        name: [_NO_ATTENTION, _MOE]
+        for name in ("jamba", "granite_moe_hybrid", "lfm2_moe", "nemotron_h", "qwen3_next", "qwen3_5_moe")
+    },
+    **{name: [_MOE] for name in ("afmoe", "glm_moe_dsa", "laguna")},
+    "glm4_moe_lite": [_MOE, _MLA],
+    "falcon_h1": ["a state-space layer beside the attention"],
     "t5": [_TWO_STACKS],
     "bart": [_TWO_STACKS],
 }  # fmt: skip

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import mechinterp_attn as mia
-from mechinterp_attn.core.errors import UnsupportedModelError
 from mechinterp_attn.frozen.sublayer import freeze_sublayer
 from tests.conversion.families import FAMILIES, FLOAT64, bridge_of, hugging_face, some_tokens
 
@@ -174,14 +173,3 @@ def test_weights_of_single_heads_add_up(family):
         total = total + pattern @ (x[0] @ head.W_V + head.b_V) @ head.W_O
     post, _ = model.sublayer_of(bank).posts[0]
     torch.testing.assert_close(post(total[None]), cache["blocks.0.hook_attn_out"], rtol=0, atol=1e-10)
-
-
-def test_unsupported_models_give_every_reason():
-    import transformers
-
-    from tests.conversion.families import _NO_IDS, _SHAPE, boot
-
-    config = transformers.MixtralConfig(**_SHAPE, **_NO_IDS, num_key_value_heads=2, num_local_experts=2)
-    hf = transformers.MixtralForCausalLM(config).eval()
-    with pytest.raises(UnsupportedModelError, match="mixture of experts"):
-        mia.convert(boot(hf, torch.float32))

@@ -18,7 +18,7 @@ def unfit_experts(blocks: list[Any], hf: Any, family: Family) -> str | None:
     if not mixed and not any(getattr(hf, name, None) for name in _COUNTS):
         return None
     if not family.experts:
-        return "a mixture of experts"
+        return "a mixture of experts whose router or experts are of a kind of their own"
     if not all(isinstance(getattr(_mixture(b), "experts", None), torch.nn.Module) for b in blocks):
         return "a mixture of experts in some layers only"
     return None

@@ -64,6 +64,8 @@ def _extra(bridge: Any, hf: Any, blocks: list[Any]) -> list[str]:
     if getattr(hf, "hidden_size_per_layer_input", 0):
         reasons.append("an embedding of its own for every layer")
     names = {name.split(".")[-1] for b in blocks[:1] for name, _ in b.named_modules()}
+    if "mamba" in names and hasattr(blocks[0], "attn"):
+        reasons.append("a state-space layer beside the attention")
     if names & {"attn_sub_norm", "ffn_sub_norm"}:
         reasons.append("norms between the heads and the weights behind them (sub-norms)")
     return reasons
