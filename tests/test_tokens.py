@@ -327,3 +327,53 @@ def test_the_texts_of_tokens_make_the_text(text):
     ]
     assert b"".join(written) == text.encode()
     assert set(text) <= set("".join(vocabulary.readable(ids)))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"], indirect=True)
+def test_token_helpers_are_transformer_lens_s(kind, folder, hugging_face):
+    """Against the bridge's own helpers on the same folder."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    bridge = TransformerBridge.boot_transformers(str(folder), device="cpu")
+    model = mia.convert(bridge, check=False)
+    texts = [TEXT, "the man was tall"]
+    for text in texts:
+        assert model.to_str_tokens(text) == bridge.to_str_tokens(text)
+        assert model.to_str_tokens(text, prepend_bos=False) == bridge.to_str_tokens(text, prepend_bos=False)
+        for mode in ("first", "last"):
+            for bos in (None, False):
+                for token in (" man", model.to_single_token(" man"), bridge.to_tokens(" man", False)[0, 0]):
+                    expected = bridge.get_token_position(token, text, mode=mode, prepend_bos=bos)
+                    assert model.get_token_position(token, text, mode=mode, prepend_bos=bos) == expected
+    assert model.to_str_tokens(texts) == bridge.to_str_tokens(texts)
+    rows = [model.to_tokens(text)[0] for text in texts]
+    assert model.to_str_tokens(rows) == bridge.to_str_tokens(rows)
+    assert model.to_string(torch.stack([rows[0], rows[0]])) == bridge.to_string(torch.stack([rows[0]] * 2))
+    assert model.to_string([row.tolist() for row in rows]) == [bridge.to_string(row) for row in rows]
+    assert model.to_string(rows[0].numpy()) == bridge.to_string(rows[0].numpy())
+    assert model.to_str_tokens(rows[0].numpy()) == bridge.to_str_tokens(rows[0].numpy())
+    for i in (0, 65, 400):
+        assert model.to_single_str_token(i) == bridge.to_single_str_token(i)
+    last = bridge.get_token_position(465, torch.tensor([465, 3, 465]), mode="last")
+    assert model.get_token_position(465, torch.tensor([465, 3, 465]), mode="last") == last == 2
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_token_helpers_refuse_by_name(gelu):
+    with pytest.raises(MechInterpError, match=r"token ' man' \(id 465\) does not occur in \["):
+        gelu.get_token_position(" man", "I")
+    with pytest.raises(MechInterpError, match="mode='middle'; expected 'first' or 'last'"):
+        gelu.get_token_position(" man", "a man", mode="middle")
+    with pytest.raises(MechInterpError, match=r"shape \(2, 2\); expected one row"):
+        gelu.get_token_position(1, torch.ones(2, 2, dtype=torch.long))
+    with pytest.raises(MechInterpError, match="is 2 ids; expected one"):
+        gelu.to_single_str_token([1, 2])
+
+
+def test_transformer_lens_s_test_prompt_works(gelu, capsys):
+    from transformer_lens.utilities.exploratory_utils import test_prompt as shows
+
+    shows("Mr. Dor", "ling", gelu, prepend_space_to_answer=False, top_k=3)
+    said = capsys.readouterr().out
+    assert "Mr" in said
+    assert "Top 0th token" in said

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Int
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.model.batch import Batch, Side, padded
+from mechinterp_attn.model.given import integers, is_list, is_text, named, sound
 from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.model.vocabulary import Vocabulary
 
@@ -128,17 +129,17 @@ class TokenDoor:
         Raises:
             MechInterpError: what ``to_tokens`` and ``as_tokens`` raise.
         """
-        if _is_text(input):
+        if is_text(input):
             batch = self._padded(self._rows(cast(Text, input), prepend_bos, truncate), padding_side)
         elif (
             isinstance(input, list) and input and all(isinstance(row, Tensor) and row.ndim for row in input)
         ):
-            rows = [_integers(row) for row in input]
+            rows = [integers(row) for row in input]
             if any(row.ndim != 1 or not len(row) for row in rows):
                 raise MechInterpError("a row of tokens is empty or no row; expected [pos], at least one id")
             batch = self._padded(rows, padding_side)
         else:
-            tokens = self._checked(_integers(input))
+            tokens = self._checked(integers(input))
             return Batch(tokens, torch.ones_like(tokens, dtype=torch.bool))
         tokens = self._checked(batch.tokens)
         return Batch(tokens, batch.real.to(tokens.device))
@@ -151,19 +152,21 @@ class TokenDoor:
         Raises:
             MechInterpError: empty, longer than the context, not integers, or out of range.
         """
-        if _is_text(input):
+        if is_text(input):
             return self._checked(self.to_tokens(cast(Text, input), prepend_bos))
-        return self._checked(_integers(input))
+        return self._checked(integers(input))
 
     def to_str_tokens(self, input: Text | Tensor | Sequence[int], prepend_bos: bool | None = None) -> Any:
-        """The text of every token, one by one; for a list of texts, a list of such lists.
+        """The text of every token, one by one; a list of such lists for several texts or rows of tokens.
 
         Each text tells its token apart from all others (see ``Vocabulary``): spaces stay, bytes that
         are no character read ⟨F0⟩, ids without a text ⟨id 50300⟩. Ids in brackets where there is no
         tokenizer.
         """
-        if isinstance(input, list) and input and isinstance(input[0], str):
-            return [self.to_str_tokens(cast(str, text), prepend_bos) for text in input]
+        if is_list(input):
+            return [self.to_str_tokens(cast(Any, one), prepend_bos) for one in input]
+        if not isinstance(input, str) and (rows := integers(input)).ndim == 2 and len(rows) > 1:
+            return [self.to_str_tokens(row) for row in rows]
         flat = self._flat(input, prepend_bos)
         if self.tokenizer is None:
             return [f"<{i}>" for i in flat]
@@ -172,7 +175,7 @@ class TokenDoor:
     def output_texts(self, ids: Tensor | Sequence[int]) -> list[str]:
         """What each output stands for: the text of a token, or ``<8>`` where outputs are no tokens."""
         if self.spec.d_vocab_out != self.spec.d_vocab:
-            return [f"<{i}>" for i in _integers(ids).reshape(-1).tolist()]
+            return [f"<{i}>" for i in integers(ids).reshape(-1).tolist()]
         return cast(list[str], self.to_str_tokens(ids))
 
     def to_readable_tokens(
@@ -186,12 +189,15 @@ class TokenDoor:
         return self.to_str_tokens(flat) if self.tokenizer is None else self.vocabulary.readable(flat)
 
     def to_string(self, tokens: Tensor | Sequence[Any]) -> Any:
-        """The text of tokens ``[pos]``, special ones included; a list of texts for ``[batch, pos]``.
+        """The text of tokens ``[pos]``, special ones included; a list of texts for ``[batch, pos]`` or a
+        list of rows of any lengths.
 
         It is the tokenizer's own, save where only another way to write the special tokens in front
         reads back as the same tokens; ids beyond the tokenizer read ⟨id 50300⟩.
         """
-        ids = _integers(tokens)
+        if is_list(tokens):
+            return [self.to_string(row) for row in tokens]
+        ids = integers(tokens)
         if ids.ndim > 1:
             return [self.to_string(row) for row in ids]
         self._needed_tokenizer("to_string")
@@ -226,7 +232,7 @@ class TokenDoor:
             MechInterpError: it is several tokens; the message shows how it splits.
         """
         self._needed_tokenizer("to_single_token")
-        found = self.vocabulary.find(_sound(string, "the token"))
+        found = self.vocabulary.find(sound(string, "the token"))
         if found is not None:
             return found
         ids = self._rows(string, False, False)[0].tolist()
@@ -237,21 +243,68 @@ class TokenDoor:
             )
         return int(ids[0])
 
+    def to_single_str_token(self, int_token: int) -> str:
+        """The text of one id, as ``to_str_tokens`` writes it.
+
+        Args:
+            int_token: the id.
+
+        Raises:
+            MechInterpError: it is no integer.
+        """
+        ids = integers(int_token)
+        if ids.numel() != 1:
+            raise MechInterpError(f"{named(int_token)} is {ids.numel()} ids; expected one")
+        return cast(str, self.to_str_tokens(ids.reshape(1))[0])
+
+    def get_token_position(
+        self,
+        single_token: str | int | Tensor,
+        input: str | Tensor | Sequence[int],
+        mode: Literal["first", "last"] = "first",
+        prepend_bos: bool | None = None,
+    ) -> int:
+        """Where a token stands in a text, counted with what ``to_tokens`` puts in front.
+
+        Args:
+            single_token: an id, or the text of one token.
+            input: a text, or token ids ``[pos]`` or ``[1, pos]``.
+            mode: which of several occurrences: the "first" or the "last".
+            prepend_bos: for a text; as for ``to_tokens``.
+
+        Raises:
+            MechInterpError: the token is not there; the message shows the tokens that are.
+        """
+        if mode not in ("first", "last"):
+            raise MechInterpError(f"mode={mode!r}; expected 'first' or 'last'")
+        tokens = integers(self.to_tokens(input, prepend_bos) if isinstance(input, str) else input)
+        if tokens.ndim == 2 and len(tokens) > 1:
+            raise MechInterpError(f"tokens of shape {tuple(tokens.shape)}; expected one row")
+        text = isinstance(single_token, str)
+        wanted = self.to_single_token(cast(str, single_token)) if text else int(integers(single_token))
+        found = (tokens.reshape(-1) == wanted).nonzero()[:, 0].tolist()
+        if not found:
+            raise MechInterpError(
+                f"token {self.to_single_str_token(wanted)!r} (id {wanted}) does not occur in "
+                f"{self.to_str_tokens(tokens.reshape(-1))}"
+            )
+        return int(found[0 if mode == "first" else -1])
+
     # -- inside -------------------------------------------------------------------------------
 
     def _rows(self, input: Text, prepend_bos: bool | None, truncate: bool) -> list[Tensor]:
         """The ids of every text."""
         tokenizer = self._needed_tokenizer("to_tokens")
-        if not _is_text(input):
+        if not is_text(input):
             raise MechInterpError(
-                f"{_named(input)}; expected a text or a list of texts, at least one token in each"
+                f"{named(input)}; expected a text or a list of texts, at least one token in each"
             )
         texts = [input] if isinstance(input, str) else list(input)
         if prepend_bos and self.bos_token_id is None:
             raise MechInterpError("prepend_bos=True, but this model's tokenizer has no BOS token")
         rows = []
         for i, text in enumerate(texts):
-            bare = tokenizer(_sound(text, f"text {i}"), add_special_tokens=False)["input_ids"]
+            bare = tokenizer(sound(text, f"text {i}"), add_special_tokens=False)["input_ids"]
             if not bare:
                 raise MechInterpError(f"text {i} is empty ({text!r}); give at least one token")
             row = bare if prepend_bos is False else self._with_special(text, bare, prepend_bos)
@@ -314,7 +367,7 @@ class TokenDoor:
         return tokens
 
     def _flat(self, input: Any, prepend_bos: bool | None) -> list[int]:
-        ids = self._rows(input, prepend_bos, False)[0] if isinstance(input, str) else _integers(input)
+        ids = self._rows(input, prepend_bos, False)[0] if isinstance(input, str) else integers(input)
         return cast(list[int], ids.reshape(-1).tolist())
 
     def _decoded(self, ids: list[int]) -> str:
@@ -343,46 +396,3 @@ class TokenDoor:
                 "or set model.tokenizer to a Hugging Face tokenizer"
             )
         return self.tokenizer
-
-
-def _is_text(input: Any) -> bool:
-    return isinstance(input, str) or (
-        isinstance(input, list) and bool(input) and any(isinstance(part, str) for part in input)
-    )
-
-
-def _is_rows(input: Any) -> bool:
-    return isinstance(input, list) and bool(input) and all(isinstance(r, Tensor) and r.ndim for r in input)
-
-
-def _sound(text: Any, name: str) -> str:
-    """A text that can be written down in UTF-8."""
-    if not isinstance(text, str):
-        raise MechInterpError(f"{name} is {_named(text)}; expected a text (str)")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise MechInterpError(
-            f"{name} is no valid Unicode: a lone surrogate {text[error.start]!a} at character "
-            f"{error.start}; it was probably read with the wrong encoding"
-        ) from error
-    return text
-
-
-def _integers(input: Any) -> Tensor:
-    """Token ids as a tensor of integers."""
-    try:
-        ids = torch.as_tensor(input)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise MechInterpError(
-            f"{_named(input)}: {' '.join(str(error).split())}; expected a text, texts, or token ids [pos] "
-            "or [batch, pos] (rows of different lengths as a list of tensors)"
-        ) from error
-    if ids.numel() and (ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool):
-        raise MechInterpError(f"tokens must be integers, got dtype {ids.dtype}")
-    return ids.long()
-
-
-def _named(input: Any) -> str:
-    shown = repr(input)
-    return f"{type(input).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
