@@ -1,6 +1,6 @@
 """Causal methods on a real model: circuits, neurons, and the correlation with exact patches.
 
-    OMP_NUM_THREADS=2 python benchmarks/causal_real.py [--only circuits|correlation] [--prompts 48]
+    OMP_NUM_THREADS=2 python benchmarks/causal_real.py [--only circuits|correlation] [--task sva]
 
 The model is SmolLM2-135M-Instruct with weights rounded to 4 bits (`make real`). Rankings are found on one
 half of the prompts and measured on the other.
@@ -38,8 +38,8 @@ KINDS = {"residual": "hook_resid_pre", "attention": "hook_attn_out", "MLP": "hoo
 STEPS = 5
 
 
-def circuits(model: mia.AttentionOnlyModel, prompts: int) -> None:
-    for name in ("ioi", "sva"):
+def circuits(model: mia.AttentionOnlyModel, prompts: int, tasks: list[str]) -> None:
+    for name in tasks:
         found_on, held_out = getattr(mia.tasks, name)(model, n=prompts).split()
         rows: list[dict[str, str]] = []
         for method, rules in RULES.items():
@@ -161,12 +161,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("circuits", "correlation"))
     parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--task", choices=("ioi", "sva"), help="circuits of this one alone")
     given = parser.parse_args()
     model = mia.load(Path(os.environ.get("MECHINTERP_ATTN_SMOLLM2", FOLDER)))
     if given.only != "circuits":
         correlation(model, min(given.prompts, 16))
     if given.only != "correlation":
-        circuits(model, given.prompts)
+        circuits(model, given.prompts, [given.task] if given.task else ["ioi", "sva"])
 
 
 if __name__ == "__main__":

@@ -159,14 +159,15 @@ def discover(
     notes: dict[str, Any] = {"metric": bound.about, "method": name, "patch": patch, **state.notes}
     notes["dtype"] = str(model.W_E.dtype).removeprefix("torch.")
     if units == "edges":
-        frame, total = edge_scores(
+        frame, total, into = edge_scores(
             model, bound, rules, steps=steps if method == "eap-ig" else 1, fill=fill, top_k=top_k,
             max_bytes=max_bytes,
         )  # fmt: skip
         notes["edges"] = f"{total:,} scored, the top {len(frame):,} kept"
+        checks = _complete(model, state, rules, patch, torch.tensor([into]), notes)
         return Discovery(
-            frame=frame, receipt=Receipt((), notes), standing=state, task=task, units=units, method=name,
-            total=total,
+            frame=frame, receipt=Receipt(checks, notes), standing=state, task=task, units=units,
+            method=name, total=total,
         )  # fmt: skip
     each = positions == "each"
     scores, inputs = _head_scores(model, bound, fill, rules, name, steps, each, max_bytes)
@@ -176,20 +177,36 @@ def discover(
         frame = frame.loc[frame.index.repeat(width)].reset_index(drop=True)
         frame["position"] = list(range(width)) * (len(frame) // width)
     frame["score"] = scores.flatten().numpy()
-    checks: tuple[Check, ...] = ()
-    if state.corrupt is not None and patch == "corrupt":
-        error = (inputs - (state.clean - state.corrupt).double()).abs().mean()
-        scale = float((state.clean - state.corrupt).double().abs().mean())
-        share = float(error) / max(scale, 1e-9)
-        if rules == SECANT and not _approximate(model):
-            what = "scores of the inputs add up to the metric's difference (share of it)"
-            checks = (Check(what, share, 0.01),)
-        else:
-            notes["the inputs' scores miss the metric's difference by"] = f"{share:.1%}"
+    checks = _complete(model, state, rules, patch, inputs, notes)
     return Discovery(
         frame=_sorted(frame), receipt=Receipt(checks, notes), standing=state, task=task, units=units,
         method=name, total=len(frame),
     )  # fmt: skip
+
+
+def _complete(
+    model: AttentionOnlyModel,
+    state: Standing,
+    rules: Rules,
+    patch: str,
+    inputs: Tensor,
+    notes: dict[str, Any],
+) -> tuple[Check, ...]:
+    """Whether the scores of the inputs add up to the metric's difference: a check of chords, which must,
+    and a note on other slopes.
+
+    Args:
+        inputs: their sum for every prompt, or its mean over them.
+    """
+    if state.corrupt is None or patch != "corrupt":
+        return ()
+    change = (state.clean - state.corrupt).double()
+    apart = inputs - (change if len(inputs) == len(change) else change.mean())
+    share = float(apart.abs().mean()) / max(float(change.abs().mean()), 1e-9)
+    if rules == SECANT and not _approximate(model):
+        return (Check("scores of the inputs add up to the metric's difference (share of it)", share, 0.01),)
+    notes["the inputs' scores miss the metric's difference by"] = f"{share:.1%}"
+    return ()
 
 
 def _approximate(model: AttentionOnlyModel) -> bool:

@@ -76,8 +76,9 @@ def edge_scores(
     fill: Fill,
     top_k: int,
     max_bytes: int,
-) -> tuple[pd.DataFrame, int]:
-    """The edges with the largest scores, ``src, dst, mode, edge, score``, and how many there are.
+) -> tuple[pd.DataFrame, int, float]:
+    """The edges with the largest scores, ``src, dst, mode, edge, score``; how many there are; and the sum
+    of the scores of all edges out of the embedding.
 
     Raises:
         MechInterpError: a model with norms behind its sublayers, or too little memory.
@@ -109,7 +110,7 @@ def edge_scores(
             along = (got.end @ _writes(bank).flatten(0, 1).T).unflatten(-1, change.shape[1:])
             best.add((change * along).sum((0, 2))[:, None] / count, i, None, "")
         progress.update()
-    return best.frame(banks), best.total
+    return best.frame(banks), best.total, best.inputs
 
 
 def _between(got: Collected, src: HeadBank, dst: HeadBank, mode: str) -> Tensor:
@@ -147,11 +148,13 @@ class _Best:
 
     def __init__(self, k: int):
         self.k, self.total = k, 0
+        self.inputs = 0.0  # scores of the edges out of the embedding
         self.rows = torch.zeros(0, 5, dtype=torch.long)  # src bank, src head, dst bank, dst head, mode
         self.scores = torch.zeros(0)
 
     def add(self, scores: Tensor, src: int | None, dst: int | None, mode: str) -> None:
         self.total += scores.numel()
+        self.inputs += float(scores.double().sum()) if src is None else 0.0
         flat = scores.flatten()
         at = flat.abs().topk(min(self.k, len(flat))).indices
         rows = torch.zeros(len(at), 5, dtype=torch.long)
