@@ -156,12 +156,20 @@ class TokenDoor:
             return self._checked(self.to_tokens(cast(Text, input), prepend_bos))
         return self._checked(integers(input))
 
-    def to_str_tokens(self, input: Text | Tensor | Sequence[int], prepend_bos: bool | None = None) -> Any:
+    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> Any:
         """The text of every token, one by one; a list of such lists for several texts or rows of tokens.
 
         Each text tells its token apart from all others (see ``Vocabulary``): spaces stay, bytes that
         are no character read ⟨F0⟩, ids without a text ⟨id 50300⟩. Ids in brackets where there is no
         tokenizer.
+
+        Args:
+            input: a text or texts, or token ids: a tensor, an array or a list, ``[pos]`` or ``[batch,
+                pos]``, or a list of rows of any lengths.
+            prepend_bos: for texts; as for ``to_tokens``.
+
+        Raises:
+            MechInterpError: neither texts nor ids.
         """
         if is_list(input):
             return [self.to_str_tokens(cast(Any, one), prepend_bos) for one in input]
@@ -188,12 +196,18 @@ class TokenDoor:
         flat = self._flat(input, prepend_bos)
         return self.to_str_tokens(flat) if self.tokenizer is None else self.vocabulary.readable(flat)
 
-    def to_string(self, tokens: Tensor | Sequence[Any]) -> Any:
+    def to_string(self, tokens: Any) -> Any:
         """The text of tokens ``[pos]``, special ones included; a list of texts for ``[batch, pos]`` or a
         list of rows of any lengths.
 
         It is the tokenizer's own, save where only another way to write the special tokens in front
         reads back as the same tokens; ids beyond the tokenizer read ⟨id 50300⟩.
+
+        Args:
+            tokens: ids as a tensor, an array, a list, or a list of rows.
+
+        Raises:
+            MechInterpError: no ids, or no tokenizer.
         """
         if is_list(tokens):
             return [self.to_string(row) for row in tokens]
