@@ -87,7 +87,7 @@ class Fidelity(Result):
         """The numbers of the card, as JSON can hold them."""
         left_out = ("frame", "receipt", "worst_position")
         numbers = {name: value for name, value in vars(self).items() if name not in left_out}
-        return numbers | {"ok": self.ok}
+        return numbers | {"unreached": list(self.unreached), "ok": self.ok}
 
     def _repr_html_(self) -> str:
         from mechinterp_attn.core.table import html_table

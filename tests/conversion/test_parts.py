@@ -179,9 +179,9 @@ def test_the_check_runs_past_every_length(monkeypatch):
     model = mia.convert(late)
     assert named_lengths(model, late) == [100]
     card = model.provenance["fidelity"]
-    assert (card["longest"], card["unreached"]) == (108, ())
+    assert (card["longest"], card["unreached"]) == (108, [])
     monkeypatch.setattr("mechinterp_attn.conversion.check._MOST_WORK", 10)
-    assert mia.convert(late).provenance["fidelity"]["unreached"] == (100,)
+    assert mia.convert(late).provenance["fidelity"]["unreached"] == [100]
     monkeypatch.undo()
     grown = type(model.banks[0]).grown
     monkeypatch.setattr(type(model.banks[0]), "grown", lambda self, at: grown(self, at).clamp(max=1))
