@@ -74,6 +74,7 @@ class AloneHeads(Alone):
     def drawn(self, n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
         return torch.randperm(self.total, generator=generator)[:n]
 
+    @torch.no_grad()
     def metric(self, some: list[Parts]) -> Float[Tensor, "run n"]:
         cuts = [self._cut(parts) for parts in some]
         out = torch.zeros(len(cuts), len(self.bound), dtype=torch.float64)
@@ -115,6 +116,7 @@ class AloneEdges(Alone):
     def drawn(self, n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
         return Edges.of(self.model).drawn(n, generator)
 
+    @torch.no_grad()
     def metric(self, some: list[Parts]) -> Float[Tensor, "run n"]:
         edges = Edges.of(self.model)
         wires = [Wires(edges, parts.ids, rest=parts.rest) for parts in some]

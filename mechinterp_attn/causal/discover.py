@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.circuit import Circuit
-from mechinterp_attn.causal.edges import edge_scores
+from mechinterp_attn.causal.edges import edge_cost, edge_scores
 from mechinterp_attn.causal.effects import effects
 from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of, some
 from mechinterp_attn.causal.rules import FROZEN, RELP, SECANT, TRUE, Rules
@@ -20,6 +20,7 @@ from mechinterp_attn.causal.runs import (
     Backward,
     Standing,
     backward,
+    plan_prompts,
     ready,
     rows_at_once,
     standing,
@@ -28,6 +29,7 @@ from mechinterp_attn.causal.runs import (
 )
 from mechinterp_attn.causal.task import Task
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.plan import CELL, TABLE, Plan, plan, plans, within
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -91,6 +93,33 @@ class Discovery(Result):
         )
 
 
+def _plan(
+    model: AttentionOnlyModel,
+    task: Task,
+    method: Method | Rules,
+    units: str,
+    positions: str,
+    steps: int,
+    top_k: int,
+    max_bytes: int,
+) -> Plan:
+    """A backward pass, one for every step; scores of edges are products over all tokens."""
+    bound = task.bind(model)
+    each = bound.clean.tokens.shape[1] if positions == "each" else 1
+    if method == "exact":
+        options: dict[str, Any] = {"positions": positions, "exact": model.n_heads * each}
+        return plan(effects, model, task, **options, max_bytes=max_bytes)
+    passes = {"eap-ig": steps, "eap-ig-activations": steps * len(model.sublayers())}.get(str(method), 1)
+    edges = units == "edges"
+    kept, flops = edge_cost(model, bound, passes) if edges else (0, 0)
+    result = 3 * CELL * TABLE * (top_k if edges else model.n_heads * each)
+    return plan_prompts(
+        model, task, f"scores of {units}", max_bytes, runs=5 + 4 * passes, result=result, kept=kept,
+        flops=flops, backward=True, times=2,
+    )  # fmt: skip
+
+
+@plans(_plan)
 def discover(
     model: AttentionOnlyModel,
     task: Task,
@@ -132,19 +161,21 @@ def discover(
         steps: of "eap-ig".
         top_k: of edges, how many with the largest scores are kept; all are scored.
         seed: of ``patch="resample"``.
-        max_bytes: of what is held at a time.
+        max_bytes: memory beyond the model's that may be used, the result included.
 
     Raises:
         MechInterpError: everything in which the task does not fit the model or the choices.
     """
     rules = _rules(method, units, positions, patch, steps)
     name = method if isinstance(method, str) else str(method)
+    made = _plan(model, task, method, units, positions, steps, top_k, max_bytes)
+    whole, max_bytes = max_bytes, within(made, max_bytes, "fewer prompts").left(max_bytes)
     bound = ready(model, task.bind(model), max_bytes)
     if method == "exact":
         found = effects(
             model, task, patch=patch, positions=positions, value_bias=value_bias, seed=seed,
             exact=len(model.heads) * (bound.clean.tokens.shape[1] if positions == "each" else 1),
-            max_bytes=max_bytes,
+            max_bytes=whole,
         )  # fmt: skip
         frame = found.frame.drop(columns="estimate").rename(columns={"effect": "score"})
         return Discovery(

@@ -23,7 +23,6 @@ from mechinterp_attn.causal.patches import Fill, some
 from mechinterp_attn.causal.rules import Hook, Rules
 from mechinterp_attn.causal.runs import graph, rows_at_once, watched, wide
 from mechinterp_attn.causal.wires import EMBED, LOGITS, edge_name
-from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import HeadBank
@@ -67,6 +66,22 @@ class Collected:
     end: Tensor
 
 
+def edge_cost(model: AttentionOnlyModel, bound: Bound, steps: int) -> tuple[int, int]:
+    """Bytes of what is kept of all prompts, since scores are sums over all of them, with the scores of two
+    banks; and operations of the products.
+    """
+    tokens, d_model = steps * int(bound.clean.real.sum()), model.spec.d_model
+    banks = list(model.banks)
+    heads = sum(bank.n_heads * bank.d_head for bank in banks)
+    flops, widest = 0, 0
+    for bank in banks:
+        earlier = sum(b.n_heads * b.d_head for b in banks if b.step < bank.step)
+        flops += 2 * len(bank.reads) * tokens * (earlier * bank.n_heads + earlier * d_model)
+        widest = max([widest, *(b.n_heads * bank.n_heads for b in banks if b.step < bank.step)])
+    floats = tokens * (4 * heads + 4 * len(banks) * d_model) + 3 * widest
+    return model.W_E.element_size() * floats, flops
+
+
 def edge_scores(
     model: AttentionOnlyModel,
     bound: Bound,
@@ -81,18 +96,10 @@ def edge_scores(
     of the scores of all edges out of the embedding.
 
     Raises:
-        MechInterpError: a model with norms behind its sublayers, or too little memory.
+        MechInterpError: a model with norms behind its sublayers.
     """
-    spec = model.spec
     splits(model)
-    heads = sum(bank.n_heads * bank.d_head for bank in model.banks)
-    need = 4 * steps * int(bound.clean.real.sum()) * (4 * heads + 4 * len(model.banks) * spec.d_model)
-    if need > 2 * max_bytes:
-        raise MechInterpError(
-            f"edges of {len(bound)} prompts need about {need / 2**30:.1f} GiB, since their scores are sums "
-            f"over all of them; raise max_bytes (now {max_bytes / 2**30:.1f} GiB) or take fewer prompts"
-        )
-    got = _collect(model, bound, rules, steps, fill, max_bytes)
+    got = _collect(model, bound, rules, steps, fill, max_bytes - edge_cost(model, bound, steps)[0])
     count = len(bound) * steps
     best = _Best(top_k)
     banks = list(model.banks)

@@ -19,6 +19,7 @@ from mechinterp_attn.causal.runs import (
     Standing,
     backward,
     patched,
+    plan_prompts,
     ready,
     rows_at_once,
     standing,
@@ -26,6 +27,7 @@ from mechinterp_attn.causal.runs import (
 )
 from mechinterp_attn.causal.task import Task
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.plan import CELL, TABLE, Plan, plans, within
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -54,6 +56,40 @@ class Effects(Result):
     effects: Float[Tensor, "row n"]
 
 
+def _plan(
+    model: AttentionOnlyModel,
+    task: Task,
+    heads: str | Head | Sequence[Any] | None,
+    positions: str,
+    exact: int | Sequence[Any] | None,
+    max_bytes: int,
+) -> Plan:
+    """How the task stands, the estimates' backward pass, and a run for every cut."""
+    tokens = task.bind(model).clean.tokens
+    places = tokens.shape[1] if positions == "each" else 1
+    every = model.n_heads * places
+    if heads is None and (exact is None or isinstance(exact, int)):
+        cuts = min(every, EXACT if exact is None else exact)
+    else:
+        given: Any = heads if heads is not None else exact
+        items = [given] if isinstance(given, str | Head) else list(given)
+        cuts = places * sum(
+            len(targets_of(model, [item])) if isinstance(item, str | Head) else 1 for item in items
+        )
+    result = CELL * ((cuts + 1) * len(tokens) * 2 + 3 * TABLE * (every + cuts))
+    return plan_prompts(
+        model,
+        task,
+        f"{cuts:,} patches",
+        max_bytes,
+        runs=cuts + 7,
+        result=result,
+        backward=True,
+        together=cuts + 1,
+    )
+
+
+@plans(_plan)
 def effects(
     model: AttentionOnlyModel,
     task: Task,
@@ -88,13 +124,15 @@ def effects(
         value_bias: what "zero" means for an attention head: it writes nothing ("cut"), or goes on writing
             its value bias ("kept"), as in TransformerLens after folding value biases.
         seed: of "resample".
-        max_bytes: of what is held at a time.
+        max_bytes: memory beyond the model's that may be used, the result included.
 
     Raises:
         MechInterpError: everything in which the task does not fit the model or the choices; no such heads.
     """
     if positions not in ("all", "each"):
         raise MechInterpError(f"positions={positions!r}; expected 'all' or 'each'")
+    made = _plan(model, task, heads, positions, exact, max_bytes)
+    max_bytes = within(made, max_bytes, "fewer prompts or heads").left(max_bytes)
     bound = ready(model, task.bind(model), max_bytes)
     if positions == "each" and not bound.aligned:
         raise MechInterpError(

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mechinterp_attn.causal.alone import Alone, Parts, alone_of
 from mechinterp_attn.causal.bound import Bound
-from mechinterp_attn.causal.runs import MAX_BYTES, Standing, ready, standing
+from mechinterp_attn.causal.runs import MAX_BYTES, Standing, plan_prompts, ready, standing
 from mechinterp_attn.causal.task import Task
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.plan import CELL, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
@@ -61,6 +62,38 @@ class Faithfulness(Result):
     total: int
 
 
+def _plan_of_runs(model: AttentionOnlyModel, task: Task, alone: Alone, runs: int, max_bytes: int) -> Plan:
+    """So many circuits, each run alone; each edge has a stream of its own."""
+    n, edges = len(task), alone.units == "edges"
+    ids = CELL * runs * min(alone.total, 4 * len(alone.order))
+    result = CELL * (2 * runs * n + DRAWS * (n + runs))
+    each = 4 if edges else 1
+    return plan_prompts(
+        model, task, f"{runs:,} circuits of {alone.units}", max_bytes, runs=5 + each * runs,
+        result=result, kept=ids, together=1 if edges else runs, times=each,
+    )  # fmt: skip
+
+
+def _plan(
+    model: AttentionOnlyModel,
+    task: Task,
+    ranking: Any,
+    sizes: Sequence[float | int] | None,
+    draws: int,
+    max_bytes: int,
+) -> Plan:
+    alone = alone_of(model, task.bind(model), ranking, max_bytes)
+    counts = _counts(sizes, len(alone.order), alone.total, alone.units)
+    curves = 1 + (1 + (len(alone.order) == alone.total) + draws if draws else 0)
+    return _plan_of_runs(model, task, alone, curves * len(counts), max_bytes)
+
+
+def _plan_of_minimality(model: AttentionOnlyModel, task: Task, circuit: Any, max_bytes: int) -> Plan:
+    alone = alone_of(model, task.bind(model), circuit, max_bytes)
+    return _plan_of_runs(model, task, alone, 1 + len(alone.order), max_bytes)
+
+
+@plans(_plan)
 def faithfulness(
     model: AttentionOnlyModel,
     task: Task,
@@ -89,7 +122,7 @@ def faithfulness(
         draws: how many random rankings stand beside it; 0 leaves out ``random``, ``reverse`` and
             ``removed``, and with them most of the runs.
         seed: of random rankings and of the bootstrap.
-        max_bytes: of what is held at a time.
+        max_bytes: memory beyond the model's that may be used, the result included.
 
     Raises:
         MechInterpError: no counterfactuals, no such heads or edges, sizes that the ranking does not reach,
@@ -97,6 +130,8 @@ def faithfulness(
     """
     if draws < 0:
         raise MechInterpError(f"draws={draws}; expected 0 or more")
+    made = _plan(model, task, ranking, sizes, draws, max_bytes)
+    max_bytes = within(made, max_bytes, "fewer prompts").left(max_bytes)
     bound = ready(model, task.bind(model), max_bytes)
     bound.counterfactual("faithfulness")
     alone = alone_of(model, bound, ranking, max_bytes)
@@ -164,6 +199,7 @@ class Minimality(Result):
     faithfulness: float
 
 
+@plans(_plan_of_minimality)
 def minimality(
     model: AttentionOnlyModel, task: Task, circuit: Any, *, max_bytes: int = MAX_BYTES
 ) -> Minimality:
@@ -173,11 +209,13 @@ def minimality(
         model: the converted model.
         task: the prompts, with counterfactuals.
         circuit: a ``Circuit``, or what else ``faithfulness`` takes as a ranking, all of it.
-        max_bytes: of what is held at a time.
+        max_bytes: memory beyond the model's that may be used, the result included.
 
     Raises:
         MechInterpError: as for ``faithfulness``.
     """
+    made = _plan_of_minimality(model, task, circuit, max_bytes)
+    max_bytes = within(made, max_bytes, "fewer prompts").left(max_bytes)
     bound = ready(model, task.bind(model), max_bytes)
     bound.counterfactual("minimality")
     alone = alone_of(model, bound, circuit, max_bytes)

@@ -15,10 +15,20 @@ from torch import Tensor
 from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.flow import FIRST, Flow, splits
 from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of, some
-from mechinterp_attn.causal.runs import MAX_BYTES, Standing, ready, rows_at_once, run, standing, watched
+from mechinterp_attn.causal.runs import (
+    MAX_BYTES,
+    Standing,
+    plan_prompts,
+    ready,
+    rows_at_once,
+    run,
+    standing,
+    watched,
+)
 from mechinterp_attn.causal.task import Task
 from mechinterp_attn.causal.wires import EMBED, LOGITS, Edge, Edges, Wires, edge_name, steps_of
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.plan import CELL, TABLE, Plan, plans, within
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -58,6 +68,16 @@ class Route:
     last: tuple[HeadBank, int] | None
 
 
+def _plan(model: AttentionOnlyModel, task: Task, path: str | Sequence[str], max_bytes: int) -> Plan:
+    """A run for every path, with a stream for each change."""
+    routes = len(_routes(model, [path] if isinstance(path, str) else list(path)))
+    result = CELL * ((routes + 1) * len(task) * 2 + TABLE * routes)
+    return plan_prompts(
+        model, task, f"{routes:,} paths", max_bytes, runs=6 + 4 * (routes + 1), result=result, times=4
+    )
+
+
+@plans(_plan)
 def path_patch(
     model: AttentionOnlyModel,
     task: Task,
@@ -86,13 +106,15 @@ def path_patch(
         direction: "noising": the clean run is patched; "denoising": the counterfactual run.
         value_bias: of "zero", as for ``effects``.
         seed: of "resample".
-        max_bytes: of what is held at a time.
+        max_bytes: memory beyond the model's that may be used, the result included.
 
     Raises:
         MechInterpError: what is no path of this model, with every reason; norms behind sublayers; what
             ``effects`` finds.
     """
     splits(model)
+    made = _plan(model, task, path, max_bytes)
+    max_bytes = within(made, max_bytes, "fewer prompts or paths").left(max_bytes)
     bound = ready(model, task.bind(model), max_bytes)
     routes = _routes(model, [path] if isinstance(path, str) else list(path))
     fill = fill_of(

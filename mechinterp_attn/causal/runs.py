@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import comb
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -17,9 +17,74 @@ from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.cuts import ByPath, Cut, cutting
 from mechinterp_attn.causal.rules import TRUE, Hook, Rules, applied
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.plan import MAX_BYTES as MAX_BYTES
+from mechinterp_attn.core.plan import Plan
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.cost import plan_runs
 
-MAX_BYTES = 2**30
+if TYPE_CHECKING:
+    from mechinterp_attn.causal.task import Task
+
+
+def plan_prompts(
+    model: AttentionOnlyModel,
+    task: Task,
+    what: str,
+    max_bytes: int,
+    *,
+    runs: float | int,
+    result: int = 0,
+    kept: int = 0,
+    flops: int = 0,
+    backward: bool = False,
+    together: int = 1,
+    times: int = 1,
+) -> Plan:
+    """The plan of work on a behaviour, as many prompts at a time as the memory beside the result allows.
+
+    Args:
+        model: the converted model.
+        task: the behaviour.
+        what: what is computed.
+        max_bytes: what may be used.
+        runs: how often every prompt goes through the model; a backward pass counts as two.
+        result: bytes that are kept from the first run to the end.
+        kept: bytes that are kept for a while.
+        flops: beside the runs.
+        backward: whether there are backward passes.
+        together: how many runs of all prompts are made at once where the memory allows.
+        times: how many runs each prompt is given at once in any case.
+    """
+    bound = task.bind(model)
+    n, width = bound.clean.tokens.shape
+    need, room = times * prompt_bytes(model, bound, backward=backward), max_bytes - result - kept
+    rows = min(n, max(1, room // need))
+    one = prompt_bytes(model, bound)  # a run forward, many of them at once
+    at_once = one * min(n * together, max(1, room // one))
+    return plan_runs(
+        model,
+        f"{what} on {n:,} prompts of {width:,} tokens",
+        runs=runs,
+        rows=n,
+        positions=width,
+        bytes=result + kept + max(rows * need, at_once),
+        result=result,
+        flops=flops,
+        chunks=-(-n // rows),
+    )
+
+
+def prompt_bytes(model: AttentionOnlyModel, bound: Bound, *, backward: bool = False) -> int:
+    """What running one prompt takes; found by counting (``tests/core/test_memory``)."""
+    spec, width = model.spec, bound.clean.tokens.shape[1]
+    heads = [bank.n_heads for bank in model.banks if bank.mixes_positions]
+    held = sum(bank.n_heads * bank.d_head for bank in model.banks)
+    logits = spec.d_vocab_out if bound.at_position else spec.d_vocab_out * width
+    floats = width * (held + 8 * spec.d_model + max(heads, default=0) * width) + 3 * logits
+    if backward:  # what autograd keeps of every layer
+        layers = 16 * spec.d_model * spec.n_layers
+        floats = width * (8 * held + layers + 4 * sum(heads) * width) + 6 * logits
+    return model.W_E.element_size() * floats
 
 
 def rows_at_once(model: AttentionOnlyModel, bound: Bound, max_bytes: int, *, backward: bool = False) -> int:
@@ -28,14 +93,8 @@ def rows_at_once(model: AttentionOnlyModel, bound: Bound, max_bytes: int, *, bac
     Raises:
         MechInterpError: not even one; says what one needs.
     """
-    spec, width = model.spec, bound.clean.tokens.shape[1]
-    mixing = sum(bank.n_heads for bank in model.banks if bank.mixes_positions)
-    held = sum(bank.n_heads * bank.d_head for bank in model.banks)
-    logits = spec.d_vocab_out if bound.at_position else spec.d_vocab_out * width
-    floats = width * (held + 8 * spec.d_model) + 3 * logits
-    if backward:  # what autograd keeps of every layer
-        floats = width * (6 * held + 12 * spec.d_model * spec.n_layers + 3 * mixing * width) + 6 * logits
-    need = 4 * floats
+    width = bound.clean.tokens.shape[1]
+    need = prompt_bytes(model, bound, backward=backward)
     if need > max_bytes:
         raise MechInterpError(
             f"one prompt of {width} tokens needs about {need / 2**20:.0f} MiB; raise max_bytes (now "

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from mechinterp_attn.causal.bound import Bound, bind
 from mechinterp_attn.causal.metrics import NAMES, NEEDS_AGAINST, NEEDS_ANSWER, Metric
-from mechinterp_attn.causal.runs import scores
+from mechinterp_attn.causal.runs import plan_prompts, scores
 from mechinterp_attn.core.errors import MechInterpError, listing
 from mechinterp_attn.core.fields import short
 from mechinterp_attn.core.files import write_text
+from mechinterp_attn.core.plan import CELL, MAX_BYTES, Plan, plans
 from mechinterp_attn.core.reading import parse_json, read_text
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
@@ -26,6 +27,10 @@ Prompts = str | Sequence[str] | Sequence[Sequence[int]] | Tensor
 Answers = (
     str | int | Sequence[Any] | Tensor
 )  # of every prompt: a text of one token, an id, or several of them
+
+
+def _plan(self: Task, model: AttentionOnlyModel, max_bytes: int) -> Plan:
+    return plan_prompts(model, self, "a metric", max_bytes, runs=1, result=2 * CELL * len(self))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -121,12 +126,13 @@ class Task:
             return "loss (all next tokens)"
         return self.metric
 
-    def score(self, model: AttentionOnlyModel, *, max_bytes: int = 2**30) -> Float[Tensor, " n"]:
+    @plans(_plan)
+    def score(self, model: AttentionOnlyModel, *, max_bytes: int = MAX_BYTES) -> Float[Tensor, " n"]:
         """The metric of every prompt, on the CPU.
 
         Args:
             model: the converted model.
-            max_bytes: of what is held at a time.
+            max_bytes: memory beyond the model's that may be used, the result included.
 
         Raises:
             MechInterpError: everything in which the task does not fit the model.

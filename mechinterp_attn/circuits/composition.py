@@ -7,6 +7,7 @@ neurons Q and V are the cosine of the earlier's output and the later's input dir
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -428,7 +429,11 @@ def _bytes(job: Job, units: list[Unit]) -> int:
     size = torch.finfo(job.dtype).bits // 8
     written = sum(len(g) * g.rank for g in job.sources) * job.d_model * size
     widest = max((u.last - u.first) * job.readers[u.group].reading_rank(job.kind) for u in units)
-    blocks = 3 * job.block[0] * job.block[1] * size
+    sides = (
+        sum(len(g) * g.rank for g in job.sources),
+        sum(len(g) * g.reading_rank(job.kind) for g in job.readers),
+    )
+    blocks = 3 * size * math.prod(min(n, most) for n, most in zip(sides, job.block, strict=True))
     return min(written, job.cache_bytes) + widest * job.d_model * (8 + size) + blocks
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -46,6 +46,14 @@ class Plan:
     chunks: int
     seconds: float
     result: int = 0
+
+    def left(self, max_bytes: int) -> int:
+        """What the work may use of ``max_bytes`` beside the result.
+
+        Args:
+            max_bytes: what the call may use.
+        """
+        return max_bytes - self.result
 
     def __str__(self) -> str:
         kept = f" ({size(self.result)} of it the result)" if self.result else ""
@@ -147,6 +155,28 @@ def within(made: Plan, max_bytes: int, instead: str = "") -> Plan:
             f"{other}max_bytes={made.bytes:,}"
         )
     return made
+
+
+def joined(what: str, parts: Sequence[Plan], result: int = 0) -> Plan:
+    """The plan of several calls, one after the other, whose results are kept till the end.
+
+    Args:
+        what: what all of them are for.
+        parts: their plans, in order; at least one.
+        result: bytes of what is made of them.
+    """
+    peak = kept = 0
+    for part in parts:
+        peak = max(peak, kept + part.bytes)
+        kept += part.result
+    return Plan(
+        what=what,
+        flops=sum(part.flops for part in parts),
+        bytes=peak + result,
+        chunks=sum(part.chunks for part in parts),
+        seconds=sum(part.seconds for part in parts),
+        result=result or kept,
+    )
 
 
 def make_plan(

@@ -12,8 +12,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechinterp_attn.causal.batches import Batch, Input, as_batch, rows_within
+from mechinterp_attn.causal.batches import (
+    Batch,
+    Input,
+    as_batch,
+    plan_sequences,
+    rows_within,
+    sequence_bytes,
+)
 from mechinterp_attn.causal.cuts import (
+    EDGE,
     Cut,
     Replace,
     Target,
@@ -29,13 +37,12 @@ from mechinterp_attn.causal.cuts import (
 from mechinterp_attn.causal.effects import Effects, effects
 from mechinterp_attn.causal.task import Task
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plan, plans, within
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.estimates import estimated_changes, rank_correlation
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.index import Heads
-
-MAX_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -62,6 +69,53 @@ class Ablations(Result):
     counted: Bool[Tensor, "batch pos_minus_1"]
 
 
+def _plan(
+    model: AttentionOnlyModel,
+    tokens: Input,
+    heads: Heads | None,
+    together: bool,
+    exact: int,
+    max_bytes: int,
+) -> Plan:
+    """A run for every cut and one without; a forward and a backward pass for the estimates. Losses and
+    logits of all of them are kept, and again while their means are taken.
+    """
+    batch = as_batch(model, tokens)
+    chosen: list[Target] = [] if heads is None else targets_of(model, heads)
+    cuts = max(exact, 0) if heads is None else 1 if together else len(chosen)
+    kept = 4 * 5 * (cuts + 1) * batch.tokens.numel() + 3 * CELL * TABLE * (model.n_heads + cuts)
+    made = plan_sequences(
+        model, f"{cuts:,} cuts", batch, max_bytes, runs=cuts + 4, result=kept, together=cuts + 1
+    )
+    if any(isinstance(target, str) and EDGE.fullmatch(target) for target in chosen):
+        # What an edge brings is found on all sequences together.
+        whole = len(batch) * sequence_bytes(model, batch.tokens.shape[1])
+        made = replace_fields(made, bytes=kept + max(whole, made.bytes - kept))
+    return made
+
+
+def _plan_of_either(
+    model: AttentionOnlyModel,
+    tokens: Input | Task | None,
+    heads: Heads | None,
+    task: Task | None,
+    target: Any,
+    position: int | None,
+    together: bool,
+    exact: int,
+    max_bytes: int,
+) -> Plan:
+    """On tokens, or on a behaviour, where ``causal.effects`` has it."""
+    if isinstance(tokens, Task) or task is not None or target is not None:
+        behaviour = _behaviour(tokens, task, target, position)
+        groups: Any = [list(targets_of(model, heads))] if together and heads is not None else heads
+        options: dict[str, Any] = {"exact": exact if heads is None else None, "max_bytes": max_bytes}
+        return plan(effects, model, behaviour, groups, **options)
+    if tokens is None:
+        raise MechInterpError("nothing to cut heads on; give tokens or a text, or task=")
+    return _plan(model, tokens, heads, together, exact, max_bytes)
+
+
 @overload
 def ablate(
     model: AttentionOnlyModel,
@@ -86,6 +140,7 @@ def ablate(
 ) -> Effects: ...
 
 
+@plans(_plan_of_either)
 def ablate(
     model: AttentionOnlyModel,
     tokens: Input | Task | None = None,
@@ -127,7 +182,7 @@ def ablate(
             whole model (Olsson et al. 2022, "pattern-preserving ablation"). Norms still follow.
         where: count only these next tokens, ``[batch, pos - 1]`` truth values, a tensor or lists.
         exact: how many heads to cut where ``heads`` is None.
-        max_bytes: of what is held at a time.
+        max_bytes: memory beyond the model's that may be used, the result included.
 
     Raises:
         MechInterpError: unknown heads, nothing to count, a ``where`` of another shape, a model that does
@@ -153,6 +208,8 @@ def ablate(
     counted = _counted(batch, where)
     if replace not in ("zero", "mean"):
         raise MechInterpError(f"replace={replace!r}; expected 'zero' or 'mean'")
+    made = within(_plan(model, tokens, heads, together, exact, max_bytes), max_bytes, "fewer heads")
+    max_bytes -= made.result
     rows = min(rows_within(model, batch.tokens.shape[1], max_bytes), len(batch))
     replacement = None
     if replace == "mean":

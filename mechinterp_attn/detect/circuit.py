@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, cast
 
@@ -10,9 +10,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mechinterp_attn.causal.batches import Batch, as_batch, look, pad
+from mechinterp_attn.causal.batches import Batch, as_batch, look, pad, plan_sequences, sequence_bytes
 from mechinterp_attn.causal.cuts import EDGE, cut_of
 from mechinterp_attn.core.errors import MechInterpError, listing
+from mechinterp_attn.core.plan import MAX_BYTES, Plan, joined, plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.core.tolerance import TOLERANCE
 from mechinterp_attn.detect.ablation import ablate
@@ -42,8 +43,31 @@ class CircuitCheck(Result):
         return bool(self.frame["ok"].all())
 
 
+def _plan(model: AttentionOnlyModel, spec: Spec, seed: int, draws: int, max_bytes: int) -> Plan:
+    """Scores for the roles, seven runs for an edge, and three cuts for the behaviour."""
+    circuit = read_spec(spec)
+    _heads(model, circuit)
+    batch, _ = _behaviour(model, circuit.behaviour, seed=seed, draws=draws)
+    parts = [plan_sequences(model, "edges", batch, max_bytes, runs=7 * len(circuit.edges))]
+    if circuit.edges:  # which are found on all sequences together
+        parts[0] = replace(parts[0], bytes=len(batch) * sequence_bytes(model, batch.tokens.shape[1]))
+    parts.append(plan(score_heads, model, seed=seed, draws=draws, max_bytes=max_bytes))
+    if circuit.behaviour is not None:
+        cuts = {"heads": list(model.heads), "together": True, "max_bytes": max_bytes}
+        parts += 3 * [plan(ablate, model, batch.tokens, **cuts)]
+    made = joined(f"a check of {len(circuit.heads)} heads and {len(circuit.edges)} edges", parts)
+    return replace(made, bytes=max(part.bytes for part in parts))
+
+
+@plans(_plan)
 def assert_circuit(
-    model: AttentionOnlyModel, spec: Spec, tolerance: float = 0.05, *, seed: int = 0, draws: int = 10
+    model: AttentionOnlyModel,
+    spec: Spec,
+    tolerance: float = 0.05,
+    *,
+    seed: int = 0,
+    draws: int = 10,
+    max_bytes: int = MAX_BYTES,
 ) -> CircuitCheck:
     """Check that a circuit is in a model; made for tests.
 
@@ -74,6 +98,7 @@ def assert_circuit(
         spec: a mapping, YAML text, or the path of a YAML file.
         tolerance: how far below its number a measured score or share may be.
         seed, draws: of the random tokens.
+        max_bytes: memory beyond the model's that may be used, the result included.
 
     Returns:
         every claim with what was measured.
@@ -82,7 +107,7 @@ def assert_circuit(
         AssertionError: claims that do not hold, all of them, with what was measured.
         MechInterpError: the spec cannot be read; lists everything that is wrong.
     """
-    result = check_circuit(model, spec, tolerance, seed=seed, draws=draws)
+    result = check_circuit(model, spec, tolerance, seed=seed, draws=draws, max_bytes=max_bytes)
     failed = result.frame[~result.frame["ok"]]
     if len(failed):
         lines = [
@@ -97,8 +122,15 @@ def assert_circuit(
     return result
 
 
+@plans(_plan)
 def check_circuit(
-    model: AttentionOnlyModel, spec: Spec, tolerance: float = 0.05, *, seed: int = 0, draws: int = 10
+    model: AttentionOnlyModel,
+    spec: Spec,
+    tolerance: float = 0.05,
+    *,
+    seed: int = 0,
+    draws: int = 10,
+    max_bytes: int = MAX_BYTES,
 ) -> CircuitCheck:
     """``assert_circuit`` without the assertion: what holds and what does not.
 
@@ -108,13 +140,15 @@ def check_circuit(
         tolerance: how far a number may be from its claim.
         seed: of the random draws.
         draws: how many random sequences.
+        max_bytes: memory beyond the model's that may be used, the result included.
     """
     circuit = read_spec(spec)
+    within(_plan(model, spec, seed, draws, max_bytes), max_bytes, "fewer draws")
     members, roles = _heads(model, circuit)
     claims: list[tuple[str, float, float]] = []
     checks: list[Check] = []
     if roles:
-        scored = score_heads(model, seed=seed, draws=draws)
+        scored = score_heads(model, seed=seed, draws=draws, max_bytes=max_bytes)
         checks += scored.receipt.checks
         scores = scored.frame.set_index("head")
         for head, role, least in roles:
@@ -125,7 +159,7 @@ def check_circuit(
         claims.append((edge, measured, least - tolerance))
         checks.append(check)
     if circuit.behaviour is not None:
-        more, own = _carried(model, circuit.behaviour, members, batch, where, tolerance)
+        more, own = _carried(model, circuit.behaviour, members, batch, where, tolerance, max_bytes)
         claims += more
         checks += own
     frame = pd.DataFrame(claims, columns=["claim", "measured", "at_least"])
@@ -176,6 +210,7 @@ def _carried(
     batch: Batch,
     where: Tensor,
     tolerance: float,
+    max_bytes: int,
 ) -> tuple[list[tuple[str, float, float]], list[Check]]:
     everything = list(model.heads)
     outside = sorted(set(everything) - set(members))
@@ -183,7 +218,9 @@ def _carried(
     checks: list[Check] = []
     for name, heads in (("none", everything), ("circuit", outside), ("rest", members)):
         if heads:
-            cut = ablate(model, batch.tokens, heads, together=True, replace="mean", where=where)
+            cut = ablate(
+                model, batch.tokens, heads, together=True, replace="mean", where=where, max_bytes=max_bytes
+            )
             change[name] = float(cut.frame["loss_change"][0])
             checks += cut.receipt.checks
         else:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from mechinterp_attn.causal.batches import pad
+from mechinterp_attn.causal.batches import pad, sequence_bytes
 from mechinterp_attn.causal.cuts import Target
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.fingerprint import fingerprint
 from mechinterp_attn.core.pictures import draw
+from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plans
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.renamed import renamed_arguments
 from mechinterp_attn.core.results import Check, Receipt, Result
@@ -23,15 +25,15 @@ from mechinterp_attn.core.resume import SavedState
 from mechinterp_attn.core.tolerance import TOLERANCE
 from mechinterp_attn.detect.counting import Settings, count, count_on_ray, refuse_hooks
 from mechinterp_attn.detect.estimates import rank_correlation
-from mechinterp_attn.detect.scores import dense_check
+from mechinterp_attn.detect.scores import dense_check, table_bytes
 from mechinterp_attn.detect.tally import Place, Tally
 from mechinterp_attn.detect.texts import Texts, Window, windows
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.cost import plan_runs
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-MAX_BYTES = 2**30
 PIECE = 2**15  # tokens that are counted between two writes of the file, and sent to a worker at once
 
 
@@ -104,6 +106,44 @@ class CorpusScores(Result):
         return self.model.to_str_tokens(ids[ids >= 0])
 
 
+def _plan(
+    model: AttentionOnlyModel,
+    texts: Texts,
+    heads: Sequence[Target],
+    estimate: bool,
+    length: int | None,
+    batch: int,
+    top_k: int,
+    context: int,
+    max_bytes: int,
+) -> Plan:
+    """Windows as many at a time as fit, and what is kept for every head. How many tokens there are is
+    guessed from the length of a file or list, at three bytes a token; of a stream, one window is planned.
+    """
+    size = length or model.spec.n_ctx
+    tokens = size
+    if isinstance(texts, str | os.PathLike):
+        tokens = Path(texts).stat().st_size // 3 if Path(texts).is_file() else size
+    elif isinstance(texts, Sequence):
+        tokens = sum(len(one) // 3 if isinstance(one, str) else len(one) for one in texts)
+    cuts = 1 if isinstance(heads, str) else len(heads)
+    kept = 3 * model.n_heads * top_k * (8 * (2 * context + 1) + 4 * CELL) + table_bytes(model, 2 * TABLE)
+    need = sequence_bytes(model, size)
+    rows = max(1, min(batch, (max_bytes - kept) // need, -(-tokens // size)))
+    at_once = max(1, min(cuts + 1 if cuts else 1, (max_bytes - kept) // (need * rows)))
+    return plan_runs(
+        model,
+        f"a pass over about {tokens:,} tokens",
+        runs=1 + (cuts + 1 if cuts else 0) + (3 if estimate else 0),
+        rows=-(-tokens // size),
+        positions=size,
+        bytes=kept + need * max(rows * at_once, 3),  # the first window again, with all its hooks
+        result=kept,
+        chunks=-(-tokens // (rows * size)),
+    )
+
+
+@plans(_plan)
 @torch.no_grad()
 @renamed_arguments(top="top_k", save="resume")
 def over_corpus(
@@ -145,13 +185,14 @@ def over_corpus(
             the same arguments goes on from there. Nothing is lost or counted twice.
         workers: let so many Ray workers count, while this process reads (extra ``ray``; a running
             cluster is used). None: count in this process.
-        max_bytes: of patterns, values and logits held at a time.
+        max_bytes: memory beyond the model's that may be used, the result included.
 
     Raises:
         MechInterpError: unreadable texts, settings out of range, a ``resume`` file of another pass or
             of a corpus that has changed.
     """
     model.heads.required()
+    made = _plan(model, texts, heads, estimate, length, batch, top_k, context, max_bytes)
     settings = Settings(
         heads=(heads,) if isinstance(heads, str) else tuple(heads),
         estimate=estimate,
@@ -159,7 +200,7 @@ def over_corpus(
         batch=batch,
         top_k=top_k,
         context=context,
-        max_bytes=max_bytes,
+        max_bytes=max_bytes - made.result,
     )
     settings.check(model, workers)
     state = None if resume is None else _state(resume, model, settings, field)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -15,13 +15,14 @@ from mechinterp_attn.causal.cuts import cut_of, cutting
 from mechinterp_attn.causal.task import Task
 from mechinterp_attn.causal.wires import EMBED, LOGITS
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.plan import MAX_BYTES, Plan, joined, plan, plans
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.ablation import Ablations, ablate
 from mechinterp_attn.detect.losses import token_losses
 from mechinterp_attn.detect.measures import SEEN, sums_of
 from mechinterp_attn.detect.null import random_removals
 from mechinterp_attn.detect.probes import random_repeats
-from mechinterp_attn.detect.scores import MAX_BYTES, HeadScores, score_heads
+from mechinterp_attn.detect.scores import HeadScores, score_heads
 from mechinterp_attn.detect.weights import WeightScores, score_weights
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
@@ -115,6 +116,23 @@ class Induction(Result):
         return "; ".join(lines) + f"; repetition is worth {self.gain:.2f} nats"
 
 
+def _plan(model: AttentionOnlyModel, seed: int, draws: int, neurons: int, max_bytes: int) -> Plan:
+    """Scores, weights and cuts; the removals at random take as long as the cuts."""
+    tokens = random_repeats(model, draws=draws, seed=seed).tokens
+    mixing = list(model.heads.between_positions)
+    cuts = plan(ablate, model, tokens, exact=len(mixing) + neurons, max_bytes=max_bytes)
+    parts = [
+        plan(score_heads, model, seed=seed, draws=draws, max_bytes=max_bytes),
+        plan(score_weights, model, max_bytes=max_bytes),
+        plan(ablate, model, tokens, exact=0, max_bytes=max_bytes),
+        cuts,
+        cuts,
+    ]
+    made = joined("the induction circuit", parts)
+    return replace(made, bytes=max(part.bytes for part in parts))
+
+
+@plans(_plan)
 def induction(
     model: AttentionOnlyModel,
     *,
@@ -140,7 +158,7 @@ def induction(
         model: the converted model.
         seed, draws: of the random tokens.
         neurons: how many MLP-derived heads to cut, by their estimates.
-        max_bytes: of what is held at a time.
+        max_bytes: memory beyond the model's that may be used, the result included.
 
     Raises:
         MechInterpError: context or vocabulary too small for repeated tokens, or a model that does not
@@ -149,7 +167,7 @@ def induction(
     model.spec.need_next_tokens("the induction circuit by intervention")
     probe = random_repeats(model, draws=draws, seed=seed)
     scores = score_heads(model, seed=seed, draws=draws, max_bytes=max_bytes)
-    weights = score_weights(model, seed=seed)
+    weights = score_weights(model, seed=seed, max_bytes=max_bytes)
     estimate = ablate(model, probe.tokens, exact=0, where=probe.repeated, max_bytes=max_bytes).frame
     mixing = list(model.heads.between_positions)
     others = estimate[~estimate["head"].isin(mixing)].head(neurons)["head"]

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechinterp_attn.causal.batches import Batch, Input, as_batch, rows_within
+from mechinterp_attn.causal.batches import Batch, Input, as_batch, plan_sequences, rows_within
 from mechinterp_attn.causal.cuts import loss_dtype, next_token
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.plan import CELL, MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.core.tolerance import TOLERANCE
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -42,6 +43,13 @@ class InContextLearning(Result):
     counted: Bool[Tensor, "batch pos_minus_1"]
 
 
+def _plan(model: AttentionOnlyModel, tokens: Input, max_bytes: int) -> Plan:
+    batch = as_batch(model, tokens)
+    kept = 6 * CELL * batch.tokens.numel()  # the losses, and what their means and spreads are made from
+    return plan_sequences(model, "losses by position", batch, max_bytes, result=kept)
+
+
+@plans(_plan)
 @torch.no_grad()
 def in_context_learning(
     model: AttentionOnlyModel,
@@ -49,7 +57,7 @@ def in_context_learning(
     *,
     early: int | None = None,
     late: int | None = None,
-    max_bytes: int = 2**30,
+    max_bytes: int = MAX_BYTES,
 ) -> InContextLearning:
     """Loss by position, and the in-context-learning score (Olsson et al. 2022).
 
@@ -57,14 +65,15 @@ def in_context_learning(
         model: the converted model.
         tokens: tokens ``[batch, pos]``, a text, or texts; many, for the mean to mean something.
         early, late: positions of the score; 50 and 500, in shorter contexts the same shares of them.
-        max_bytes: of what is held at a time.
+        max_bytes: memory beyond the model's that may be used, the result included.
 
     Raises:
         MechInterpError: positions outside the tokens, or a model that does not predict next tokens.
     """
     model.spec.need_next_tokens("the loss by position")
     batch = as_batch(model, tokens)
-    losses = token_losses(model, batch, max_bytes=max_bytes)
+    made = within(_plan(model, tokens, max_bytes), max_bytes, "fewer or shorter sequences")
+    losses = token_losses(model, batch, max_bytes=max_bytes - made.result)
     last = losses.shape[1]
     if early is None:
         early = max(1, min(EARLY, round(EARLY / 512 * (last + 1))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,9 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mechinterp_attn.causal.batches import Batch, Input, as_batch, look, rows_within
+from mechinterp_attn.causal.batches import (
+    Batch,
+    Input,
+    as_batch,
+    look,
+    plan_sequences,
+    rows_within,
+    sequence_bytes,
+)
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import draw
+from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.measures import SEEN, Sums, hooks_of, sums_of, sums_of_chain
 from mechinterp_attn.detect.probes import pairs_by_role, random_probe
@@ -27,8 +36,8 @@ from mechinterp_attn.model.virtual import VirtualHead
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-MAX_BYTES = 256 * 2**20
 UP_TO = 8  # the largest offset where none is given
+SHORTER = "fewer or shorter sequences"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -58,6 +67,24 @@ class HeadScores(Result):
         return draw(self, score)
 
 
+def table_bytes(model: AttentionOnlyModel, columns: int) -> int:
+    """A table with a row for every head, and the sums that it is made from."""
+    return 3 * CELL * columns * model.n_heads
+
+
+def _plan(
+    model: AttentionOnlyModel,
+    heads: Heads | None,
+    seed: int,
+    draws: int,
+    tokens: Input | None,
+    max_bytes: int,
+) -> Plan:
+    batch, _ = probe_or(model, tokens, draws=draws, seed=seed)
+    return plan_sequences(model, "scores of heads", batch, max_bytes, result=table_bytes(model, 3 * TABLE))
+
+
+@plans(_plan)
 @torch.no_grad()
 def score_heads(
     model: AttentionOnlyModel,
@@ -86,7 +113,7 @@ def score_heads(
         seed: of the random tokens.
         draws: how many random sequences.
         tokens: score on these instead: tokens ``[batch, pos]``, a text, or texts of any lengths.
-        max_bytes: of patterns and values held at a time.
+        max_bytes: memory beyond the model's that may be used, the result included.
 
     Raises:
         MechInterpError: unusable tokens; no such head; no room for a single token.
@@ -95,7 +122,8 @@ def score_heads(
     chains = [head for head in chosen or () if isinstance(head, VirtualHead)]
     extra = set[str]().union(*(hooks_of(model, head) for head in chains))
     batch, notes = probe_or(model, tokens, draws=draws, seed=seed)
-    rows = rows_within(model, batch.tokens.shape[1], max_bytes)
+    made = within(_plan(model, heads, seed, draws, tokens, max_bytes), max_bytes, SHORTER)
+    rows = rows_within(model, batch.tokens.shape[1], max_bytes - made.result)
     parts: list[list[Sums]] = []
     checks: tuple[Check, ...] = ()
     for part in batch.split(rows):
@@ -130,6 +158,20 @@ class Offsets(Result):
     title: ClassVar[str] = "Attention by relative offset"
 
 
+def _plan_of_offsets(
+    model: AttentionOnlyModel,
+    up_to: int,
+    seed: int,
+    draws: int,
+    tokens: Input | None,
+    max_bytes: int,
+) -> Plan:
+    batch, _ = probe_or(model, tokens, draws=draws, seed=seed)
+    result = table_bytes(model, TABLE + up_to)
+    return plan_sequences(model, "attention by offset", batch, max_bytes, result=result)
+
+
+@plans(_plan_of_offsets)
 @torch.no_grad()
 def offsets(
     model: AttentionOnlyModel,
@@ -162,7 +204,8 @@ def offsets(
     sums: Tensor | int = 0
     counts: Tensor | int = 0
     error = 0.0
-    for part in batch.split(rows_within(model, n, max_bytes)):
+    made = within(_plan_of_offsets(model, up_to, seed, draws, tokens, max_bytes), max_bytes, SHORTER)
+    for part in batch.split(rows_within(model, n, max_bytes - made.result)):
         cache = look(model, part, roles=("pattern",))
         real, width = part.real, part.tokens.shape[1]
         pairs = [
@@ -198,6 +241,17 @@ class Matches(Result):
     sort_by: ClassVar[str | None] = "score"
 
 
+def _plan_of_match(model: AttentionOnlyModel, tokens: Input) -> Plan:
+    """One prompt at a time, patterns in float64; their dense pictures and the pairs."""
+    batch = as_batch(model, tokens)
+    n = batch.tokens.shape[1]
+    result = table_bytes(model, TABLE) + CELL * len(batch) * model.n_heads
+    one = 3 * sequence_bytes(model, n) + 8 * CELL * n * n
+    made = plan_sequences(model, "matches", batch, result + one, result=result)
+    return replace(made, bytes=result + one, chunks=len(batch))
+
+
+@plans(_plan_of_match)
 @torch.no_grad()
 def match(
     model: AttentionOnlyModel,
@@ -206,6 +260,7 @@ def match(
     *,
     exclude_bos: bool = False,
     exclude_current_token: bool = False,
+    max_bytes: int = MAX_BYTES,
 ) -> Matches:
     """Which share of its attention every head puts on a pattern of your own.
 
@@ -219,11 +274,13 @@ def match(
             ``"first_token"``, or weights ``[pos, pos]``, query by key.
         exclude_bos: leave attention to the first token out.
         exclude_current_token: to the token itself.
+        max_bytes: memory beyond the model's that may be used, the result included.
 
     Raises:
         MechInterpError: pairs of an unknown name or of another shape than the tokens.
     """
     batch = as_batch(model, tokens)
+    within(_plan_of_match(model, tokens), max_bytes, SHORTER)
     scores = []
     error = 0.0
     for one in batch.split(1):

@@ -8,7 +8,7 @@ positions are left out. float64 throughout.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pandas as pd
@@ -21,6 +21,7 @@ from mechinterp_attn.circuits.copying import copying_scores
 from mechinterp_attn.circuits.ends import alignment, alignment_note, embedding, seen_width
 from mechinterp_attn.circuits.groups import HeadGroup, groups_of
 from mechinterp_attn.circuits.null import expected_maximum
+from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, joined, plan, plans, within
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -57,6 +58,20 @@ class WeightScores(Result):
     pairs: pd.DataFrame
 
 
+def _plan(model: AttentionOnlyModel, heads: Heads | None, max_bytes: int) -> Plan:
+    """Copying scores, compositions and traces of all pairs; both vocabularies once in float64."""
+    chosen = None if heads is None else model.heads.select(heads)
+    mixing = list(model.heads.between_positions)
+    parts = [plan(copying_scores, model, chosen, max_bytes=max_bytes)]
+    if len({model[label].layer for label in mixing}) > 1:
+        parts.append(plan(composition, model, "K", mixing, mixing, max_bytes=max_bytes))
+    kept = CELL * (model.W_E.numel() + model.W_U.numel() + model.W_E.numel())
+    made = joined("scores of heads by their weights", parts)
+    table = 3 * CELL * TABLE * (2 * model.n_heads + len(mixing) ** 2)
+    return replace(made, bytes=made.bytes + kept + table, result=table)
+
+
+@plans(_plan)
 @torch.no_grad()
 def score_weights(
     model: AttentionOnlyModel,
@@ -65,6 +80,7 @@ def score_weights(
     seed: int = 0,
     draws: int = 10,
     align: Sequence[int] | Tensor | None = None,
+    max_bytes: int = MAX_BYTES,
 ) -> WeightScores:
     """Score every head by its weights: copying, and induction by K-composition.
 
@@ -86,10 +102,12 @@ def score_weights(
         draws: of 25 random tokens for ``pure_copying``.
         align: for a model whose outputs are not its input tokens: the id of the input token that each
             output stands for, in order; by default the first ones, one for one (the receipt says so).
+        max_bytes: memory beyond the model's that may be used, the result included.
 
     Raises:
         MechInterpError: no such head, or an align that is no list of input tokens.
     """
+    within(_plan(model, heads, max_bytes), max_bytes, "fewer heads")
     inputs, W_E = alignment(model, align), embedding(model)
     W_U = model.W_U.detach()[:, : len(inputs)].double()
     chosen = None if heads is None else model.heads.select(heads)

@@ -7,11 +7,12 @@ import pytest
 import mechinterp_attn as mia
 from mechinterp_attn.core.plan import MAX_BYTES, Plan, duration, plans, size, within
 
-ROOMS = (mia.circuits, mia.paths)
+ROOMS = (mia.circuits, mia.paths, mia.detect, mia.causal)
 
 
 def heavy():
     """Every public function of the rooms that has a plan, or a limit on memory."""
+    yield pytest.param(mia.Task.score, id="Task.score")
     for room in ROOMS:
         for name in room.__all__:
             function = getattr(room, name)

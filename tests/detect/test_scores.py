@@ -241,7 +241,7 @@ def test_padding_changes_nothing():
 
 def test_too_little_memory_names_the_knob():
     model = mia.convert(tiny_bridge())
-    with pytest.raises(MechInterpError, match=r"one sequence of 24 tokens needs about .* raise max_bytes"):
+    with pytest.raises(MechInterpError, match=r"24 tokens: needs about .* or max_bytes="):
         mia.detect.score_heads(model, max_bytes=1000)
 
 
