@@ -69,7 +69,7 @@ def _plan_of_runs(model: AttentionOnlyModel, task: Task, alone: Alone, runs: int
     result = CELL * (2 * runs * n + DRAWS * (n + runs))
     each = 4 if edges else 1
     return plan_prompts(
-        model, task, f"{runs:,} circuits of {alone.units}", max_bytes, runs=5 + each * runs,
+        model, task.bind(model), f"{runs:,} circuits of {alone.units}", max_bytes, runs=5 + each * runs,
         result=result, kept=ids, together=1 if edges else runs, times=each,
     )  # fmt: skip
 

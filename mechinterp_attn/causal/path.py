@@ -73,7 +73,13 @@ def _plan(model: AttentionOnlyModel, task: Task, path: str | Sequence[str], max_
     routes = len(_routes(model, [path] if isinstance(path, str) else list(path)))
     result = CELL * ((routes + 1) * len(task) * 2 + TABLE * routes)
     return plan_prompts(
-        model, task, f"{routes:,} paths", max_bytes, runs=6 + 4 * (routes + 1), result=result, times=4
+        model,
+        task.bind(model),
+        f"{routes:,} paths",
+        max_bytes,
+        runs=6 + 4 * (routes + 1),
+        result=result,
+        times=4,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import comb
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,13 +22,10 @@ from mechinterp_attn.core.plan import Plan
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.cost import plan_runs
 
-if TYPE_CHECKING:
-    from mechinterp_attn.causal.task import Task
-
 
 def plan_prompts(
     model: AttentionOnlyModel,
-    task: Task,
+    bound: Bound,
     what: str,
     max_bytes: int,
     *,
@@ -44,7 +41,7 @@ def plan_prompts(
 
     Args:
         model: the converted model.
-        task: the behaviour.
+        bound: the behaviour.
         what: what is computed.
         max_bytes: what may be used.
         runs: how often every prompt goes through the model; a backward pass counts as two.
@@ -55,7 +52,6 @@ def plan_prompts(
         together: how many runs of all prompts are made at once where the memory allows.
         times: how many runs each prompt is given at once in any case.
     """
-    bound = task.bind(model)
     n, width = bound.clean.tokens.shape
     need, room = times * prompt_bytes(model, bound, backward=backward), max_bytes - result - kept
     rows = min(n, max(1, room // need))

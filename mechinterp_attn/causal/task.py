@@ -30,7 +30,7 @@ Answers = (
 
 
 def _plan(self: Task, model: AttentionOnlyModel, max_bytes: int) -> Plan:
-    return plan_prompts(model, self, "a metric", max_bytes, runs=1, result=2 * CELL * len(self))
+    return plan_prompts(model, self.bind(model), "a metric", max_bytes, runs=1, result=2 * CELL * len(self))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
