@@ -114,7 +114,7 @@ def _plan(
     kept, flops = edge_cost(model, bound, passes) if edges else (0, 0)
     result = 3 * CELL * TABLE * (top_k if edges else model.n_heads * each)
     return plan_prompts(
-        model, task.bind(model), f"scores of {units}", max_bytes, runs=5 + 4 * passes, result=result, kept=kept,
+        model, bound, f"scores of {units}", max_bytes, runs=5 + 4 * passes, result=result, kept=kept,
         flops=flops, backward=True, times=2,
     )  # fmt: skip
 
