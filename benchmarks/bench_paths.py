@@ -1,11 +1,12 @@
 """Cost of path analyses in GPT-2-small shape with random weights: time and memory, as ratios.
 
 Run: python benchmarks/bench_paths.py [--tokens 64] [--max-order 8]
-     python benchmarks/bench_paths.py --long [--small] [--only orders "term importance"]
+     python benchmarks/bench_paths.py --long [--small] [--tokens 2300] [--only orders "term importance"]
 
 Times are processor seconds over all threads; every one is compared with one forward and backward pass
-of the same model in the same run. ``--long`` measures prompts of 1,024 tokens: what each analysis adds
-to the memory in use, and its time; ``--small`` does so in a model of 4 layers.
+of the same model in the same run. ``--long`` measures a prompt of 1,024 tokens or ``--tokens``: what each
+analysis adds to the memory in use, and its time; ``--small`` does so in a model of 4 layers. Above 1,024
+tokens the model's context is as long as the prompt, and the unit is a forward pass alone.
 """
 
 from __future__ import annotations
@@ -100,24 +101,29 @@ def watched(work: Callable[[], object]) -> tuple[object, float, float]:
     return result, time.process_time() - start, top - before
 
 
-def long_prompt(small: bool, only: list[str]) -> None:
-    shape = SMALL if small else SHAPE
+def long_prompt(small: bool, n: int, only: list[str]) -> None:
+    shape = (SMALL if small else SHAPE) | {"n_ctx": max(n, 1024)}
     net = model(shape)
-    tokens = torch.randint(shape["d_vocab"], (1024,), generator=torch.Generator().manual_seed(0))
-    print(f"{net}\n1,024 tokens, {torch.get_num_threads()} threads; {resident():.2f} GiB before work")
+    tokens = torch.randint(shape["d_vocab"], (n,), generator=torch.Generator().manual_seed(0))
+    print(f"{net}\n{n:,} tokens, {torch.get_num_threads()} threads; {resident():.2f} GiB before work")
+    trained = n <= 1024  # a backward pass of a longer prompt would hold more than what is measured
 
-    def forward_backward() -> None:
-        net(tokens, return_type="loss").backward()
+    def once() -> None:
+        with torch.set_grad_enabled(trained):
+            loss = net(tokens, return_type="loss")
+        if trained:
+            loss.backward()
 
-    _, both, extra = watched(forward_backward)
+    _, both, extra = watched(once)
     net.zero_grad(set_to_none=True)
-    print(f"{'forward + backward':26} {both:6.1f} s   1.00x  +{extra:.2f} GiB", flush=True)
-    frozen, spent, extra = watched(lambda: mia.paths.freeze(net, tokens))
+    name = "forward + backward" if trained else "forward"
+    print(f"{name:26} {both:6.1f} s   1.00x  +{extra:.2f} GiB", flush=True)
+    frozen, spent, extra = watched(lambda: mia.paths.freeze(net, tokens, max_bytes=8 << 30))
     print(f"{'freeze':26} {spent:6.1f} s  {spent / both:5.2f}x  +{extra:.2f} GiB", flush=True)
     paths, last = mia.paths, shape["n_layers"] - 1
     works: dict[str, Callable[[], object]] = {
         "logit attribution": lambda: paths.logit_attribution(frozen),
-        "attribution graph": lambda: paths.attribution_graph(frozen),
+        "attribution graph": lambda: paths.attribution_graph(frozen, max_bytes=8 << 30),
         "score of a head": lambda: paths.expand_score(
             frozen, f"L{last}H0", -1, 5, against="others", keep=8
         ),
@@ -138,15 +144,16 @@ def long_prompt(small: bool, only: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, help="by default 64, and 1,024 of --long")
     parser.add_argument("--max-order", type=int, default=8)
     parser.add_argument("--long", action="store_true")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--only", nargs="+", default=[], help="of --long, analyses whose names hold these")
     args = parser.parse_args()
     if args.long:
-        long_prompt(args.small, args.only)
+        long_prompt(args.small, args.tokens or 1024, args.only)
         return
+    args.tokens = args.tokens or 64
     net = model(SHAPE)
     tokens = torch.randint(SHAPE["d_vocab"], (args.tokens,), generator=torch.Generator().manual_seed(0))
     print(f"{net}\n{args.tokens} tokens, {torch.get_num_threads()} threads")

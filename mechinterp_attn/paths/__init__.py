@@ -1,6 +1,7 @@
 """One prompt, patterns frozen: where every logit comes from."""
 
 from mechinterp_attn.frozen.prompt import Frozen, freeze
+from mechinterp_attn.paths.circuits import TopCircuits, top_circuits
 from mechinterp_attn.paths.graph import AttributionGraph, attribution_graph
 from mechinterp_attn.paths.importance import TermImportance, term_importance
 from mechinterp_attn.paths.logits import LogitAttribution, logit_attribution
@@ -16,6 +17,7 @@ __all__ = [
     "Orders",
     "ScoreExpansion",
     "TermImportance",
+    "TopCircuits",
     "TopPaths",
     "VirtualTerm",
     "attribution_graph",
@@ -24,6 +26,7 @@ __all__ = [
     "logit_attribution",
     "orders",
     "term_importance",
+    "top_circuits",
     "top_paths",
     "virtual_head",
 ]

@@ -1,0 +1,270 @@
+"""The strongest circuits behind a logit: from a token through attention heads, MLPs part of the wires.
+
+``top_paths`` tells every neuron apart, so a deep model's prediction is spread over countless paths. A
+circuit here is a chain of attention heads, with all paths between them through any number of neurons
+added up: the path expansion with the MLPs in the wires (Elhage et al. 2021 for models without MLPs; with
+gates frozen the wires stay linear). What biases add, wherever they enter, is one start. So circuits are
+few, and they still sum to the logit exactly.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plans, within
+from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.frozen.goals import Goal, Target, Token, resolve_goal
+from mechinterp_attn.frozen.prompt import Frozen, Place, sum_tolerance
+from mechinterp_attn.model.cost import plan_runs
+from mechinterp_attn.paths.orders import counted
+
+AT_ONCE = 16  # chains opened together: the weights of every bank are read once for all of them
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TopCircuits(Result):
+    """The circuits with the largest contributions to a logit, by absolute value.
+
+    Attributes:
+        total: the logit (or difference) itself.
+        explained: the sum of the listed circuits.
+        others: the sum of all circuits that were found and are not listed.
+        unopened: the exact sum of all circuits that were not looked at; 0 where the search ended.
+        expansions: how many chains of heads were opened.
+        target: the token with the largest weight.
+        against: the token with the most negative weight, or none.
+        position: where the logits are read.
+        about: what was explained, in words.
+        frame: one row per circuit, largest first: ``circuit`` (such as ``' Mary'@1 -V-> L9H6 -> logit``:
+            each head reads the one before as its values), ``heads`` (how many), ``contribution, share``,
+            ``token_position, token`` (missing where it starts at biases).
+    """
+
+    title: ClassVar[str] = "Top circuits"
+    sort_by: ClassVar[str | None] = "contribution"
+    total: float
+    explained: float
+    others: float
+    unopened: float
+    expansions: int
+    target: int
+    against: int | None
+    position: int
+    about: str
+
+    @property
+    def explained_share(self) -> float:
+        """The listed circuits' share of the total."""
+        return self.explained / self.total if self.total else float("nan")
+
+
+def _plan(frozen: Frozen, top_k: int, max_expansions: int) -> Plan:
+    """A field for every bank of attention heads behind every chain that was opened; what one bank's heads
+    hold, for the chains opened together.
+    """
+    size, pos = frozen.end.element_size(), len(frozen.tokens)
+    banks = [bank for bank in frozen.banks if counted(bank, "attention")]
+    widest = max((bank.bank.n_heads * bank.bank.d_head for bank in frozen.banks), default=0)
+    fields = (max_expansions * len(banks) + 8 * AT_ONCE) * frozen.end.numel()
+    held = sum(bank.z_bias.numel() for bank in frozen.banks)
+    result = CELL * TABLE * top_k
+    return plan_runs(
+        frozen.model,
+        f"the {top_k:,} strongest circuits, at most {max_expansions:,} chains of heads opened",
+        runs=max_expansions,
+        rows=1,
+        positions=pos,
+        bytes=size * (fields + held + 4 * AT_ONCE * pos * widest) + 3 * result,
+        result=result,
+        chunks=max_expansions,
+    )
+
+
+@plans(_plan)
+@torch.no_grad()
+def top_circuits(
+    frozen: Frozen,
+    *,
+    target: Target | None = None,
+    position: int = -1,
+    against: Token | None = None,
+    top_k: int = 20,
+    max_expansions: int = 100,
+    max_bytes: int = MAX_BYTES,
+    progress: bool = True,
+) -> TopCircuits:
+    """Find the strongest chains of attention heads from a token (or biases) to a logit, neurons pooled.
+
+    Args:
+        frozen: the frozen prompt, from ``paths.freeze``.
+        target: the next token (text of one token, or its id), or weights by token for any direction of
+            logits; by default the model's own top one.
+        position: where the prediction is made; negative counts from the end.
+        against: a second token: explain ``logit(target) - logit(against)``.
+        top_k: how many circuits.
+        max_expansions: how many chains to open, those through which most passes first.
+        max_bytes: memory beyond the model's and the frozen prompt's that may be used, the result included.
+        progress: show a progress bar.
+
+    Raises:
+        MechInterpError: the target or position does not exist, an option is out of range, or it needs
+            more than max_bytes.
+    """
+    goal = resolve_goal(frozen, target=target, against=against, position=position)
+    wrong = [
+        f"{name}={value}; expected 1 or more"
+        for name, value in (("top_k", top_k), ("max_expansions", max_expansions))
+        if value < 1
+    ]
+    if wrong:
+        raise MechInterpError("; ".join(wrong))
+    within(_plan(frozen, top_k, max_expansions), max_bytes, "fewer max_expansions or a shorter prompt")
+    search = _Search(frozen, goal)
+    with Progress(total=max_expansions, desc="circuits", show=progress, stops=True) as bar:
+        while search.queue and search.expansions < max_expansions and not bar.stopped:
+            bar.update(search.step(max_expansions - search.expansions))
+    listed = sorted(search.found, key=lambda circuit: -abs(circuit.value))[:top_k]
+    explained = sum((circuit.value for circuit in listed), 0.0)
+    found, unopened = sum((circuit.value for circuit in search.found), 0.0), search.unopened()
+    share = f"{explained / goal.total:.3f}" if goal.total else "undefined"
+    left = f"{unopened / goal.total:.3f}" if goal.total else "undefined"
+    notes = {"share explained": share, "share not looked at": left, **frozen.receipt.notes, **bar.notes}
+    error = abs(found + unopened - goal.total)
+    check = Check("circuits, opened or not, sum to the target", error, sum_tolerance(frozen))
+    return TopCircuits(
+        frame=_frame(frozen, goal, listed),
+        receipt=Receipt((check,), notes),
+        total=goal.total,
+        explained=explained,
+        others=found - explained,
+        unopened=unopened,
+        expansions=search.expansions,
+        target=goal.target,
+        against=goal.against,
+        position=goal.position,
+        about=goal.about,
+    )
+
+
+class _Circuit(NamedTuple):
+    """A chain of heads, earliest first, and where it starts (None: at biases)."""
+
+    value: float
+    start: int | None
+    heads: tuple[Place, ...]
+
+
+class _Chain(NamedTuple):
+    """The end of a chain: a head to enter (None: the target), and the field on its sublayer's sum."""
+
+    field: Float[Tensor, "pos d_model"]
+    head: Place | None
+    tail: tuple[Place, ...]
+    carried: float
+
+
+class _Search:
+    """Best-first search over the ends of chains, a few opened at once."""
+
+    def __init__(self, frozen: Frozen, goal: Goal):
+        self.frozen, self.expansions = frozen, 0
+        self.found = [_Circuit(goal.offset, None, ())] if goal.offset else []
+        self._count = itertools.count()
+        root = _Chain(goal.field(frozen), None, (), goal.total - goal.offset)
+        self.queue: list[tuple[float, int, _Chain]] = [(-float("inf"), next(self._count), root)]
+
+    def unopened(self) -> float:
+        """The exact sum of all circuits that pass through what still waits."""
+        return sum((chain.carried for _, _, chain in self.queue), 0.0)
+
+    def step(self, most: int) -> int:
+        """Open the chains through which most passes, at ``most`` so many; how many they were."""
+        chains = [heapq.heappop(self.queue)[2] for _ in range(min(most, AT_ONCE, len(self.queue)))]
+        self.expansions += len(chains)
+        self._open(sorted(chains, key=lambda chain: -self._depth(chain)))
+        return len(chains)
+
+    def _depth(self, chain: _Chain) -> int:
+        """The sublayer whose stream the chain reads."""
+        return len(self.frozen.sublayers) if chain.head is None else chain.head.depth
+
+    def _open(self, chains: list[_Chain]) -> None:
+        """Walk back from the ends of chains through the MLPs, past all earlier attention heads."""
+        rows: list[tuple[Place, ...]] = []
+        fields = chains[0].field.new_zeros(0, *chains[0].field.shape)
+        biases = fields.new_zeros(0, dtype=torch.float64)
+        for depth in range(self._depth(chains[0]), -1, -1):
+            for chain in (chain for chain in chains if self._depth(chain) == depth):
+                field, bias = self._entered(chain)
+                rows.append(chain.tail if chain.head is None else (chain.head, *chain.tail))
+                fields, biases = (
+                    torch.cat([fields, field[None]]),
+                    torch.cat([biases, biases.new_tensor([bias])]),
+                )
+            if depth:
+                fields, biases = self._past(depth - 1, fields, biases, rows)
+        values = (fields * self.frozen.start).sum(-1).double().tolist()
+        for heads, bias, own in zip(rows, biases.tolist(), values, strict=True):
+            starts = [*enumerate(own), (None, bias)]
+            self.found += [_Circuit(value, start, heads) for start, value in starts if value]
+
+    def _entered(self, chain: _Chain) -> tuple[Tensor, float]:
+        """The field in front of a chain's first head, and what the head's own value bias adds."""
+        if chain.head is None:
+            return chain.field, 0.0
+        bank, head = self.frozen.bank_at(chain.head), chain.head.head
+        held = bank.unwrite(chain.field)
+        alone = torch.zeros_like(held)
+        alone[:, head] = held[:, head]
+        return bank.unread(alone), float((bank.z_bias[:, head] * held[:, head]).sum())
+
+    def _past(
+        self,
+        depth: int,
+        fields: Float[Tensor, "row pos d_model"],
+        biases: Float[Tensor, " row"],
+        rows: list[tuple[Place, ...]],
+    ) -> tuple[Tensor, Tensor]:
+        """Carry fields back past a sublayer: its attention heads wait in front of them, its neurons are
+        part of the wires, its biases are added up.
+        """
+        sublayer = self.frozen.sublayers[depth]
+        biases = biases + (fields * sublayer.beside).sum((1, 2))
+        at_sum = sublayer.carry_back(fields)
+        fields = at_sum
+        for i, (bank, held) in enumerate(zip(sublayer.banks, sublayer.held, strict=True)):
+            if not counted(bank, "attention"):
+                fields = fields + bank.adjoint(at_sum)
+                biases = biases + (at_sum * bank.constant).sum((1, 2))
+                continue
+            carried = (bank.unwrite(at_sum) * held).sum((1, 3)).double().tolist()
+            for row, values in enumerate(carried):
+                for head, value in enumerate(values):
+                    if value:
+                        chain = _Chain(at_sum[row], Place(depth, i, head), rows[row], value)
+                        heapq.heappush(self.queue, (-abs(value), next(self._count), chain))
+        return fields, biases
+
+
+def _frame(frozen: Frozen, goal: Goal, listed: list[_Circuit]) -> pd.DataFrame:
+    tokens = frozen.str_tokens
+    rows = []
+    for value, start, heads in listed:
+        labels = [frozen.bank_at(place).bank.label(place.head) for place in heads]
+        token = None if start is None else tokens[start]
+        first = "biases" if start is None else f"{token!r}@{start}"
+        name = " -V-> ".join([first, *labels]) + " -> logit"
+        share = value / goal.total if goal.total else float("nan")
+        rows.append((name, len(heads), value, share, start, token))
+    columns = ["circuit", "heads", "contribution", "share", "token_position", "token"]
+    return pd.DataFrame(rows, columns=columns).astype({"token_position": "Int64"})
