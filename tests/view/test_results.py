@@ -70,6 +70,7 @@ def results(model) -> dict[str, Result]:
         paths.logit_attribution(frozen),
         paths.orders(frozen),
         paths.term_importance(model, frozen.tokens, heads=2),
+        paths.top_circuits(frozen, top_k=4, max_expansions=5, progress=False),
         paths.top_paths(frozen, top_k=4, max_expansions=30, progress=False),
         paths.virtual_head(frozen, "L0H0", "L1H1"),
         theorems.calibrate_omega(tiny, tokens, 1e-6),
