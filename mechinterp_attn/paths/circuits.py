@@ -177,10 +177,10 @@ class _Search:
     """Best-first search over the ends of chains, a few opened at once."""
 
     def __init__(self, frozen: Frozen, goal: Goal):
-        self.frozen, self.expansions = frozen, 0
-        self.found = [_Circuit(goal.offset, None, ())] if goal.offset else []
+        self.frozen, self.offset, self.expansions = frozen, goal.offset, 0
+        self.found: list[_Circuit] = []
         self._count = itertools.count()
-        root = _Chain(goal.field(frozen), None, (), goal.total - goal.offset)
+        root = _Chain(goal.field(frozen), None, (), goal.total)
         self.queue: list[tuple[float, int, _Chain]] = [(-float("inf"), next(self._count), root)]
 
     def unopened(self) -> float:
@@ -219,9 +219,11 @@ class _Search:
             self.found += [_Circuit(value, start, heads) for start, value in starts if value]
 
     def _entered(self, chain: _Chain) -> tuple[Tensor, float]:
-        """The field in front of a chain's first head, and what the head's own value bias adds."""
+        """The field in front of a chain's first head, and what the head's own value bias adds (the target:
+        the bias of the unembedding).
+        """
         if chain.head is None:
-            return chain.field, 0.0
+            return chain.field, self.offset
         bank, head = self.frozen.bank_at(chain.head), chain.head.head
         held = bank.unwrite(chain.field)
         alone = torch.zeros_like(held)
