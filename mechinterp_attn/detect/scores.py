@@ -225,7 +225,7 @@ def offsets(
     by_offset = {f"offset_{i}": row.numpy() for i, row in zip(reach, means, strict=True)}
     frame = pd.concat([frame, pd.DataFrame(by_offset)], axis=1)
     frame["at"] = means.nan_to_num(-1).argmax(0).numpy() + reach[0]
-    check = Check("attention of a head of every bank from its dense picture", error, 1e-4)
+    check = Check("attention of a head of every bank from its dense picture", error, share_tolerance(model))
     return Offsets(frame=frame, receipt=Receipt((check,), notes))
 
 
@@ -314,7 +314,7 @@ def match(
     frame["score"] = torch.stack(scores).mean(0).cpu().numpy()
     notes = {"sequences": len(batch), "exclude_bos": exclude_bos}
     notes["exclude_current_token"] = exclude_current_token
-    check = Check("share of a head of every bank from its dense picture", error, 1e-4)
+    check = Check("share of a head of every bank from its dense picture", error, share_tolerance(model))
     return Matches(frame=frame, receipt=Receipt((check,), notes))
 
 
@@ -359,6 +359,11 @@ def _dense_error(
     return error
 
 
+def share_tolerance(model: AttentionOnlyModel) -> float:
+    """How far apart rounding may leave two averages of weights between 0 and 1."""
+    return max(1e-4, torch.finfo(model.W_E.dtype).eps)
+
+
 def dense_check(model: AttentionOnlyModel, batch: Batch, cache: Cache, sums: Sums) -> Check:
     """The first head of every bank again, from its dense picture."""
     error, at = 0.0, 0
@@ -370,4 +375,4 @@ def dense_check(model: AttentionOnlyModel, batch: Batch, cache: Cache, sums: Sum
             own = sums.attention[i, at] / sums.queries[i].clamp_min(1)
             error = max(error, float((again - own).abs()))
         at += bank.n_heads
-    return Check("scores of a head of every bank from its dense picture", error, 1e-4)
+    return Check("scores of a head of every bank from its dense picture", error, share_tolerance(model))

@@ -24,6 +24,7 @@ from mechinterp_attn.frozen.sublayer import FrozenSublayer, Source, freeze_subla
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.cost import plan_runs
 from mechinterp_attn.model.norm import FrozenNorm
+from mechinterp_attn.model.widen import HALF, widened
 
 
 class Place(NamedTuple):
@@ -57,7 +58,7 @@ class Frozen:
     """The frozen linear model of one prompt.
 
     Attributes:
-        model: the model, untouched.
+        model: the model, untouched; in half precision, a copy of it in float32.
         tokens: ``[pos]``.
         parts: what the stream starts as: "embed" and, where positions are added, "position",
             ``[pos, d_model]`` each.
@@ -302,15 +303,18 @@ def _plan(model: AttentionOnlyModel, tokens: str | Tensor) -> Plan:
         kept += n * bank.n_heads * bank.d_head  # held values, made when they are asked for
         mixing = max(mixing, bank.n_heads * n * n if bank.mixes_positions else 0)
         widest = max(widest, bank.n_heads * bank.d_head)
-    size = model.W_E.element_size()
+    half = model.W_E.dtype in HALF  # frozen in float32, with weights of its own
+    size = 4 if half else model.W_E.element_size()
+    copied = 4 * sum(weight.numel() for weight in model.parameters()) if half else 0
     return plan_runs(
         model,
         f"a prompt of {n:,} tokens, frozen",
         runs=2,
         rows=1,
         positions=n,
-        bytes=size * (kept + 4 * mixing + n * (6 * widest + 3 * spec.d_vocab_out + 8 * spec.d_model)),
-        result=size * kept,
+        bytes=copied
+        + size * (kept + 4 * mixing + n * (6 * widest + 3 * spec.d_vocab_out + 8 * spec.d_model)),
+        result=copied + size * kept,
     )
 
 
@@ -318,6 +322,9 @@ def _plan(model: AttentionOnlyModel, tokens: str | Tensor) -> Plan:
 @torch.no_grad()
 def freeze(model: AttentionOnlyModel, tokens: str | Tensor, *, max_bytes: int = MAX_BYTES) -> Frozen:
     """Run a prompt once and fix every pattern, norm scale and soft cap.
+
+    A model in half precision is run and frozen in float32, with a copy of its weights: sums of thousands
+    of terms in bfloat16 say nothing. The receipt compares with the model's own logits too.
 
     Args:
         model: the converted model.
@@ -338,6 +345,7 @@ def freeze(model: AttentionOnlyModel, tokens: str | Tensor, *, max_bytes: int = 
             f"the model has hooks at {', '.join(hooked[:5])}; remove them (model.reset_hooks()) "
             "before freezing"
         )
+    given, model = model, widened(model)
     names = {bank.hook("pattern") for bank in model.banks} | {"hook_embed", "hook_pos_embed"}
     wanted = ("hook_scale", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
     logits, cache = model.run_with_cache(
@@ -361,7 +369,7 @@ def freeze(model: AttentionOnlyModel, tokens: str | Tensor, *, max_bytes: int = 
         logits=logits[0],
         receipt=Receipt(),
     )
-    frozen = _with_receipt(_with_cap(frozen))
+    frozen = _with_receipt(_with_cap(frozen), given)
     if not isinstance(tokens, str):
         return frozen
     notes = dict(frozen.receipt.notes) | {"special tokens": model.added_text}
@@ -403,9 +411,13 @@ def sum_tolerance(frozen: Frozen) -> float:
     return TOLERANCE[frozen.logits.dtype] * max(scale, 1.0)
 
 
-def _with_receipt(frozen: Frozen) -> Frozen:
+def _with_receipt(frozen: Frozen, given: AttentionOnlyModel) -> Frozen:
     logits = frozen.read_out(frozen.forward(frozen.start)) + frozen.offset()
     error = float((logits - frozen.logits).abs().max())
     check = Check("the frozen linear model gives the model's logits", error, sum_tolerance(frozen))
     notes = {"dtype": str(frozen.logits.dtype).removeprefix("torch.")}
+    if given is not frozen.model:
+        notes["weights"] = str(given.W_E.dtype).removeprefix("torch.")
+        off = float((given(frozen.tokens[None])[0] - frozen.logits).abs().max())
+        notes["the model's own logits, in that precision, are off by"] = f"{off:.2g}"
     return replace(frozen, receipt=Receipt((check,), notes))

@@ -122,6 +122,34 @@ def test_half_precision_is_held_to_its_own_rounding(llama, tmp_path):
     assert model.W_E.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_with_large_weights_is_loaded_and_analysed_in_float32(llama, tmp_path, dtype):
+    """Large weights make attention sharp, so that rounding moves logits by more than 5 %."""
+    with torch.no_grad():
+        for weight in llama.parameters():
+            weight *= 8 if weight.ndim == 2 else 1
+    llama.save_pretrained(tmp_path)
+    model = mia.load(tmp_path, dtype=dtype)
+    exact = mia.load(tmp_path)
+    with torch.no_grad():
+        for name, weight in exact.state_dict().items():
+            weight.copy_(model.state_dict()[name].float())
+    frozen = mia.paths.freeze(model, TOKENS[0])
+    assert model.W_E.dtype == dtype  # the caller's model is left alone
+    torch.testing.assert_close(frozen.logits, exact(TOKENS[:1])[0].detach(), rtol=0, atol=1e-5)  # float32
+    assert frozen.receipt.notes["weights"] == str(dtype).removeprefix("torch.")
+    for result in (
+        mia.paths.orders(frozen),
+        mia.paths.logit_attribution(frozen),
+        mia.paths.top_paths(frozen, max_expansions=5, progress=False),
+        mia.paths.attribution_graph(frozen),
+        mia.paths.term_importance(model, TOKENS[0], heads=2, progress=False),
+        mia.detect.score_heads(model, tokens=TOKENS, draws=1),
+    ):
+        assert result.receipt.ok, result.receipt
+    assert "patterns" in repr(mia.report(model, TOKENS[0], sections=["patterns"]))
+
+
 @pytest.fixture
 def sharded(tmp_path):
     """A bundled model's own folder, its tensors in two files with an index."""

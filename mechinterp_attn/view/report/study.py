@@ -216,7 +216,7 @@ class Study:
     def pattern(self, label: str) -> np.ndarray:
         """``[query, key + bias]`` of one head on this prompt."""
         bank, index = self.model.heads.find(label)
-        frozen = next(f for f in self.frozen.banks if f.bank is bank)
+        frozen = next(f for f in self.frozen.banks if f.bank.path == bank.path)
         return bank.dense_pattern(frozen.pattern, index).double().cpu().numpy()
 
     def pictures(self, kind: str, k: int = 8) -> dict[str, tuple[str, np.ndarray]]:
