@@ -122,12 +122,14 @@ def test_half_precision_is_held_to_its_own_rounding(llama, tmp_path):
     assert model.W_E.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_with_large_weights_is_loaded_and_analysed_in_float32(llama, tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 8), (torch.float16, 3)])
+def test_half_precision_with_large_weights_is_loaded_and_analysed_in_float32(
+    llama, tmp_path, dtype, factor
+):
     """Large weights make attention sharp, so that rounding moves logits by more than 5 %."""
     with torch.no_grad():
         for weight in llama.parameters():
-            weight *= 8 if weight.ndim == 2 else 1
+            weight *= factor if weight.ndim == 2 else 1
     llama.save_pretrained(tmp_path)
     model = mia.load(tmp_path, dtype=dtype)
     exact = mia.load(tmp_path)
@@ -136,7 +138,9 @@ def test_half_precision_with_large_weights_is_loaded_and_analysed_in_float32(lla
             weight.copy_(model.state_dict()[name].float())
     frozen = mia.paths.freeze(model, TOKENS[0])
     assert model.W_E.dtype == dtype  # the caller's model is left alone
-    torch.testing.assert_close(frozen.logits, exact(TOKENS[:1])[0].detach(), rtol=0, atol=1e-5)  # float32
+    torch.testing.assert_close(
+        frozen.logits, exact(TOKENS[:1])[0].detach(), rtol=1e-5, atol=1e-4
+    )  # float32
     assert frozen.receipt.notes["weights"] == str(dtype).removeprefix("torch.")
     for result in (
         mia.paths.orders(frozen),
