@@ -65,7 +65,8 @@ def _plan(
     max_bytes: int,
 ) -> Plan:
     """How the task stands, the estimates' backward pass, and a run for every cut."""
-    tokens = task.bind(model).clean.tokens
+    bound = task.bind(model)
+    tokens = bound.clean.tokens
     places = tokens.shape[1] if positions == "each" else 1
     every = model.n_heads * places
     if heads is None and (exact is None or isinstance(exact, int)):
@@ -79,7 +80,7 @@ def _plan(
     result = CELL * ((cuts + 1) * len(tokens) * 2 + 3 * TABLE * (every + cuts))
     return plan_prompts(
         model,
-        task,
+        bound,
         f"{cuts:,} patches",
         max_bytes,
         runs=cuts + 7,
