@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from mechinterp_attn.view.report.sections_about import GLOSSARY
+from mechinterp_attn.view.report.sections_glossary import GLOSSARY
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
