@@ -77,9 +77,17 @@ class Watched:
         self.dialogs.append(dialog.message)
         dialog.dismiss()
 
-    def open(self, path):
+    def open(self, path, *, folded=False):
+        """Open a page, with all its sections unfolded."""
         self.page.goto(path.as_uri())
         self.page.wait_for_selector("html[data-ready]", state="attached")
+        if folded:
+            return self.page
+        if self.page.locator(".fold:not([open])").count():
+            self.page.locator("#unfold").click()
+        self.page.wait_for_function(
+            "[...document.querySelectorAll('[data-block]')].every((host) => host.childElementCount > 0)"
+        )
         self.page.wait_for_function(
             "document.querySelectorAll(':is(.patterns, .matrix):not([data-ready])').length === 0"
         )

@@ -138,10 +138,10 @@ def test_tables_download_as_csv(saved, watched, model):
 def test_every_figure_downloads_as_svg_and_png(saved, watched):
     """Charts, patterns, heatmaps and the graph: as many of each button as there are pictures."""
     page = watched.open(saved)
-    pictures = page.locator("main svg").count()
+    pictures = page.locator("main svg:not(.narrow)").count()  # one of those in two widths
     for name, start in (("SVG", b"<svg"), ("PNG", b"\x89PNG")):
         buttons = page.get_by_label(f"Download as {name}:").all()
-        assert len(buttons) == pictures == 9  # 3 charts, 2 patterns, 3 heatmaps, 1 graph
+        assert len(buttons) == pictures == 10  # the prompt, 3 charts, 2 patterns, 3 heatmaps, 1 graph
         for button in buttons:
             with page.expect_download() as caught:
                 button.click()
@@ -262,3 +262,32 @@ def test_the_same_heads_in_circuitsvis(saved, watched):
     assert watched.requests == []
     assert watched.dialogs == []
     assert [e for e in watched.errors if "WebGL" not in e] == []  # it tries for a GPU first
+
+
+def test_the_story_is_the_first_screen(saved, watched):
+    page = watched.open(saved, folded=True)
+    assert page.locator(".fold[open]").count() == 0
+    assert page.evaluate("document.documentElement.scrollHeight") < 6 * 900
+    first = page.locator(".story li").first.bounding_box()
+    assert first["y"] + first["height"] < 900
+    watched.assert_quiet()
+
+
+def test_a_link_opens_the_section_it_leads_to(saved, watched):
+    page = watched.open(saved, folded=True)
+    for place in ("neurons", "orders", "provenance", "claims"):
+        page.evaluate("(place) => { location.hash = place; }", place)
+        page.wait_for_timeout(300)
+        top = page.locator(f"#{place}").bounding_box()["y"]
+        bottom = page.evaluate("document.documentElement.scrollHeight - scrollY - innerHeight")
+        assert abs(top) < 60 or bottom < 2, (place, top)
+        assert page.locator(f"#{place}").is_visible()
+    watched.assert_quiet()
+
+
+def test_the_prompt_with_its_arcs_fits_a_phone(saved, watched):
+    watched.page.set_viewport_size({"width": 390, "height": 800})
+    page = watched.open(saved, folded=True)
+    assert page.locator(".arcs.narrow").is_visible()
+    assert not page.locator(".arcs.wide").is_visible()
+    assert page.locator(".arcs.narrow").bounding_box()["width"] <= 374

@@ -10,20 +10,53 @@ function drawGraph(host, block) {
 }
 
 /* Words and charts are on the screen before this runs; then block after block, each in a turn of its own,
-   so that the page scrolls and answers meanwhile. */
+   so that the page scrolls and answers meanwhile. What stands in a fold is drawn when the fold opens. */
 const turn = () => new Promise((done) => setTimeout(done));
+const report = JSON.parse(document.getElementById("data").textContent);
+const drawn = new Map(); // by place on the page: when it is drawn
+function drawBlock(host) {
+  if (!drawn.has(host)) {
+    const block = report.sections.find((s) => s.id === host.dataset.section).blocks[host.dataset.block];
+    drawn.set(host, turn().then(() => DRAW[block.type](host, block)));
+  }
+  return drawn.get(host);
+}
+async function drawIn(place) {
+  for (const host of place.querySelectorAll("[data-block]")) await drawBlock(host);
+}
+for (const fold of document.querySelectorAll(".fold")) fold.addEventListener("toggle", () => fold.open && drawIn(fold));
+
+/* A link to a section or a block opens the fold that it stands in, and arrives there once all is drawn. */
+async function arrive() {
+  const place = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  if (!place) return;
+  const fold = place.closest(".fold") || place.querySelector(":scope > .fold");
+  if (fold) {
+    fold.open = true;
+    await drawIn(fold);
+  }
+  place.scrollIntoView({ behavior: "instant" });
+}
 async function drawAll() {
   await new Promise((done) => { requestAnimationFrame(done); setTimeout(done, 300); }); // a hidden page has no frames
-  await turn();
-  const report = JSON.parse(document.getElementById("data").textContent);
   for (const host of document.querySelectorAll("[data-block]")) {
-    await turn();
-    const block = report.sections.find((s) => s.id === host.dataset.section).blocks[host.dataset.block];
-    await DRAW[block.type](host, block);
+    if (!host.closest(".fold:not([open])")) await drawBlock(host);
   }
+  await arrive();
   document.documentElement.dataset.ready = "";
 }
 drawAll();
+addEventListener("hashchange", arrive);
+document.addEventListener("click", (event) => { // the same link once more
+  const link = event.target.closest('a[href^="#"]');
+  if (link && link.hash === location.hash) arrive();
+});
+const unfold = document.getElementById("unfold");
+unfold.addEventListener("click", () => {
+  const folds = [...document.querySelectorAll(".fold")], open = folds.some((fold) => !fold.open);
+  for (const fold of folds) fold.open = open;
+  unfold.textContent = open ? "Close all" : "Open all";
+});
 
 /* Charts come as SVG in the page; here they get their buttons. */
 for (const figure of document.querySelectorAll("[data-chart]")) {

@@ -35,12 +35,23 @@ def head(label: str) -> dict[str, str]:
 
 
 def section(
-    id: str, title: str, lead: Sequence[Spans], blocks: Sequence[Block], receipts: Mapping[str, Receipt]
+    id: str,
+    title: str,
+    lead: Sequence[Spans],
+    blocks: Sequence[Block],
+    receipts: Mapping[str, Receipt],
+    *,
+    finding: Spans | None = None,
 ) -> Block:
-    """One section: ``lead`` paragraphs, blocks, and the receipts of what it shows, by name."""
+    """One section: ``lead`` paragraphs, blocks, and the receipts of what it shows, by name.
+
+    Args:
+        finding: what was found, in a line: the section is folded behind it. None: it stands open.
+    """
     return {
         "id": id,
         "title": title,
+        "finding": None if finding is None else list(finding),
         "lead": list(lead),
         "blocks": list(blocks),
         "receipts": [_receipt(name, receipt) for name, receipt in receipts.items()],

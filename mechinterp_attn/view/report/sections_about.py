@@ -10,7 +10,7 @@ import pandas as pd
 
 from mechinterp_attn.core.results import Check, Receipt
 from mechinterp_attn.core.text import shown, signed
-from mechinterp_attn.view.report.blocks import Block, column, fact, facts, head, section, table
+from mechinterp_attn.view.report.blocks import Block, Spans, column, fact, facts, head, section, table
 from mechinterp_attn.view.report.study import CLEAR, SCORES, Study
 
 
@@ -66,7 +66,8 @@ def summary(study: Study) -> Block:
     }
     if study.n_attention:
         receipts["head scores"] = study.scores.receipt
-    return section("summary", "In numbers", lead, blocks, receipts)
+    finding: Spans = [f"Logit {attribution.total:.2f}; ", *_sums(study)]
+    return section("summary", "In numbers", lead, blocks, receipts, finding=finding)
 
 
 def _plural(n: int, noun: str) -> str:
@@ -99,13 +100,19 @@ def _largest(study: Study) -> list[Any]:
     for words, frame in ((", most of all ", raising), ("; against it, most of all ", lowering)):
         for i, (label, value) in enumerate(_pairs(frame)):
             spans += [", " if i else words, head(label), f" ({signed(value)})"]
-    parts = [
-        f"{name} together {signed(own.loc[own['kind'] == kind, 'value'].sum())}"
+    return [*spans, ". In sum: ", *_sums(study), "."]
+
+
+def _sums(study: Study) -> Spans:
+    """What both kinds of head write to the logit in sum, and the rest."""
+    frame = study.attribution.frame
+    sums = {
+        name: frame.loc[frame["kind"] == kind, "value"].sum()
         for kind, name in (("attention", "all attention heads"), ("mlp", "all MLP-derived heads"))
-        if (own["kind"] == kind).any()
-    ]
-    rest = total - own["value"].sum()
-    return [*spans, f". In sum: {', '.join(parts)}, embedding and biases {signed(rest)}."]
+        if (frame["kind"] == kind).any()
+    }
+    sums["embedding and biases"] = study.attribution.total - sum(sums.values())
+    return [", ".join(f"{name} {signed(value)}" for name, value in sums.items())]
 
 
 def _pairs(frame: pd.DataFrame) -> list[tuple[str, float]]:
@@ -217,7 +224,11 @@ def provenance(study: Study) -> Block:
     }
     lead = [["Patterns, gates and the scales of the norms are held as this prompt makes them. The model is "
              "then linear, and what it says is a sum over paths."]]  # fmt: skip
-    return section("provenance", "What was analysed", lead, [items, prompt], {})
+    name = shown(str(origin.get("name", "unnamed")))
+    finding: Spans = [
+        f"{name}, {_plural(spec.n_layers, 'layer')}, {_plural(len(study.frozen.tokens), 'token')}"
+    ]
+    return section("provenance", "What was analysed", lead, [items, prompt], {}, finding=finding)
 
 
 def receipts_table(parts: Sequence[Block]) -> Block | None:
@@ -251,7 +262,12 @@ def fidelity(study: Study) -> Block:
     if not card or receipt is None:
         words = "The model was converted with check=False: nothing here says that it follows its source."
         return section(
-            "fidelity", title, [[words, " mia.verify(model, source, tokens) measures it."]], [], {}
+            "fidelity",
+            title,
+            [[words, " mia.verify(model, source, tokens) measures it."]],
+            [],
+            {},
+            finding=["Not measured"],
         )
     verdict = "equal within the tolerance" if card["ok"] else "NOT equal"
     lead = [
@@ -271,7 +287,8 @@ def fidelity(study: Study) -> Block:
         fact("Mean logit error", f"{card['mean_logit_error']:.1e}"),
         fact("KL divergence", f"{card['kl']:.1e}", "nats, source to model"),
         fact("Same top token", f"{card['top1_agreement']:.1%}", "of positions"),
-        fact("Loss of the source", _plain(card["loss_source"]), "nats, random tokens"),
-        fact("Loss of the model", _plain(card["loss_model"]), "nats, random tokens"),
+        fact("Loss of the source on random tokens", _plain(card["loss_source"]), "nats, not this prompt"),
+        fact("Loss of the model on random tokens", _plain(card["loss_model"]), "nats, not this prompt"),
     )
-    return section("fidelity", title, lead, [block], {"conversion": receipt})
+    finding: Spans = [f"Logits {verdict}, largest error {card['max_logit_error']:.1e}"]
+    return section("fidelity", title, lead, [block], {"conversion": receipt}, finding=finding)

@@ -66,7 +66,7 @@ def comparison(study: Study, other: Study) -> Block:
             ("logit", s.attribution.receipt),
         )
     }
-    return section("comparison", "Comparison", lead, blocks, receipts)
+    return section("comparison", "Comparison", lead, blocks, receipts, finding=[_in_words(study, other)])
 
 
 def _names(*studies: Study) -> list[str]:

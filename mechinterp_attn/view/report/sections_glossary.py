@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import metadata
 
-from mechinterp_attn.view.report.blocks import Block, section
+from mechinterp_attn.view.report.blocks import Block, Spans, section
 from mechinterp_attn.view.report.study import Study
 
 # Word: meaning, the page of the documentation, the source.
@@ -90,7 +90,9 @@ def glossary(study: Study) -> Block:
         }
         for word, (meaning, page, source) in GLOSSARY.items()
     }
-    return section("glossary", "Glossary", [], [{"type": "words", "words": words}], {})
+    finding: Spans = ["What the words of this page mean"]
+    block = {"type": "words", "words": words}
+    return section("glossary", "Glossary", [], [block], {}, finding=finding)
 
 
 def documentation() -> str | None:

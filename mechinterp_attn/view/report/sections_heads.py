@@ -9,8 +9,10 @@ from mechinterp_attn.circuits.listed import fewest
 from mechinterp_attn.core.text import signed
 from mechinterp_attn.view.report.blocks import (
     Block,
+    Spans,
     chart,
     column,
+    head,
     missing,
     patterns,
     section,
@@ -65,7 +67,18 @@ def heads(study: Study) -> Block | None:
     filters = ("head", "kind", "layer", "score")
     block = table("heads", "All heads", frame, columns, sort="cut", filters=filters, rows=15)
     receipts = {"scores": study.scores.receipt, "effects of cutting": study.causes.effects.receipt}
-    return section("heads", "Heads", lead, [block], receipts)
+    return section("heads", "Heads", lead, [block], receipts, finding=_most_needed(study))
+
+
+def _most_needed(study: Study) -> Spans:
+    """The head whose cut takes most, and how many act in ways that direct effects do not show."""
+    cut = study.causes.frame["cut"].dropna()
+    if cut.empty or cut.max() <= 0:
+        return ["No head that was cut is needed"]
+    spans: Spans = [head(str(cut.idxmax())), " is needed most: the log-probability loses "]
+    spans += [f"{cut.max():.1f} nats without it"]
+    hidden = sum(way == "patterns" for way in study.ways.values())
+    return [*spans, f"; {hidden} heads act through patterns" if hidden > 1 else ""]
 
 
 def _measured(study: Study) -> str:
@@ -98,7 +111,9 @@ def attention_patterns(study: Study) -> Block | None:
         ]
     ]
     block = patterns("patterns", study.names, groups, circuitsvis=True)
-    return section("patterns", "Attention patterns", lead, [block], {"scores": study.scores.receipt})
+    receipts = {"scores": study.scores.receipt}
+    finding: Spans = [f"{sum(len(pictures) for _, _, pictures in groups)} heads drawn on this prompt"]
+    return section("patterns", "Attention patterns", lead, [block], receipts, finding=finding)
 
 
 def vocabulary(study: Study) -> Block | None:
@@ -144,7 +159,12 @@ def vocabulary(study: Study) -> Block | None:
         ends = [column("head", "Head", "head"), *_token_columns(frame)]
         blocks.append(table("ov-neurons", "What the chosen neurons read and write", frame, ends))
         receipts["chosen neurons"] = found.receipt
-    return section("vocabulary", "OV and QK circuits", lead, blocks, receipts)
+    finding: Spans = ["What ", *_names(list(chosen)), " write and look for, from the weights alone"]
+    return section("vocabulary", "OV and QK circuits", lead, blocks, receipts, finding=finding)
+
+
+def _names(labels: list[str]) -> Spans:
+    return [part for i, label in enumerate(labels) for part in ([", "] if i else []) + [head(label)]]
 
 
 def neurons(study: Study) -> Block | None:
@@ -193,7 +213,9 @@ def neurons(study: Study) -> Block | None:
         ),
     ]
     receipts = {"attribution": study.attribution.receipt, "tokens read and written": found.receipt}
-    return section("neurons", "Neurons by effect", lead, blocks, receipts)
+    finding: Spans = [f"All {len(frame):,} together write {signed(frame['value'].sum())}, the largest "]
+    finding += [head(str(top["head"].iloc[0])), f" ({signed(top['value'].iloc[0])})"]
+    return section("neurons", "Neurons by effect", lead, blocks, receipts, finding=finding)
 
 
 SIDES = {

@@ -49,7 +49,10 @@ def composition(study: Study) -> Block | None:
     elif of_all is not None:
         blocks.append(_pairs_of_all(of_all))
         receipts["composition of all heads"] = of_all.receipt
-    return section("composition", "Composition", lead, blocks, receipts) if blocks else None
+    if not blocks:
+        return None
+    finding = ["Which heads write what later heads read, from the weights alone"]
+    return section("composition", "Composition", lead, blocks, receipts, finding=finding)
 
 
 def _pictures(kind: str, reads: str, result: circuits.CompositionScores) -> list[Block]:

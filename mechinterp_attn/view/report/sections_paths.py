@@ -6,9 +6,10 @@ import math
 
 from mechinterp_attn.core.text import number, signed
 from mechinterp_attn.view.graph import graph_data
-from mechinterp_attn.view.report.blocks import Block, chart, column, missing, section, table, token
+from mechinterp_attn.view.report.blocks import Block, Spans, chart, column, missing, section, table, token
 from mechinterp_attn.view.report.study import LONG, Study
 
+LEAST = 0.3  # share of the logit that the strongest paths must explain to be listed
 EDGES = 200  # listed as a table
 
 
@@ -26,23 +27,28 @@ def loss(study: Study) -> Block:
     blocks = [
         table(
             "orders",
-            "Loss with the paths up to each order",
-            frame.assign(loss=missing(frame["loss"]), change=missing(frame["change"])),
+            "Loss on this prompt with the paths up to each order",
+            frame.assign(loss=missing(frame["loss"]), gain=missing(-frame["change"])),
             [
                 column("order", "Order", "text"),
                 column("loss", "Loss (nats)"),
-                column("change", "Change", "signed"),
+                column("gain", "Gain", "signed", "how much the loss falls with it"),
                 column("logit_norm", "Logits, root mean square"),
             ],
         )
     ]
+    finding: Spans = [f"{study.no_loss[0].upper()}{study.no_loss[1:]}"]
     if study.has_loss:
         blank = math.log(study.model.spec.d_vocab_out)
+        finding = [
+            f"{frame['loss'].iloc[0]:.2f} nats a token through no head, {frame['loss'].iloc[-1]:.2f} "
+        ]
+        finding += [f"through all; a blind guess costs {blank:.2f}"]
         blocks.insert(
             0,
             chart(
                 "loss-by-order",
-                "Loss with the paths up to each order",
+                "Loss on this prompt with the paths up to each order",
                 "line",
                 list(zip(frame["order"], frame["loss"], strict=True)),
                 x="paths through at most this many heads",
@@ -52,7 +58,8 @@ def loss(study: Study) -> Block:
         )
     else:
         lead.append([f"{study.no_loss[0].upper()}{study.no_loss[1:]}."])
-    return section("orders", "Loss by path order", lead, blocks, {"orders": study.orders.receipt})
+    receipts = {"orders": study.orders.receipt}
+    return section("orders", "Loss by path order", lead, blocks, receipts, finding=finding)
 
 
 def importance(study: Study) -> Block | None:
@@ -62,28 +69,29 @@ def importance(study: Study) -> Block | None:
     result = study.importance
     lead = [
         [
-            "What the paths of one order change in the loss when they are added to all shorter ones: a "
-            "negative change is a gain. Order 0 is measured against guessing blindly."
+            "How much the loss falls when the paths of one order are added to all shorter ones: below zero "
+            "they make it worse. Order 0 is measured against guessing blindly."
         ]
     ]
     heads = result.heads.dropna(subset=["alone"]) if len(result.heads) else result.heads
+    names = ("change", "attention_only", "with_mlp")
+    gains = result.frame.assign(**{name: missing(-result.frame[name]) for name in names})
+    points = list(zip(result.frame["order"], -result.frame["change"], strict=True))
     blocks = [
         chart(
             "importance-of-orders",
-            "Change of the loss with each order",
+            "What each order gains",
             "bars",
-            [(f"order {o}", c) for o, c in zip(result.frame["order"], result.frame["change"], strict=True)],
-            x="change of the loss (nats)",
+            [(f"order {order}", gain) for order, gain in points],
+            x="how much the loss falls (nats)",
         ),
         table(
             "importance",
-            "Change of the loss by order",
-            result.frame.assign(
-                **{name: missing(result.frame[name]) for name in ("attention_only", "with_mlp")}
-            ),
+            "What each order gains",
+            gains,
             [
                 column("order", "Order", "text"),
-                column("change", "Change (nats)", "signed"),
+                column("change", "Gain (nats)", "signed"),
                 column("attention_only", "Attention heads only (nats)", "signed"),
                 column("with_mlp", "With MLP-derived heads (nats)", "signed"),
             ],
@@ -97,11 +105,15 @@ def importance(study: Study) -> Block | None:
             column("alone", "Added alone (nats)", "signed"),
             column("given_others", "Given the others (nats)", "signed"),
         ]
-        caption = "Change of the loss by the head that paths end in (the strongest ones)"
+        caption = "Gain by the head that paths end in (the strongest ones)"
+        heads = heads.assign(alone=-heads["alone"], given_others=-heads["given_others"])
         blocks.append(table("importance-of-heads", caption, heads, columns, sort="alone", rows=10))
     elif len(study.frozen.tokens) > LONG:
         lead.append([f"Single heads are measured on prompts of up to {LONG} tokens; this one is longer."])
-    return section("importance", "Term importance", lead, blocks, {"term importance": result.receipt})
+    order, gain = max(points[1:] or points, key=lambda pair: pair[1])
+    finding: Spans = [f"Beyond the tokens alone, order {order} gains most: {gain:.2f} nats a token"]
+    receipts = {"term importance": result.receipt}
+    return section("importance", "Term importance", lead, blocks, receipts, finding=finding)
 
 
 def top_paths(study: Study) -> Block:
@@ -112,13 +124,21 @@ def top_paths(study: Study) -> Block:
         if result.proven
         else f"The search was cut short: a path not listed may reach {result.bound:.2f}."
     )
+    logit: Spans = ["the logit of ", token(study.token(result.target))]
+    together = f"{signed(result.explained)} of {result.total:.2f}"
+    finding: Spans = [f"The {len(result.frame)} strongest add up to {together}"]
+    receipts = {"paths": result.receipt}
+    if abs(result.explained) < LEAST * abs(result.total):
+        lead = [[f"The {len(result.frame)} strongest single paths to ", *logit, f" add up to {together}, "
+                 "which is too little to tell anything by: the logit is a sum over very many small ones. "
+                 "They are not listed; mia.paths.top_paths lists them."]]  # fmt: skip
+        return section("paths", "Top paths", lead, [], receipts, finding=[*finding, ": too little to list"])
     lead = [
         [
-            "The strongest single paths from a token through heads to the logit of ",
-            token(study.token(result.target)),
-            f". Those listed add up to {signed(result.explained)} of {result.total:.2f}; all other "
-            "paths to "
-            f"{signed(result.remainder)}. {best}",
+            "The strongest single paths from a token through heads to ",
+            *logit,
+            f". Those listed add up to {together}; all other paths to {signed(result.remainder)}. {best}",
+            *([" Paths cancel each other, so that their shares may pass 1."] if _cancel(study) else []),
         ]
     ]
     columns = [
@@ -126,10 +146,14 @@ def top_paths(study: Study) -> Block:
         column("order", "Heads on it", "id"),
         column("token", "From token", "token"),
         column("contribution", "Contribution (logits)", "signed"),
-        column("share", "Share"),
+        *([] if study.near_zero else [column("share", "Share")]),
     ]
     block = table("top-paths", "The strongest paths", result.frame, columns, rows=15)
-    return section("paths", "Top paths", lead, [block], {"paths": result.receipt})
+    return section("paths", "Top paths", lead, [block], receipts, finding=finding)
+
+
+def _cancel(study: Study) -> bool:
+    return not study.near_zero and bool((study.top_paths.frame["share"].abs() > 1).any())
 
 
 def graph(study: Study) -> Block | None:
@@ -150,7 +174,7 @@ def graph(study: Study) -> Block | None:
         column("kind", "Kind", "kind"),
         column("token", "Token", "token"),
         column("value", "Value (logits)", "signed"),
-        column("share", "Share"),
+        *([] if study.near_zero else [column("share", "Share")]),
         column("influence", "Influence", "score", "share of the target that runs through it, signs aside"),
     ]
     edges = result.edges[result.edges["kind"] == "value"]
@@ -168,9 +192,11 @@ def graph(study: Study) -> Block | None:
                 column("source", "From", "text"),
                 column("target", "To", "text"),
                 column("weight", "Weight (logits)", "signed"),
-                column("share", "Share"),
+                *([] if study.near_zero else [column("share", "Share")]),
             ],
             rows=10,
         ),
     ]
-    return section("graph", "Attribution graph", lead, blocks, {"graph": result.receipt})
+    finding: Spans = [f"{len(nodes):,} nodes; {len(drawn['nodes']):,} of them drawn"]
+    receipts = {"graph": result.receipt}
+    return section("graph", "Attribution graph", lead, blocks, receipts, finding=finding)

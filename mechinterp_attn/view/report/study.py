@@ -107,6 +107,11 @@ class Study:
         frame = frame[frame["kind"].isin(("attention", "mlp"))]
         return dict(zip(frame["head"], frame["value"], strict=True))
 
+    @property
+    def near_zero(self) -> bool:
+        """The logit is so small beside its terms that shares of it say nothing."""
+        return abs(self.attribution.total) < SOME * float(self.attribution.frame["value"].abs().sum())
+
     @cached_property
     def story(self) -> Story:
         if not self.model.n_heads:
