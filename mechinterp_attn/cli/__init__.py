@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from typing import Annotated
 
 import typer
 
@@ -14,13 +15,32 @@ from mechinterp_attn.cli import causal, circuits, detect, models, paths, report
 from mechinterp_attn.cli.common import BUG, INTERRUPTED, WRONG_INPUT, any_console, fail, remark
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.interrupt import gentle_interrupt
+from mechinterp_attn.version import __version__
 
 app = typer.Typer(
     name="mechinterp-attn",
-    help="Transformers as attention heads only: convert, verify, find heads, write circuit reports.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        typer.echo(f"mechinterp-attn {__version__}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Transformers as attention heads only: convert, verify, find heads, write circuit reports."""
+
+
 for group in (models, report, detect, paths, circuits, causal):
     group.register(app)
 
@@ -46,7 +66,8 @@ def main() -> None:
             code = WRONG_INPUT
         except typer.TyperException as error:  # an unknown option, a missing argument
             context = getattr(error, "ctx", None)
-            fail(error.format_message() + (f" See {context.command_path} --help." if context else ""))
+            said = error.format_message().replace("Value error, ", "")
+            fail(said + (f" See {context.command_path} --help." if context else ""))
             code = WRONG_INPUT
         except OSError as error:  # a file that cannot be read or written
             fail(str(error))

@@ -44,7 +44,7 @@ def _hush(quiet: bool) -> bool:
     return quiet
 
 
-def _typed(text: str | None) -> str | None:
+def typed(text: str | None) -> str | None:
     """A text of the command line as it was typed. Where the system's encoding is not the terminal's
     (``LC_ALL=C``), Python has its bytes as surrogates; they are UTF-8 nearly always.
     """
@@ -83,7 +83,8 @@ Heads = Annotated[
     ),
 ]
 Prompt = Annotated[
-    str | None, typer.Option(help="The text to analyse.", show_default=False, callback=_typed)
+    str | None,
+    typer.Option(help="The text to analyse; - is standard input.", show_default=False, callback=typed),
 ]
 Ids = Annotated[
     str | None,
@@ -94,12 +95,12 @@ Ids = Annotated[
 Target = Annotated[
     str | None,
     typer.Option(
-        help="The next token to explain; by default the model's own.", metavar="TOKEN", callback=_typed
+        help="The next token to explain; by default the model's own.", metavar="TOKEN", callback=typed
     ),
 ]
 Against = Annotated[
     str | None,
-    typer.Option(help="Explain the logit over this token's.", metavar="TOKEN", callback=_typed),
+    typer.Option(help="Explain the logit over this token's.", metavar="TOKEN", callback=typed),
 ]
 Position = Annotated[int, typer.Option(help="Where it is predicted; negative counts from the end.")]
 Top = Annotated[int | None, typer.Option("--top", "-k", help="How many rows, the first ones.", min=1)]
@@ -262,7 +263,7 @@ def load(model: str) -> AttentionOnlyModel:
 
 
 def prompt_of(prompt: str | None, tokens: str | None) -> str | list[int]:
-    """What ``--prompt`` or ``--tokens`` give.
+    """What ``--prompt`` or ``--tokens`` give; ``-`` stands for standard input.
 
     Raises:
         MechInterpError: both or neither, or ids that are no integers.
@@ -271,6 +272,8 @@ def prompt_of(prompt: str | None, tokens: str | None) -> str | list[int]:
 
     if (prompt is None) == (tokens is None):
         raise MechInterpError("give a text with --prompt, or token ids with --tokens (one of the two)")
+    if prompt == "-":
+        return sys.stdin.read().removesuffix("\n")
     if prompt is not None:
         return prompt
     try:

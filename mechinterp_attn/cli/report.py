@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,7 +18,24 @@ from mechinterp_attn.cli.common import (
     load,
     prompt_of,
     token_of,
+    typed,
 )
+
+# Written out, so that a wrong name is said at once, before anything is loaded; a test compares them with
+# the report's own.
+Preset = Literal["overview", "induction", "prediction"]
+SECTIONS = (
+    "story", "summary", "provenance", "fidelity", "orders", "importance", "heads", "patterns",
+    "composition", "vocabulary", "paths", "graph", "neurons", "glossary",
+)  # fmt: skip
+Mode = Literal["exact", "silu", "mixture"]
+
+
+def _known(sections: list[str] | None) -> list[str] | None:
+    wrong = [name for name in sections or () if name not in SECTIONS]
+    if wrong:
+        raise typer.BadParameter(f"no section {', '.join(wrong)}; there are {', '.join(SECTIONS)}.")
+    return sections or None
 
 
 def register(app: typer.Typer) -> None:
@@ -27,15 +44,30 @@ def register(app: typer.Typer) -> None:
 
 def report(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Where to write the result.", metavar="FILE")],
+    text: Annotated[
+        str | None,
+        typer.Argument(
+            help="The text to analyse; - is standard input.", show_default=False, callback=typed
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where to write the page, by default the model's name with .html; - is standard output.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
     prompt: Prompt = None,
     tokens: Ids = None,
     target: Target = None,
     position: Position = -1,
-    preset: Annotated[str, typer.Option(help="overview, induction or prediction.")] = "overview",
+    preset: Annotated[Preset, typer.Option(help="A choice of sections.")] = "overview",
     section: Annotated[
         list[str] | None,
-        typer.Option(help="This section instead of a preset's; may be given several times."),
+        typer.Option(
+            help="This section instead of a preset's; may be given several times.", callback=_known
+        ),
     ] = None,
     head: Annotated[
         list[str] | None,
@@ -45,8 +77,8 @@ def report(
         str | None, typer.Option(help="A second model to set beside this one on the prompt.")
     ] = None,
     compare_mlp: Annotated[
-        str | None,
-        typer.Option("--compare-mlp", help="Set the same model in this mode beside it: silu or mixture."),
+        Mode | None,
+        typer.Option("--compare-mlp", help="Set the same model in this mode beside it."),
     ] = None,
     seed: Seed = 0,
     data: Annotated[
@@ -59,17 +91,23 @@ def report(
     from mechinterp_attn.core.errors import MechInterpError
     from mechinterp_attn.core.files import check_writable
 
-    check_writable(out)  # before the work, not after it
-    text = prompt_of(prompt, tokens)
+    stream = str(out) == "-"
+    file = Path("/dev/stdout") if stream else out or Path(Path(model).name + ".html")
+    check_writable(file)  # before the work, not after it
+    if text is not None and prompt is not None:
+        raise MechInterpError("give the text once: behind the model, or with --prompt")
+    given = prompt_of(prompt if text is None else text, tokens)
+    if stream and data:
+        raise MechInterpError("--data writes a file beside the page; give --out a file as well")
     if compare is not None and compare_mlp is not None:
         raise MechInterpError("give --compare or --compare-mlp, one of the two")
     opened = load(model)
     other = load(compare) if compare is not None else None
     if compare_mlp is not None:
-        other = mia.load(model, mlp=cast(Any, compare_mlp))
+        other = mia.load(model, mlp=compare_mlp)
     page = mia.report(
         opened,
-        text,
+        given,
         target=token_of(opened, target),
         position=position,
         preset=preset,
@@ -79,4 +117,6 @@ def report(
         seed=seed,
         progress=not quiet,
     )
-    typer.echo(str(page.save(out, data=data)))
+    page.save(file, data=data)
+    if not stream:
+        typer.echo(str(file))

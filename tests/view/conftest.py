@@ -85,9 +85,7 @@ class Watched:
             return self.page
         if self.page.locator(".fold:not([open])").count():
             self.page.locator("#unfold").click()
-        self.page.wait_for_function(
-            "[...document.querySelectorAll('[data-block]')].every((host) => host.childElementCount > 0)"
-        )
+        self.page.evaluate("drawIn(document)")
         self.page.wait_for_function(
             "document.querySelectorAll(':is(.patterns, .matrix):not([data-ready])').length === 0"
         )
