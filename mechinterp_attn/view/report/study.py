@@ -191,6 +191,8 @@ class Study:
 
     def best(self, score: str) -> pd.Series[Any] | None:
         """The attention head with the largest score; None where no head has one."""
+        if not self.n_attention:
+            return None
         frame = self.scores.frame
         ranked = frame[(frame["kind"] == "attention") & frame[score].notna()].nlargest(1, score)
         return None if ranked.empty else ranked.iloc[0]
