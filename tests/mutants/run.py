@@ -141,7 +141,16 @@ def _tests(tests: str, folder: str) -> None:
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
     files, chosen, expression = tests.partition(" -k ")
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    options = [
+        "-x",
+        "-q",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore::pytest.PytestAssertRewriteWarning",
+    ]
     options += ["-k", expression] if chosen else []
     code = BROKEN
     try:
