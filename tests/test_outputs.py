@@ -4,6 +4,7 @@ Classifiers and models of modular arithmetic read one vocabulary and give anothe
 tokens; bidirectional models read what follows. None of them has a next-token loss.
 """
 
+import json
 import math
 
 import pytest
@@ -277,3 +278,16 @@ def test_where_is_a_table_of_truth_values():
         if message is not None:
             with pytest.raises(MechInterpError, match=message):
                 mia.detect.ablate(model, tokens, ["L0H0"], where=bad)
+
+
+@pytest.mark.parametrize("shape", ["modular", "one_token", "bidirectional"])
+def test_a_model_without_a_loss_is_saved_and_read_again(shape, tmp_path):
+    """JSON has no NaN: the card of the conversion has None for a loss that there is not."""
+    _, model = build(shape)
+    model.save(tmp_path / "saved")
+    again = mia.load(tmp_path / "saved")
+    assert again.provenance == json.loads(json.dumps(model.provenance, allow_nan=False))
+    assert again.provenance["fidelity"]["loss_model"] is None
+    tokens = torch.zeros(1, 1, dtype=torch.long)
+    assert torch.equal(again(tokens), model(tokens))
+    mia.report(again, tokens[0], sections=["fidelity"], progress=False)

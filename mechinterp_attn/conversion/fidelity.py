@@ -85,10 +85,11 @@ class Fidelity(Result):
         return None if off.empty else str(off.iloc[0]["sublayer"])
 
     def summary(self) -> dict[str, Any]:
-        """The numbers of the card, as JSON can hold them."""
+        """The numbers of the card, as JSON can hold them: None for a loss that there is not."""
         left_out = ("frame", "receipt", "worst_position")
         numbers = {name: value for name, value in vars(self).items() if name not in left_out}
-        return numbers | {"unreached": list(self.unreached), "ok": self.ok}
+        plain = {n: None if isinstance(x, float) and math.isnan(x) else x for n, x in numbers.items()}
+        return plain | {"unreached": list(self.unreached), "ok": self.ok}
 
     def _repr_html_(self) -> str:
         from mechinterp_attn.core.table import html_table

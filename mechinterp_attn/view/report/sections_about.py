@@ -191,8 +191,8 @@ def _fidelity_headline(study: Study) -> str:
     return f"{card['max_logit_error'] / (card['logit_scale'] or 1.0):.1e}"
 
 
-def _plain(x: float) -> str:
-    return "–" if math.isnan(x) else f"{x:.3f}"
+def _plain(x: float | None) -> str:
+    return "–" if x is None or math.isnan(x) else f"{x:.3f}"
 
 
 def provenance(study: Study) -> Block:
