@@ -36,13 +36,13 @@ def main() -> None:
         model.zero_grad(set_to_none=True)
 
     unit = min(seconds(forward_backward) for _ in range(3))
-    paths = mia.paths
+    paths, quiet = mia.paths, {"progress": False}
     works: dict[str, Callable[[], object]] = {
         "forward and backward": forward_backward,
         "freeze": lambda: paths.freeze(model, PROMPT),
         "orders 0..12": lambda: paths.orders(frozen, max_order=12),
-        "term importance": lambda: paths.term_importance(model, frozen.tokens, heads=16, progress=False),
-        "top paths, 200 opened": lambda: paths.top_paths(frozen, k=30, max_expansions=200, progress=False),
+        "term importance": lambda: paths.term_importance(model, frozen.tokens, heads=16, **quiet),
+        "top paths, 200 opened": lambda: paths.top_paths(frozen, top_k=30, max_expansions=200, **quiet),
         "attribution graph": lambda: paths.attribution_graph(frozen),
     }
     rows = []
