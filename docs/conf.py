@@ -41,7 +41,10 @@ def other_tables(app, docname, source):
     if docname != "benchmarks":
         return
     folder = Path(app.srcdir) / "benchmarks"
-    commands = {row["table"]: row["command"] for row in csv.DictReader((folder / "runs.csv").open())}
+    commands = {
+        row["table"]: row["command"]
+        for row in csv.DictReader((folder / "runs.csv").read_text().splitlines())
+    }
     text, marker = source[0], "<!-- tables"
     parts = []
     for path in sorted(folder.glob("*.csv")):
