@@ -291,3 +291,12 @@ def test_a_model_without_a_loss_is_saved_and_read_again(shape, tmp_path):
     tokens = torch.zeros(1, 1, dtype=torch.long)
     assert torch.equal(again(tokens), model(tokens))
     mia.report(again, tokens[0], sections=["fidelity"], progress=False)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("bad", [b"man", [0.5, 1.0], {"a": 1}])
+def test_a_text_to_compare_with_is_a_text_or_ids(bad):
+    model = mia.load("attn-1l")
+    for call in (mia.circuits.bigrams, lambda m, **given: mia.circuits.factoring_bugs(m, "L0H0", **given)):
+        with pytest.raises(MechInterpError, match=r"expected a text|tokens must be integers"):
+            call(model, text=bad)

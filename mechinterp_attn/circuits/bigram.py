@@ -21,6 +21,7 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.given import integers
 
 AT_ONCE = 64  # rows of the table whose ranks are held at a time
 MIN_COUNT = 5  # how often a token must stand in a text for its row to be compared
@@ -183,7 +184,7 @@ def _followers(
         return seen, ((source, counts[source, seen]) for source in frequent)
     if text is None:
         return None
-    tokens = model.to_tokens(text, prepend_bos=False)[0] if isinstance(text, str) else torch.as_tensor(text)
+    tokens = model.to_tokens(text, prepend_bos=False)[0] if isinstance(text, str) else integers(text)
     tokens = tokens.flatten().cpu()
     if len(tokens) < 2 or int(tokens.max()) >= size or int(tokens.min()) < 0:
         raise MechInterpError(

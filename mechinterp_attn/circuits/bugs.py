@@ -24,6 +24,7 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.given import integers
 from mechinterp_attn.model.heads import Head
 
 WIDTH = 24  # destinations and outputs of a source among which factoring bugs are sought
@@ -135,7 +136,7 @@ def _bugs_error(model: AttentionOnlyModel, head: Head, frame: pd.DataFrame) -> f
 
 
 def _trigram_counts(model: AttentionOnlyModel, text: str | Tensor) -> Tensor:
-    tokens = model.to_tokens(text, prepend_bos=False)[0] if isinstance(text, str) else torch.as_tensor(text)
+    tokens = model.to_tokens(text, prepend_bos=False)[0] if isinstance(text, str) else integers(text)
     return tokens.flatten()
 
 
