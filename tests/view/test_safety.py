@@ -189,8 +189,10 @@ def test_axe_finds_no_serious_violation(presets, preset, chromium, tmp_path, sch
     )
     page = context.new_page()
     page.goto(presets[preset].save(tmp_path / "report.html").as_uri())
-    page.wait_for_selector(".patterns[data-ready]", state="attached")
-    for summary in page.locator("details:not(:has(.circuitsvis)) > summary").all():
+    page.wait_for_selector("html[data-ready]", state="attached")
+    page.locator("#unfold").click()
+    page.evaluate("drawIn(document)")
+    for summary in page.locator("details:not(.fold):not(:has(.circuitsvis)) > summary").all():
         if "CircuitsVis" not in summary.inner_text():
             summary.click()
     page.add_script_tag(path=Path(__file__).parent / "vendor" / "axe.min.js")
