@@ -1,10 +1,19 @@
 """What a plan says is enough: against the bytes of all tensors alive, and against a process's memory."""
 
+import jaxtyping
 import pytest
 
 import mechinterp_attn as mia
 from tests.conftest import random_tokens, tiny_bridge
 from tests.paths.test_long import peak
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unchecked():
+    """No checks of shapes: they would be counted too, and every tensor takes long enough as it is."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")
