@@ -46,7 +46,14 @@ class HeadIndex(Sequence[str]):
         return (label for bank in self.banks for label in bank.labels())
 
     def __getitem__(self, index: Any) -> Any:
-        return list(iter(self))[index]
+        if not isinstance(index, int):
+            return list(iter(self))[index]
+        left = index + len(self) if index < 0 else index
+        for bank in self.banks if left >= 0 else ():
+            if left < bank.n_heads:
+                return bank.label(left)
+            left -= bank.n_heads
+        raise IndexError(f"head {index} of {len(self)}")
 
     def of(self, kind: str) -> HeadIndex:
         """The heads of one kind: "attention" or "mlp"."""
