@@ -47,7 +47,7 @@ def test_the_copying_null_is_that_of_drawn_heads(model):
         values = torch.linalg.eigvals((seen @ write).T @ middle @ seen @ read)
         drawn.append(float(values.sum().real / values.abs().sum()))
     scores = torch.tensor(drawn)
-    mean, spread = copying._null(copying.unembed_embed(model), 4, 0)
+    mean, spread = copying._null(copying.unembed_embed(model, torch.arange(13)), 4, 0)
     assert mean == pytest.approx(float(scores.mean()), abs=4 * spread * (1 / 200 + 1 / 1000) ** 0.5)
     assert spread == pytest.approx(float(scores.std()), rel=4 * (0.5 / 200 + 0.5 / 1000) ** 0.5)
 
@@ -240,12 +240,14 @@ def test_the_report_names_the_probability_at_its_position():
 
 
 def test_as_many_rows_as_memory_allows(model):
-    """Patterns, three tensors of values and three of logits, in float32, row by row."""
-    numbers = 8 * (8 * 8 + 2 * 3 * (16 + 24) + 3 * 13)
-    assert rows_within(model, 8, 4 * numbers) == 1
-    assert rows_within(model, 8, 4 * numbers * 8 - 1) == 7
+    """Patterns and eight more pictures, three tensors of values, eight of streams and three of logits, in
+    float64, row by row.
+    """
+    numbers = 8 * ((8 + 8) * 8 + 2 * 3 * (16 + 24) + 8 * 16 + 3 * 13)
+    assert rows_within(model, 8, 8 * numbers) == 1
+    assert rows_within(model, 8, 8 * numbers * 8 - 1) == 7
     with pytest.raises(mia.MechInterpError, match=re.escape("raise max_bytes")):
-        rows_within(model, 8, 4 * numbers - 1)
+        rows_within(model, 8, 8 * numbers - 1)
 
 
 def test_the_heatmap_is_above_random_heads(model):

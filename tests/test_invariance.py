@@ -108,7 +108,8 @@ RUNS: dict[str, Callable[[Version], pd.DataFrame]] = {
     "virtual head": lambda v: P.virtual_head(
         _frozen(v), v("L0H0"), v("L1H1"), target=3, against=7
     ).frame,
-    "paths": lambda v: P.top_paths(_frozen(v), target=3, against=7, k=5, progress=False).frame,
+    "circuits": lambda v: P.top_circuits(_frozen(v), target=3, against=7, top_k=5, progress=False).frame,
+    "paths": lambda v: P.top_paths(_frozen(v), target=3, against=7, top_k=5, progress=False).frame,
 }  # fmt: skip
 SCORES = WEIGHTS | RUNS
 # Scores that are ratios, whatever the units of the stream and of logits, and their columns that are not.

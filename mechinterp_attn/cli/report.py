@@ -53,7 +53,7 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Where to write the page, by default the model's name with .html; - is standard output.",
+            help="Where to write the result.",
             metavar="FILE",
             show_default=False,
         ),
@@ -86,7 +86,10 @@ def report(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the circuit report of a model on a prompt: one HTML file that opens offline."""
+    """Write the circuit report of a model on a prompt: one HTML file that opens offline.
+
+    By default MODEL.html in this folder; --out - is standard output.
+    """
     import mechinterp_attn as mia
     from mechinterp_attn.core.errors import MechInterpError
     from mechinterp_attn.core.files import check_writable

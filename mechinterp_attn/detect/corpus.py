@@ -106,6 +106,13 @@ class CorpusScores(Result):
         return self.model.to_str_tokens(ids[ids >= 0])
 
 
+def _guessed(document: Any, size: int) -> int:
+    """How many tokens a document may have; what is neither text nor ids is taken for a window."""
+    if isinstance(document, str):
+        return len(document) // 3
+    return len(document) if isinstance(document, Sequence | Tensor) else size
+
+
 def _plan(
     model: AttentionOnlyModel,
     texts: Texts,
@@ -125,7 +132,7 @@ def _plan(
     if isinstance(texts, str | os.PathLike):
         tokens = Path(texts).stat().st_size // 3 if Path(texts).is_file() else size
     elif isinstance(texts, Sequence):
-        tokens = sum(len(one) // 3 if isinstance(one, str) else len(one) for one in texts)
+        tokens = sum(_guessed(one, size) for one in texts)
     cuts = 1 if isinstance(heads, str) else len(heads)
     kept = 3 * model.n_heads * top_k * (8 * (2 * context + 1) + 4 * CELL) + table_bytes(model, 2 * TABLE)
     need = sequence_bytes(model, size)

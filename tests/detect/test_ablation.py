@@ -296,7 +296,7 @@ def test_the_model_is_left_as_it_was(model):
         (dict(heads=["L1H0 -Q-> L0H1"]), "L0H1 does not read what L1H0 writes"),
         (dict(heads=[("L1H0",)]), "a virtual head needs at least 2 heads"),
         (dict(replace="median"), "replace='median'; expected 'zero' or 'mean'"),
-        (dict(where=torch.ones(2, 5).bool()), r"where has shape \(2, 5\); expected \(2, 11\)"),
+        (dict(where=torch.ones(2, 5).bool()), r"where has shape \(2, 5\) .*expected \(2, 11\)"),
         (dict(where=torch.zeros(2, 11).bool()), "no next token to count"),
     ],
 )

@@ -62,7 +62,7 @@ def test_the_null_of_a_cut_is_as_much_taken_out_in_random_directions():
     expected = torch.tensor(changes, dtype=torch.float64)
     assert found["mean"]["L0H1"] == pytest.approx(float(expected.mean()), abs=1e-9)
     assert found["std"]["L0H1"] == pytest.approx(float(expected.std()), rel=1e-6)
-    bounded = random_removals(model, probe.batch, probe.repeated, ["L0H1"], seed=7, max_bytes=60_000)
+    bounded = random_removals(model, probe.batch, probe.repeated, ["L0H1"], seed=7, max_bytes=200_000)
     assert bounded["std"]["L0H1"] > 0
 
 

@@ -90,10 +90,15 @@ def test_one_layer_has_no_pairs():
     assert result.frame["from_head"].isna().all()
 
 
-def test_a_classifier_cannot_copy():
+def test_other_outputs_are_aligned_and_a_wrong_alignment_is_refused():
+    """13 tokens in, 5 out: each output stands for the input token of its number; the receipt says so."""
     model = mia.convert(tiny_bridge(d_vocab_out=5))
-    with pytest.raises(MechInterpError, match="13 and 5"):
-        mia.detect.score_weights(model)
+    found = mia.detect.score_weights(model, draws=1)
+    given = mia.detect.score_weights(model, draws=1, align=range(5))
+    assert found.frame["copying"].equals(given.frame["copying"])
+    assert "alignment" in found.receipt.notes
+    with pytest.raises(MechInterpError, match="align"):
+        mia.detect.score_weights(model, align=[0, 99])
 
 
 def test_virtual_heads_copy_as_the_product_does():

@@ -144,7 +144,7 @@ def test_the_probability_is_that_of_the_position(gelu):
     report = page_of("gelu-2l", position=4, target="ling")
     ids = gelu.as_tokens(PROMPT)
     target = gelu.to_single_token("ling")
-    p = float(gelu(ids)[0, 4].softmax(-1)[target])
+    p = float(gelu(ids)[0, 4].detach().softmax(-1)[target])
     words = plain(blocks(report)["story-told"]["sentences"][0])
     assert f"probability p of {percent(p)}" in words
     assert "its choice number" in words
