@@ -144,7 +144,7 @@ def _plan(
         runs=1 + (cuts + 1 if cuts else 0) + (3 if estimate else 0),
         rows=-(-tokens // size),
         positions=size,
-        bytes=kept + need * max(rows * at_once, 3),  # the first window again, with all its hooks
+        bytes=kept + need * max(rows * at_once, 4),  # the first window again, with all its hooks
         result=kept,
         chunks=-(-tokens // (rows * size)),
     )

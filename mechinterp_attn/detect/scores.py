@@ -160,14 +160,15 @@ class Offsets(Result):
 
 def _plan_of_offsets(
     model: AttentionOnlyModel,
-    up_to: int,
+    up_to: int | None,
     seed: int,
     draws: int,
     tokens: Input | None,
     max_bytes: int,
 ) -> Plan:
     batch, _ = probe_or(model, tokens, draws=draws, seed=seed)
-    result = table_bytes(model, TABLE + up_to)
+    reach = batch.tokens.shape[1] if up_to is None else up_to
+    result = table_bytes(model, TABLE + 2 * reach)  # to both sides in bidirectional models
     return plan_sequences(model, "attention by offset", batch, max_bytes, result=result)
 
 
