@@ -168,7 +168,8 @@ def verify(
             f"{tuple(logits.shape)}: this is not the model's source"
         )
     rounding = 0.0
-    if model.W_E.dtype in HALF:
+    off = float((logits - expected).abs().max()) / float(expected.abs().max())
+    if model.W_E.dtype in HALF and off > TOLERANCE[model.W_E.dtype]:  # it takes a float32 copy
         rounding = float((widened(model)(ids) - logits).abs().max())
     return _compare(model, logits, expected, own, streams, ids, rounding)
 
