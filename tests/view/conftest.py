@@ -91,6 +91,14 @@ class Watched:
         )
         return self.page
 
+    def wait_until(self, holds, seconds=20):
+        """Wait for what a page does in its own time: `holds` is asked again until it is true."""
+        for _ in range(20 * seconds):
+            if holds():
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(f"did not come true in {seconds} seconds")
+
     def assert_quiet(self):
         assert self.requests == []
         assert self.errors == []

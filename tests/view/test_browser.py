@@ -99,12 +99,11 @@ def test_pointing_at_a_cell_reads_its_weight(saved, watched, model, report):
         panel.locator(".heatmap image").hover(
             position={"x": (key + 0.5) * size["width"] / (n + 1), "y": (query + 0.5) * size["height"] / n}
         )
-        page.wait_for_timeout(100)
+        watched.wait_until(lambda: f"({query})" in panel.locator(".readout").inner_text())  # noqa: B023
         read = panel.locator(".readout strong").inner_text()
         assert float(read) == pytest.approx(
             float(exact[query, key]), abs=0.008
         )  # two decimals of 252 steps
-        assert f"({query})" in panel.locator(".readout").inner_text()
     watched.assert_quiet()
 
 
@@ -114,15 +113,14 @@ def test_patterns_work_by_keyboard(saved, watched):
     strip = panel.locator(".strip")
     strip.focus()
     strip.press("Home")
-    page.wait_for_timeout(100)
-    assert strip.get_attribute("aria-activedescendant") == "patterns-0-token-0"
+    watched.wait_until(lambda: strip.get_attribute("aria-activedescendant") == "patterns-0-token-0")
     strip.press("ArrowRight")
-    page.wait_for_timeout(100)
-    assert panel.locator("[aria-selected=true]").get_attribute("id") == "patterns-0-token-1"
+    chosen = panel.locator("[aria-selected=true]")
+    watched.wait_until(lambda: chosen.get_attribute("id") == "patterns-0-token-1")
     panel.locator("input:checked").press("ArrowRight")
-    page.wait_for_timeout(100)
-    assert panel.locator("input").nth(1).is_checked()
-    assert panel.locator("input").nth(1).get_attribute("value") in panel.locator(".readout").inner_text()
+    second = panel.locator("input").nth(1)
+    watched.wait_until(lambda: second.get_attribute("value") in panel.locator(".readout").inner_text())
+    assert second.is_checked()
     watched.assert_quiet()
 
 
@@ -157,7 +155,8 @@ def test_png_buttons_answer_a_quick_hand(saved, watched):
     buttons = page.get_by_label("Download as PNG:").all()
     for button in [*buttons, *buttons[:1] * 3]:
         button.click()
-    page.wait_for_timeout(500)
+    watched.wait_until(lambda: len(files) >= len(buttons) + 3)
+    page.wait_for_timeout(300)  # one file too many would come now
     assert len(files) == len(buttons) + 3
     assert len({file.suggested_filename for file in files}) == len(buttons)
     colours = page.evaluate(
@@ -202,8 +201,7 @@ def test_heatmaps_work_by_keyboard(saved, watched, model):
     panel = page.locator(".panel").first
     panel.locator(".heatmap").focus()
     panel.locator(".heatmap").press("PageUp")
-    page.wait_for_timeout(100)
-    assert "(0)" in panel.locator(".readout").inner_text()
+    watched.wait_until(lambda: "(0)" in panel.locator(".readout").inner_text())
     watched.assert_quiet()
 
 
@@ -274,15 +272,20 @@ def test_the_story_is_the_first_screen(saved, watched):
     watched.assert_quiet()
 
 
+def below(page):
+    """How many pixels of the page are left below the screen."""
+    return page.evaluate("document.documentElement.scrollHeight - scrollY - innerHeight")
+
+
 def test_a_link_opens_the_section_it_leads_to(saved, watched):
     page = watched.open(saved, folded=True)
     for place in ("neurons", "orders", "provenance", "claims"):
         page.evaluate("(place) => { location.hash = place; }", place)
-        page.wait_for_timeout(300)
-        top = page.locator(f"#{place}").bounding_box()["y"]
-        bottom = page.evaluate("document.documentElement.scrollHeight - scrollY - innerHeight")
-        assert abs(top) < 60 or bottom < 2, (place, top)
-        assert page.locator(f"#{place}").is_visible()
+        target = page.locator(f"#{place}")
+        watched.wait_until(lambda: abs(target.bounding_box()["y"]) < 30 or below(page) < 2)  # noqa: B023
+        page.wait_for_timeout(300)  # and it stays there
+        assert abs(target.bounding_box()["y"]) < 30 or below(page) < 2, place
+        assert target.is_visible()
     watched.assert_quiet()
 
 

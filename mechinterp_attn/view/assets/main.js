@@ -35,7 +35,7 @@ async function arrive() {
     fold.open = true;
     await drawIn(fold);
   }
-  place.scrollIntoView({ behavior: "instant" });
+  place.scrollIntoView();
 }
 async function drawAll() {
   await new Promise((done) => { requestAnimationFrame(done); setTimeout(done, 300); }); // a hidden page has no frames
