@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import time
 from statistics import median
 
@@ -23,9 +22,8 @@ from memory import Resident
 from publish import publish
 
 import mechinterp_attn as mia
+from mechinterp_attn.circuits import composition_scores as search
 
-# The module: circuits.composition is the function of that name.
-search = importlib.import_module("mechinterp_attn.circuits.composition")
 SHAPE = dict(n_layers=12, n_heads=12, d_model=768, d_head=64, n_ctx=1024, d_vocab=64)
 # The vocabulary plays no part in composition and is kept small.
 LARGER = {  # layers, heads x d_head, heads, neurons, d_model

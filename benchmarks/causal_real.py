@@ -26,7 +26,7 @@ from smollm2 import FOLDER
 from torch import Tensor
 
 import mechinterp_attn as mia
-from mechinterp_attn.causal.discover import METHODS
+from mechinterp_attn.causal.discovery import METHODS
 from mechinterp_attn.causal.rules import Rules
 from mechinterp_attn.causal.runs import graph, watched
 

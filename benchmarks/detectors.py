@@ -26,7 +26,7 @@ from torch import Tensor
 import mechinterp_attn as mia
 from mechinterp_attn.causal.batches import as_batch
 from mechinterp_attn.causal.cuts import next_token
-from mechinterp_attn.detect.induction import STANDS_OUT
+from mechinterp_attn.detect.induction_circuit import STANDS_OUT
 from mechinterp_attn.sources.zoo import bundled_names, read_bundled
 
 TOP, DRAWN, DRAWS = 32, 100, 4

@@ -5,11 +5,11 @@ from . import paths as paths
 from . import theorems as theorems
 from .causal import tasks as tasks
 from .causal.task import Task as Task
-from .conversion.convert import convert as convert
-from .conversion.convert import load as load
 from .conversion.fidelity import Fidelity as Fidelity
 from .conversion.fidelity import verify as verify
 from .conversion.modes import mixtures as mixtures
+from .conversion.pipeline import convert as convert
+from .conversion.pipeline import load as load
 from .core.errors import FailedCheckWarning as FailedCheckWarning
 from .core.errors import MechInterpError as MechInterpError
 from .core.plan import Plan as Plan

@@ -3,7 +3,6 @@
 Every test here is one that a small slip in the package must break (``tests/mutants`` makes those slips).
 """
 
-import importlib
 import math
 import re
 
@@ -14,8 +13,11 @@ import torch
 import mechinterp_attn as mia
 from mechinterp_attn.causal.batches import rows_within
 from mechinterp_attn.causal.cuts import mean_z, next_token
+from mechinterp_attn.circuits import copying
 from mechinterp_attn.conversion.modes import gate_bound
+from mechinterp_attn.detect import induction_circuit
 from mechinterp_attn.detect.weights import score_weights
+from mechinterp_attn.paths import search
 from tests.circuits.test_composition import random_model
 from tests.conftest import random_tokens, tiny_bridge
 
@@ -28,7 +30,6 @@ def model():
 
 
 def test_copying_is_counted_from_the_mean_of_random_heads(model, monkeypatch):
-    copying = importlib.import_module("mechinterp_attn.circuits.copying")
     monkeypatch.setattr(copying, "_null", lambda *given: (0.25, 0.5))
     frame = C.copying_scores(model, "attention").frame
     assert frame["z"].to_numpy() == pytest.approx((frame["copying_score"].to_numpy() - 0.25) / 0.5)
@@ -38,7 +39,6 @@ def test_the_copying_null_is_that_of_drawn_heads(model):
     """Of 4 dimensions: mean and deviation of 1000 heads drawn in the stream itself, without its mean; to 4
     standard errors of 200 and of 1000 draws.
     """
-    copying = importlib.import_module("mechinterp_attn.circuits.copying")
     middle = (model.W_U - model.W_U.mean(1, keepdim=True)).detach() @ model.W_E.detach()
     seen = torch.eye(16, dtype=torch.float64) - 1 / 16
     generator, drawn = torch.Generator().manual_seed(5), []
@@ -92,13 +92,14 @@ def test_a_trace_is_counted_in_deviations_of_turned_heads(model):
 @pytest.mark.parametrize(("above", "named"), [(4.5, False), (5.5, True)])
 def test_interventions_are_counted_from_random_directions(model, monkeypatch, above, named):
     """From their mean, in their deviations; and 5 of those name a head."""
-    induction = importlib.import_module("mechinterp_attn.detect.induction")
     changes = mia.detect.induction(model, draws=2, neurons=2).frame.set_index("head")["loss_change"]
     mean, std = changes - 0.1 * above, pd.Series(0.1, index=changes.index)
     monkeypatch.setattr(
-        induction, "random_removals", lambda *given, **named: pd.DataFrame({"mean": mean, "std": std})
+        induction_circuit,
+        "random_removals",
+        lambda *given, **named: pd.DataFrame({"mean": mean, "std": std}),
     )
-    monkeypatch.setattr(induction, "_gain", lambda *given: (1.0, 9.0))
+    monkeypatch.setattr(induction_circuit, "_gain", lambda *given: (1.0, 9.0))
     frame = mia.detect.induction(model, draws=2, neurons=2).frame
     assert frame["loss_z"].to_numpy() == pytest.approx(above)
     assert (frame["by_intervention"] == named).all()
@@ -107,18 +108,16 @@ def test_interventions_are_counted_from_random_directions(model, monkeypatch, ab
 @pytest.mark.parametrize(("above", "named"), [(4.5, False), (5.5, True)])
 def test_repetition_must_help(model, monkeypatch, above, named):
     """Nobody is named by intervention where the gain is less than 5 standard errors."""
-    induction = importlib.import_module("mechinterp_attn.detect.induction")
     labels = list(model.heads)
     far = pd.DataFrame({"mean": -1e3, "std": 1.0}, index=labels)
-    monkeypatch.setattr(induction, "random_removals", lambda *given, **named: far)
-    monkeypatch.setattr(induction, "_gain", lambda *given: (1.0, above))
+    monkeypatch.setattr(induction_circuit, "random_removals", lambda *given, **named: far)
+    monkeypatch.setattr(induction_circuit, "_gain", lambda *given: (1.0, above))
     assert (mia.detect.induction(model, draws=2, neurons=2).frame["by_intervention"] == named).all()
 
 
 def test_a_gain_has_a_sign():
-    induction = importlib.import_module("mechinterp_attn.detect.induction")
     first, later = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([5.0, 6.0, 7.0, 8.0])
-    gain, z = induction._gain(first, later)
+    gain, z = induction_circuit._gain(first, later)
     assert gain == pytest.approx(-4.5)
     assert z == pytest.approx(-4.5 / math.sqrt(1 / 3 + (5 / 3) / 4))
 
@@ -184,7 +183,6 @@ def test_a_search_that_stops_knows_what_it_left_out():
 
 
 def test_paths_that_are_cut_away_are_not_forgotten(monkeypatch):
-    search = importlib.import_module("mechinterp_attn.paths.search")
     frozen = mia.paths.freeze(mia.convert(tiny_bridge(n_layers=3, d_mlp=4)), torch.tensor([1, 5, 2]))
     every = paths_of(frozen, top_k=40, max_expansions=100_000)
     assert every.proven

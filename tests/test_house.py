@@ -1,6 +1,8 @@
 """What the package promises about itself: what an import costs, what the wheel holds."""
 
+import importlib
 import json
+import pkgutil
 import subprocess
 import sys
 import zipfile
@@ -33,6 +35,22 @@ def test_loads_nothing_heavy(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code + REPORT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+def test_no_module_hides_behind_a_function() -> None:
+    """``paths.orders`` is a function, so no file ``paths/orders.py`` may exist: nobody could import it
+    with ``from mechinterp_attn.paths import orders``, nor patch a name in it."""
+    import mechinterp_attn
+
+    hidden = []
+    for found in pkgutil.walk_packages(mechinterp_attn.__path__, "mechinterp_attn."):
+        if found.name.endswith("__main__"):
+            continue
+        room, _, name = found.name.rpartition(".")
+        module = importlib.import_module(found.name)
+        if getattr(importlib.import_module(room), name) is not module:
+            hidden.append(found.name)
+    assert hidden == []
 
 
 def test_public_names_all_load() -> None:

@@ -2,9 +2,9 @@
 
 from mechinterp_attn.causal import tasks
 from mechinterp_attn.causal.circuit import Circuit
-from mechinterp_attn.causal.discover import Discovery, discover
-from mechinterp_attn.causal.effects import Effects, effects
-from mechinterp_attn.causal.faithfulness import Faithfulness, Minimality, faithfulness, minimality
+from mechinterp_attn.causal.discovery import Discovery, discover
+from mechinterp_attn.causal.evaluation import Faithfulness, Minimality, faithfulness, minimality
+from mechinterp_attn.causal.head_effects import Effects, effects
 from mechinterp_attn.causal.path import PathEffects, path_patch
 from mechinterp_attn.causal.rules import Rules
 from mechinterp_attn.causal.task import Task

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NotRequired
 
 from typing_extensions import TypedDict
 
-from mechinterp_attn.causal.faithfulness import Faithfulness, Minimality, faithfulness, minimality
+from mechinterp_attn.causal.evaluation import Faithfulness, Minimality, faithfulness, minimality
 from mechinterp_attn.causal.task import Task
 from mechinterp_attn.causal.wires import ENDS, Edge, edge_name
 from mechinterp_attn.core.errors import MechInterpError, listing

@@ -10,7 +10,7 @@ from mechinterp_attn.circuits.circuit import (
     ov_circuit,
     qk_circuit,
 )
-from mechinterp_attn.circuits.composition import CompositionScores, composition
+from mechinterp_attn.circuits.composition_scores import CompositionScores, composition
 from mechinterp_attn.circuits.copying import CopyingScores, copying_scores
 from mechinterp_attn.circuits.positions import (
     PositionCircuit,

@@ -9,7 +9,7 @@ from typing import ClassVar
 import pandas as pd
 import torch
 
-from mechinterp_attn.circuits.composition import CompositionScores, composition
+from mechinterp_attn.circuits.composition_scores import CompositionScores, composition
 from mechinterp_attn.circuits.copying import copying_scores
 from mechinterp_attn.circuits.ends import alignment_note
 from mechinterp_attn.circuits.groups import Select, groups_of

@@ -34,7 +34,7 @@ from mechinterp_attn.causal.cuts import (
     saved_patterns,
     targets_of,
 )
-from mechinterp_attn.causal.effects import Effects, effects
+from mechinterp_attn.causal.head_effects import Effects, effects
 from mechinterp_attn.causal.task import Task
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plan, plans, within

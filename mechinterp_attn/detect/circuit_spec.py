@@ -14,7 +14,7 @@ from mechinterp_attn.causal.cuts import EDGE
 from mechinterp_attn.core.errors import MechInterpError, listing
 from mechinterp_attn.core.fields import short, wrong_fields
 from mechinterp_attn.core.reading import parse_yaml, read_text
-from mechinterp_attn.detect.induction import ATTENDS
+from mechinterp_attn.detect.induction_circuit import ATTENDS
 
 Spec = Mapping[str, Any] | str | Path
 

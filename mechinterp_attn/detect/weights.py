@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from mechinterp_attn.circuits.composition import composition
+from mechinterp_attn.circuits.composition_scores import composition
 from mechinterp_attn.circuits.copying import copying_scores
 from mechinterp_attn.circuits.ends import alignment, alignment_note, embedding, seen_width
 from mechinterp_attn.circuits.groups import HeadGroup, groups_of

@@ -1,11 +1,11 @@
 """One prompt, patterns frozen: where every logit comes from."""
 
 from mechinterp_attn.frozen.prompt import Frozen, freeze
+from mechinterp_attn.paths.by_order import Orders, orders
 from mechinterp_attn.paths.circuits import TopCircuits, top_circuits
 from mechinterp_attn.paths.graph import AttributionGraph, attribution_graph
 from mechinterp_attn.paths.importance import TermImportance, term_importance
 from mechinterp_attn.paths.logits import LogitAttribution, logit_attribution
-from mechinterp_attn.paths.orders import Orders, orders
 from mechinterp_attn.paths.score import ScoreExpansion, expand_score
 from mechinterp_attn.paths.search import TopPaths, top_paths
 from mechinterp_attn.paths.virtual import VirtualTerm, virtual_head

@@ -26,7 +26,7 @@ from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.goals import Goal, Target, Token, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, Place, sum_tolerance
 from mechinterp_attn.model.cost import plan_runs
-from mechinterp_attn.paths.orders import counted
+from mechinterp_attn.paths.by_order import counted
 
 AT_ONCE = 16  # chains opened together: the weights of every bank are read once for all of them
 

@@ -28,7 +28,7 @@ from mechinterp_attn.frozen.prompt import Frozen, freeze, sum_tolerance
 from mechinterp_attn.frozen.sublayer import ROWS
 from mechinterp_attn.model.cost import plan_runs
 from mechinterp_attn.model.index import Heads
-from mechinterp_attn.paths.orders import counted, order_names
+from mechinterp_attn.paths.by_order import counted, order_names
 
 if TYPE_CHECKING:
     from mechinterp_attn.model.attention_only import AttentionOnlyModel

@@ -15,7 +15,7 @@ from mechinterp_attn.theorems.activations import (
     relu_bound,
     softmax_activation,
 )
-from mechinterp_attn.theorems.costs import Costs, Shape, costs, public_costs
+from mechinterp_attn.theorems.cost_model import Costs, Shape, costs, public_costs
 from mechinterp_attn.theorems.gated import (
     gated_mlp,
     glu_heads,

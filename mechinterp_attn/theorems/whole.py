@@ -303,7 +303,7 @@ def _leaks(exact: LiteralModel, ids: Tensor) -> list[tuple[str, tuple[Tensor, Te
 def _practical(model: Source) -> AttentionOnlyModel:
     if isinstance(model, AttentionOnlyModel):
         return model
-    from mechinterp_attn.conversion.convert import convert
+    from mechinterp_attn.conversion.pipeline import convert
 
     return convert(model)
 

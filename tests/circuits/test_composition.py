@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import mechinterp_attn as mia
-from mechinterp_attn.circuits import distributed
+from mechinterp_attn.circuits import composition_scores, distributed
 from mechinterp_attn.circuits.chance import Chance
 from mechinterp_attn.circuits.null import mean_and_spread
 from tests.circuits import dense
@@ -73,7 +73,7 @@ def test_neurons_have_cosines_and_no_keys(model):
 def test_dead_and_vanishing_neurons(dtype, monkeypatch):
     """A neuron that writes nothing scores 0; a small one is a direction like any other; one whose weights
     vanish in float32 spoils no other."""
-    monkeypatch.setattr(sys.modules["mechinterp_attn.circuits.composition"], "SMALL", 0)
+    monkeypatch.setattr(composition_scores, "SMALL", 0)
     model, plain = (random_model().to(dtype) for _ in range(2))
     sizes = {"L0N3": 0.0, "L0N5": 1e-12, "L0N7": 1e-41}  # of its output weights; 1e-41 is subnormal
     with torch.no_grad():
@@ -360,8 +360,7 @@ def test_scores_do_not_depend_on_basis_gauge_or_order_of_heads(seed, kind):
 def test_a_search_can_be_interrupted_and_resumed(model, tmp_path, monkeypatch):
     whole = C.composition(model, "V", top_k=25)
     file = tmp_path / "search.safetensors"
-    # The function of the same name hides the module, so it is taken from where modules are.
-    module = sys.modules["mechinterp_attn.circuits.composition"]
+    module = composition_scores
     real, calls = module.run_unit, []
 
     def stop_at_third(job, unit, sink):
@@ -397,11 +396,11 @@ KILLED = """
 import sys, time
 import torch
 from tests.circuits.test_composition import C, random_model
+from mechinterp_attn.circuits import composition_scores
 from mechinterp_attn.core import resume
-composition = sys.modules["mechinterp_attn.circuits.composition"]
 resume.EVERY = 0.0
-real = composition.run_unit
-composition.run_unit = lambda *given: (time.sleep(0.5), real(*given))
+real = composition_scores.run_unit
+composition_scores.run_unit = lambda *given: (time.sleep(0.5), real(*given))
 C.composition(random_model(n_layers=6), "V", top_k=25, resume=sys.argv[1])
 """
 
@@ -453,7 +452,7 @@ def test_two_ray_workers_give_the_serial_answer():
 def test_a_unit_does_not_depend_on_where_it_runs(model):
     """What Ray's workers do, without a cluster: the job is pickled, its units run apart and out of
     order, and the parts merge to the serial answer."""
-    module = sys.modules["mechinterp_attn.circuits.composition"]
+    module = composition_scores
     groups = module.groups_of(model, None)
     job = module._job(model, "V", groups, groups, 25, "score", 2**30, "float32")
     sink = module.Top(job)

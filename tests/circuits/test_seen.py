@@ -4,13 +4,12 @@ Query biases, norms behind a sublayer or the embedding, neurons at the end of a 
 model itself computes, or dense float64 products. The symmetries are in ``tests/test_invariance.py``.
 """
 
-import sys
-
 import pandas as pd
 import pytest
 import torch
 
 import mechinterp_attn as mia
+from mechinterp_attn.circuits import bugs
 from tests.circuits import dense
 from tests.circuits.test_composition import random_model
 
@@ -108,7 +107,6 @@ def test_neurons_one_after_the_other_see_their_own_token():
 
 def test_bugs_are_checked_against_the_circuits(monkeypatch):
     """The receipt turns red when a half is wrong, which no product of the same halves could show."""
-    bugs = sys.modules["mechinterp_attn.circuits.bugs"]
     model = random_model(d_vocab=12)
     assert C.factoring_bugs(model, "L0H0").receipt.ok
     right = bugs.halves_of

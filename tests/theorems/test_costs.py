@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mechinterp_attn as mia
 from mechinterp_attn import MechInterpError
 from mechinterp_attn.theorems import Shape, costs, public_costs
-from mechinterp_attn.theorems.costs import PUBLIC
+from mechinterp_attn.theorems.cost_model import PUBLIC
 from tests.conftest import tiny_bridge
 from tests.conversion.families import bridge_of, hugging_face
 

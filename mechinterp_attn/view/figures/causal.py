@@ -5,7 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from mechinterp_attn.causal.circuit import Circuit
-from mechinterp_attn.causal.faithfulness import Faithfulness
+from mechinterp_attn.causal.evaluation import Faithfulness
 from mechinterp_attn.causal.wires import EMBED, LOGITS, edge_name
 from mechinterp_attn.core.pictures import draws
 from mechinterp_attn.view.figures.style import KIND_COLOURS, figure, safe_text

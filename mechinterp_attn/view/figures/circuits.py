@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from mechinterp_attn.circuits.circuit import TokenBlock
-from mechinterp_attn.circuits.composition import CompositionScores
+from mechinterp_attn.circuits.composition_scores import CompositionScores
 from mechinterp_attn.circuits.copying import CopyingScores
 from mechinterp_attn.circuits.positions import PositionCircuit
 from mechinterp_attn.circuits.spectrum import SingularDirections

@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mechinterp_attn.core.pictures import draws
-from mechinterp_attn.detect.induction import Induction
+from mechinterp_attn.detect.induction_circuit import Induction
 from mechinterp_attn.detect.losses import InContextLearning
 from mechinterp_attn.view.figures.style import KIND_COLOURS, figure
 

@@ -9,10 +9,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mechinterp_attn.core.pictures import draws
+from mechinterp_attn.paths.by_order import Orders
 from mechinterp_attn.paths.graph import AttributionGraph
 from mechinterp_attn.paths.importance import TermImportance
 from mechinterp_attn.paths.logits import LogitAttribution
-from mechinterp_attn.paths.orders import Orders
 from mechinterp_attn.paths.score import ScoreExpansion
 from mechinterp_attn.paths.search import TopPaths
 from mechinterp_attn.paths.virtual import VirtualTerm

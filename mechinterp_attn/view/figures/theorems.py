@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from mechinterp_attn.conversion.fidelity import Fidelity
 from mechinterp_attn.core.pictures import draws
-from mechinterp_attn.theorems.costs import Costs
+from mechinterp_attn.theorems.cost_model import Costs
 from mechinterp_attn.theorems.steps import Steps
 from mechinterp_attn.theorems.whole import MaskSweep
 from mechinterp_attn.view.figures.style import KIND_COLOURS, figure

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.cuts import Cut, cut_of_all, cutting
-from mechinterp_attn.causal.effects import Effects, effects
+from mechinterp_attn.causal.head_effects import Effects, effects
 from mechinterp_attn.causal.patches import fill_of
 from mechinterp_attn.causal.runs import MAX_BYTES, rows_at_once, run
 from mechinterp_attn.causal.task import Task
