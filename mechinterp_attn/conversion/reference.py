@@ -7,7 +7,7 @@ their gains, the MLP is an MLP, attention is written out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +140,7 @@ def _attention(checkpoint: Checkpoint, spec: Spec, layer: int, x: Tensor) -> Ten
             bound = torch.full_like(y, spec.qkv_clip)
             y = torch.minimum(torch.maximum(y, -bound), bound)
         if name != "V":
-            turn, norm = _rotate(spec, layer), _heads_normed(checkpoint, f"{at}.attn.{name.lower()}_norm")
+            turn, norm = _rotate(spec, layer), _heads_normed(spec, sd, f"{at}.attn.{name.lower()}_norm")
             y = norm(turn(y)) if spec.qk_norm_last else turn(norm(y))
         return y.repeat_interleave(spec.n_heads // y.shape[1], 1)
 
@@ -174,9 +174,8 @@ def _attention(checkpoint: Checkpoint, spec: Spec, layer: int, x: Tensor) -> Ten
     return out + sd.get(f"{at}.attn.b_O", 0.0)
 
 
-def _heads_normed(checkpoint: Checkpoint, name: str) -> Callable[[Tensor], Tensor]:
+def _heads_normed(spec: Spec, sd: Mapping[str, Tensor], name: str) -> Callable[[Tensor], Tensor]:
     """The norm on queries or keys ``[batch, head, pos, d_head]``."""
-    spec, sd = checkpoint.spec(), checkpoint.state_dict
 
     def normed(x: Tensor) -> Tensor:
         if spec.qk_norm is None:

@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens import ActivationCache, HookedRootModule, TransformerBridgeConfig
 from transformer_lens.hook_points import HookPoint
-from transformers.modeling_outputs import CausalLMOutput
 
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.model.block import Block, Embed, PosEmbed, PredictionHead, Sublayer, Unembed
@@ -193,6 +192,8 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
         if self.spec.logit_cap is not None:
             logits = self.spec.logit_cap * torch.tanh(logits / self.spec.logit_cap)
         if labels is not None:
+            from transformers.modeling_outputs import CausalLMOutput
+
             return CausalLMOutput(loss=self._labelled_loss(logits, torch.as_tensor(labels)), logits=logits)
         if return_type == "logits":
             return logits

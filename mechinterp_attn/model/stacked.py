@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import FactoredMatrix
-from transformer_lens.model_bridge.composition_scores import CompositionScores
 
 from mechinterp_attn.core.errors import MechInterpError
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformer_lens.model_bridge.composition_scores import CompositionScores
 
     from mechinterp_attn.model.spec import Spec
 
@@ -172,4 +172,7 @@ class StackedWeights:
         scores = (scores / (own[:, None] * other)).to(self.W_E.dtype).reshape(L, H, L, H)
         layer = torch.arange(L, device=scores.device)
         earlier = layer[:, None, None, None] < layer[None, None, :, None]
+        # The bridge it stands in imports every adapter and torch.distributed: seconds.
+        from transformer_lens.model_bridge.composition_scores import CompositionScores
+
         return CompositionScores(scores.where(earlier, 0.0), list(range(L)), self.all_head_labels)
