@@ -210,6 +210,20 @@ def on_a_terminal(*words, **variables) -> str:
     return seen.decode()
 
 
+def test_tables_fit_the_terminal_they_are_printed_on():
+    """A pseudo-terminal says that it has no columns; COLUMNS stands for a window's width."""
+    narrow = on_a_terminal("models", COLUMNS="60", NO_COLOR="1").splitlines()
+    table = [line for line in narrow if not line.startswith("left out")]
+    assert max(map(len, table)) <= 60
+    assert table[1].startswith("attn-1l")
+    left_out = next(line for line in narrow if line.startswith("left out"))
+    assert "--wide shows them" in left_out
+    wide = on_a_terminal("models", "--wide", COLUMNS="60", NO_COLOR="1")
+    piped, _ = program("models", stdout=subprocess.PIPE, stderr=subprocess.PIPE).communicate()
+    assert wide.split() == piped.split()
+    assert "English novels, byte-level BPE" in wide
+
+
 def test_colours_are_for_terminals():
     assert "\x1b[1mname" in on_a_terminal("models")
     assert "\x1b[" not in on_a_terminal("models", NO_COLOR="1")

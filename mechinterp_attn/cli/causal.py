@@ -16,6 +16,7 @@ from mechinterp_attn.cli.common import (
     Quiet,
     Seed,
     Top,
+    Wide,
     deliver,
     load,
     remark,
@@ -80,6 +81,7 @@ def causal(
     as_json: AsJson = False,
     csv: CsvFile = None,
     figure: FigureFile = None,
+    wide: Wide = False,
     quiet: Quiet = False,
 ) -> None:
     """What a behaviour goes through, proven by intervention: heads, edges, paths, circuits."""

@@ -19,6 +19,7 @@ from mechinterp_attn.cli.common import (
     Model,
     Quiet,
     Top,
+    Wide,
     deliver,
     load,
     one_head,
@@ -103,6 +104,7 @@ def circuits(
     as_json: AsJson = False,
     csv: CsvFile = None,
     figure: FigureFile = None,
+    wide: Wide = False,
     quiet: Quiet = False,
 ) -> None:
     """Read circuits from the weights: tables over tokens, copying, composition, virtual heads."""

@@ -9,8 +9,9 @@ import inspect
 import json
 import math
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,6 +43,11 @@ def _models(incomplete: str) -> list[str]:
 def _hush(quiet: bool) -> bool:
     state.quiet = quiet
     return quiet
+
+
+def _widen(wide: bool) -> bool:
+    state.wide = wide
+    return wide
 
 
 def typed(text: str | None) -> str | None:
@@ -128,6 +134,10 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Nothing on standard error but errors.", callback=_hush)
 ]
 
+Wide = Annotated[
+    bool, typer.Option("--wide", help="All columns of the table, though they do not fit.", callback=_widen)
+]
+
 
 def remark(text: str) -> None:
     """A line on standard error, unless ``--quiet``.
@@ -184,6 +194,7 @@ def deliver(
     frame: pd.DataFrame | None = None,
     *,
     about: str | None = None,
+    by: str | None = None,
     as_json: bool = False,
     csv: Path | None = None,
     figure: Path | None = None,
@@ -193,16 +204,26 @@ def deliver(
     Args:
         frame: the rows to give; by default all.
         about: what it is, where the title does not say enough.
+        by: the column that the rows are sorted by, where it is not the result's own; it is always shown.
     """
     remark(about or result.title)
     remark(str(result.receipt))
-    emit(result.frame if frame is None else frame, as_json=as_json, csv=csv)
+    keep = [by] if (by := by or result.sort_by) else []
+    emit(result.frame if frame is None else frame, as_json=as_json, csv=csv, keep=keep)
     if figure is not None:
         write_figure(result, figure)
 
 
-def emit(frame: pd.DataFrame, *, as_json: bool = False, csv: Path | None = None) -> None:
-    """Print a table: aligned text, JSON records, or a CSV file (its path on stdout)."""
+def emit(
+    frame: pd.DataFrame, *, as_json: bool = False, csv: Path | None = None, keep: Sequence[str] = ()
+) -> None:
+    """Print a table: aligned text, JSON records, or a CSV file (its path on stdout).
+
+    On a terminal the text fits its width, unless ``--wide``; a pipe or a file gets every column.
+
+    Args:
+        keep: columns that are shown however narrow the terminal is.
+    """
     if csv is not None:
         from mechinterp_attn.core.files import is_stream, write_csv
 
@@ -212,10 +233,16 @@ def emit(frame: pd.DataFrame, *, as_json: bool = False, csv: Path | None = None)
     elif as_json:
         emit_json(records(frame))
     else:
-        from mechinterp_attn.core.table import text_table
+        from mechinterp_attn.core.table import fitted_table, text_table
 
-        head, *rows = text_table(frame).splitlines()
+        text = text_table(frame)
+        left_out: list[str] = []
+        if sys.stdout.isatty() and not state.wide:
+            text, left_out = fitted_table(frame, shutil.get_terminal_size().columns, keep)
+        head, *rows = text.splitlines()
         typer.echo("\n".join([_style(head, sys.stdout, bold=True), *rows]))
+        if left_out:
+            remark(f"left out to fit the terminal: {', '.join(left_out)}; --wide shows them")
 
 
 def emit_json(data: Any) -> None:

@@ -16,6 +16,7 @@ from mechinterp_attn.cli.common import (
     Quiet,
     Seed,
     Top,
+    Wide,
     deliver,
     load,
     remark,
@@ -65,6 +66,7 @@ def detect(
     as_json: AsJson = False,
     csv: CsvFile = None,
     figure: FigureFile = None,
+    wide: Wide = False,
     quiet: Quiet = False,
 ) -> None:
     """Score heads, attention, MLP-derived and virtual: by attention, weights or cutting, or on a corpus."""
@@ -107,7 +109,7 @@ def detect(
         others = [] if corpus is not None else [CIRCUIT, *BY_WEIGHTS, *BY_CUTTING]
         raise MechInterpError(f"no score {by!r} here; there are {', '.join([*names, *others])}")
     rows = result.top(top or len(result.frame), by=by)
-    deliver(result, rows, as_json=as_json, csv=csv, figure=figure)
+    deliver(result, rows, by=by, as_json=as_json, csv=csv, figure=figure)
 
 
 def _scores(model: AttentionOnlyModel, heads: list[str] | None, by: str, seed: int) -> Result:

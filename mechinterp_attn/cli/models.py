@@ -13,6 +13,7 @@ from mechinterp_attn.cli.common import (
     CsvFile,
     Model,
     Quiet,
+    Wide,
     emit,
     emit_json,
     records,
@@ -35,7 +36,7 @@ def register(app: typer.Typer) -> None:
     app.command()(verify)
 
 
-def models(as_json: AsJson = False, csv: CsvFile = None, quiet: Quiet = False) -> None:
+def models(as_json: AsJson = False, csv: CsvFile = None, wide: Wide = False, quiet: Quiet = False) -> None:
     """List the bundled models."""
     import mechinterp_attn as mia
 
@@ -72,6 +73,7 @@ def verify(
     max_tokens: Annotated[int, typer.Option(help="How many tokens of the text to use at most.")] = 4096,
     as_json: AsJson = False,
     csv: CsvFile = None,
+    wide: Wide = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare a model in attention-only form with its source; exit code 1 where they differ."""

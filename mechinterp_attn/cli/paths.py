@@ -20,6 +20,7 @@ from mechinterp_attn.cli.common import (
     Quiet,
     Target,
     Top,
+    Wide,
     deliver,
     emit_json,
     load,
@@ -74,6 +75,7 @@ def paths(
     as_json: AsJson = False,
     csv: CsvFile = None,
     figure: FigureFile = None,
+    wide: Wide = False,
     quiet: Quiet = False,
 ) -> None:
     """Explain a prediction by paths through heads and neurons, patterns frozen."""

@@ -1,4 +1,4 @@
-"""Ctrl-C in the command line, and ``--quiet``: what the loops of the analyses ask before each step.
+"""Ctrl-C in the command line, ``--quiet`` and ``--wide``: what loops and tables ask before they go on.
 
 The first Ctrl-C asks the loops that can give a partial result to stop at their next step; what they
 return says in its receipt how far they came. In Python nothing changes: there Ctrl-C is a
@@ -20,11 +20,13 @@ class State:
 
     Attributes:
         quiet: draw no bars.
+        wide: print all columns of a table, however wide the terminal is.
         stopping: the work has been asked to stop.
         stoppable: how many of the running loops stop when asked.
     """
 
     quiet: bool = False
+    wide: bool = False
     stopping: bool = False
     stoppable: int = 0
 

@@ -22,17 +22,72 @@ DIGITS = 4  # significant ones of the largest number in a column
 def text_table(frame: pd.DataFrame) -> str:
     """A table as aligned text: its heading, then a line a row."""
     frame = _with_index(frame)
-    columns = []
-    for position, name in enumerate(frame.columns):
-        values = frame.iloc[:, position]
-        number = _is_number(values)
-        quote = "'" if not number and _needs_quotes(values) else ""
-        write = formatter(values) if number else (lambda v, q=quote: _quoted(v, q))
-        cells = [_text(name), *map(write, values.tolist())]
-        width = max(map(width_of, cells))
-        pads = [" " * (width - width_of(cell)) for cell in cells]
-        columns.append([p + c if number else c + p for c, p in zip(cells, pads, strict=True)])
-    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
+    return _joined([_aligned(frame.iloc[:, i], name) for i, name in enumerate(frame.columns)])
+
+
+def fitted_table(frame: pd.DataFrame, width: int, keep: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """A table as aligned text that fits a terminal: long texts are cut, then columns are left out, the
+    last ones first.
+
+    Args:
+        width: how many signs fit in a line.
+        keep: columns that stay, beside the first one.
+
+    Returns:
+        The text, and the names of the columns that were left out.
+    """
+    frame = _with_index(frame)
+    names = [str(name) for name in frame.columns]
+    columns = [_aligned(frame.iloc[:, i], name) for i, name in enumerate(names)]
+    texts = [not _is_number(frame.iloc[:, i]) for i in range(len(names))]
+    shown_ones = list(range(len(names)))
+
+    def excess() -> int:
+        return sum(width_of(columns[i][0]) + len(_GAP) for i in shown_ones) - len(_GAP) - width
+
+    while excess() > 0:
+        longest = max(
+            (i for i in shown_ones if texts[i]), key=lambda i: width_of(columns[i][0]), default=None
+        )
+        if longest is not None and width_of(columns[longest][0]) > _SHORTEST_TEXT:
+            room = max(_SHORTEST_TEXT, width_of(columns[longest][0]) - excess())
+            columns[longest] = [_cut(cell, room) for cell in columns[longest]]
+            continue
+        spare = [i for i in shown_ones[1:] if names[i] not in keep]
+        if not spare:
+            break
+        shown_ones.remove(spare[-1])
+    left_out = [name for i, name in enumerate(names) if i not in shown_ones]
+    return _joined([columns[i] for i in shown_ones]), left_out
+
+
+_GAP = "  "
+_SHORTEST_TEXT = 28  # a text is cut to this before a column is left out
+
+
+def _aligned(values: pd.Series, name: Any) -> list[str]:
+    """A column's heading and cells, all of one width: numbers to the right, texts to the left."""
+    number = _is_number(values)
+    quote = "'" if not number and _needs_quotes(values) else ""
+    write = formatter(values) if number else (lambda v: _quoted(v, quote))
+    cells = [_text(name), *map(write, values.tolist())]
+    width = max(map(width_of, cells))
+    pads = [" " * (width - width_of(cell)) for cell in cells]
+    return [p + c if number else c + p for c, p in zip(cells, pads, strict=True)]
+
+
+def _joined(columns: list[list[str]]) -> str:
+    return "\n".join(_GAP.join(row).rstrip() for row in zip(*columns, strict=True))
+
+
+def _cut(cell: str, width: int) -> str:
+    """A padded cell in fewer columns of the terminal, with an ellipsis where text is lost."""
+    text = cell.rstrip()
+    if width_of(text) > width:
+        while width_of(text) > width - 1:
+            text = text[:-1]
+        text += "…"
+    return text + " " * (width - width_of(text))
 
 
 def html_table(frame: pd.DataFrame, shaded: Sequence[str] = ()) -> str:

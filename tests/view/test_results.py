@@ -14,7 +14,7 @@ import torch
 import mechinterp_attn as mia
 from mechinterp_attn.core.palette import DIVERGING, SEQUENTIAL
 from mechinterp_attn.core.results import ROWS_SHOWN, Check, Receipt, Result
-from mechinterp_attn.core.table import html_table, text_table
+from mechinterp_attn.core.table import fitted_table, html_table, text_table, width_of
 from tests.conftest import random_tokens, tiny_bridge
 from tests.view.conftest import PROMPT
 from tests.view.test_safety import HOSTILE
@@ -194,6 +194,20 @@ def test_tables_keep_text_as_text():
     text = text_table(frame)
     assert len(text.splitlines()) == len(HOSTILE) + 1  # nothing in a token breaks a line
     assert "\x1b" not in text  # or moves the cursor
+
+
+@pytest.mark.parametrize("width", [20, 33, 47, 60, 200])
+def test_a_fitted_table_keeps_what_it_must(width):
+    frame = pd.DataFrame(
+        {"head": ["L0H1"], "passage": ["汉字" * 40], "layer": [0], "kind": ["attention"], "loss": [0.25]}
+    )
+    text, left_out = fitted_table(frame, width, keep=["loss"])
+    heading, row = text.splitlines()
+    assert heading.split() == [name for name in frame if name not in left_out]
+    assert not {"head", "loss"} & set(left_out)
+    assert width_of(row) <= width
+    assert ("…" in row) == (width < 190 and "passage" not in left_out)
+    assert fitted_table(frame, 1000) == (text_table(frame), [])
 
 
 def test_numbers_line_up():
