@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,7 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.plan import CELL, MAX_BYTES, Plan, make_plan, plans
 from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.core.renamed import renamed_arguments
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
@@ -96,6 +97,12 @@ def _plan(
     return _cost(job, units, n_pairs, dense=dense, lifted=lifted)
 
 
+def _workers(engine: str) -> int | None:
+    """What ``engine="local"`` and ``engine="ray"`` were."""
+    return None if engine == "local" else os.cpu_count()
+
+
+@renamed_arguments(engine=("workers", _workers))
 @plans(_plan, option=True)
 @torch.no_grad()
 def composition(
@@ -108,7 +115,7 @@ def composition(
     rank_by: RankBy = "score",
     max_bytes: int = MAX_BYTES,
     resume: str | os.PathLike[str] | None = None,
-    engine: Literal["local", "ray"] = "local",
+    workers: int | None = None,
     precision: Precision = "float32",
 ) -> CompositionScores:
     """How much of what a head writes a later head reads, for all pairs of two sets of heads.
@@ -124,16 +131,21 @@ def composition(
         max_bytes: memory beyond the model's that may be used, the scores and their table included.
         resume: a file that keeps the state of a streamed search. It is written as the search goes
             on; an interrupted search starts again where it stopped.
-        engine: "ray" runs the blocks on the workers of a Ray cluster (the ``ray`` extra).
+        workers: let so many Ray workers share a streamed search (extra ``ray``; a running cluster is
+            used, or a local one is started). The result is the one of this process alone.
         precision: of the search; "tf32" and "bfloat16" only where asked for here. Listed pairs of a
             streamed search are computed again in float64.
 
     Raises:
         MechInterpError: no such head, no pair that composes, non-finite weights, top_k out of range,
-            max_bytes too small (the message says what is enough), or a state file of another search.
+            max_bytes too small (the message says what is enough), a state file of another search, or
+            workers below 1 or without top_k.
     """
-    if engine not in ("local", "ray"):
-        raise MechInterpError(f"engine={engine!r}; expected 'local' or 'ray'")
+    if workers is not None and (workers < 1 or top_k is None):
+        raise MechInterpError(
+            f"workers={workers}, top_k={top_k}; expected at least 1 worker and a top_k, since only a "
+            "search for the strongest pairs is shared out, or workers=None for this process"
+        )
     job, units, n_pairs = _search(model, kind, src, dst, top_k, rank_by, max_bytes, precision)
     if top_k is None and n_pairs > MAX_PAIRS:
         raise MechInterpError(
@@ -145,7 +157,7 @@ def composition(
     refuse_non_finite(model, (group.bank for group in (*job.sources, *job.readers)))
     if top_k is None:
         return _dense(job, units, lifts(job, units, max_bytes - _result_bytes(job, n_pairs)))
-    return _streamed(job, units, n_pairs, top_k, resume, engine)
+    return _streamed(job, units, n_pairs, top_k, resume, workers)
 
 
 def _search(
@@ -253,7 +265,7 @@ def _streamed(
     n_pairs: int,
     top_k: int,
     resume: str | os.PathLike[str] | None,
-    engine: str,
+    workers: int | None,
 ) -> CompositionScores:
     saved = SearchState(resume, job, len(units)) if resume is not None else None
     sink = Top(job)
@@ -273,10 +285,10 @@ def _streamed(
         bar.remark(str(plan))
     try:
         with bar:
-            if engine == "ray":
+            if workers is not None:
                 from mechinterp_attn.circuits.distributed import units_on_ray
 
-                finished = units_on_ray(job, [(i, units[i]) for i in left])
+                finished = units_on_ray(job, [(i, units[i]) for i in left], workers)
             else:
                 finished = ((i, _unit_alone(job, units[i], sink)) for i in left)
             for i, part in finished:

@@ -14,13 +14,19 @@ from mechinterp_attn.circuits.groups import OTHER
 from mechinterp_attn.core.cluster import run_on_ray
 
 
-def units_on_ray(job: Job, units: Sequence[tuple[int, Unit]]) -> Iterator[tuple[int, Top]]:
+def units_on_ray(job: Job, units: Sequence[tuple[int, Unit]], workers: int) -> Iterator[tuple[int, Top]]:
     """Numbered units on Ray's workers, in their order.
 
     Raises:
         MechInterpError: Ray is not installed.
     """
-    parts = run_on_ray(_worker, _of_plain_tensors(job), [unit for _, unit in units], option="engine='ray'")
+    parts = run_on_ray(
+        _worker,
+        _of_plain_tensors(job),
+        [unit for _, unit in units],
+        workers=workers,
+        gpu=job.device.type == "cuda",
+    )
     numbers = [number for number, _ in units]
     return zip(numbers, parts, strict=True)
 

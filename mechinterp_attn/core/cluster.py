@@ -22,8 +22,7 @@ def run_on_ray(
     shared: Shared,
     pieces: Iterable[Piece],
     *,
-    option: str,
-    workers: int | None = None,
+    workers: int,
     gpu: bool = False,
 ) -> Iterator[Answer]:
     """What each piece of work gives, in the order of the pieces, computed on the workers of a cluster.
@@ -37,8 +36,7 @@ def run_on_ray(
             function that does a piece.
         shared: what ``prepare`` is called with; sent once.
         pieces: the work.
-        option: the argument that asked for Ray, for error messages.
-        workers: how many; by default as many as the cluster has CPUs, or GPUs if ``gpu``.
+        workers: how many.
         gpu: every worker needs a GPU of its own.
 
     Raises:
@@ -48,20 +46,19 @@ def run_on_ray(
         import ray
     except ImportError as error:
         raise MechInterpError(
-            f"{option} needs Ray, which is not installed: pip install 'mechinterp_attn[ray]'"
+            f"workers={workers} needs Ray, which is not installed: pip install 'mechinterp_attn[ray]'"
         ) from error
     started = not ray.is_initialized()
     if started:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray's, about its own next release
-            own = {"num_cpus": workers} if workers and "RAY_ADDRESS" not in os.environ else {}
+            own = {"num_cpus": workers} if "RAY_ADDRESS" not in os.environ else {}
             ray.init(include_dashboard=False, log_to_driver=False, **own)
     try:
-        n = workers or max(1, int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1)))
         made = ray.put(shared)
         options = {"num_gpus": int(gpu), "max_restarts": RETRIES, "max_task_retries": RETRIES}
         worker = ray.remote(**options)(_Worker)
-        yield from _in_order(ray, [worker.remote(prepare, made) for _ in range(n)], iter(pieces))
+        yield from _in_order(ray, [worker.remote(prepare, made) for _ in range(workers)], iter(pieces))
     finally:
         if started:
             ray.shutdown()

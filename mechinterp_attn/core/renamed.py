@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from mechinterp_attn.core.errors import MechInterpError
 
@@ -13,11 +13,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def renamed_arguments(
+    **names: str | tuple[str, Callable[[Any], Any]],
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator that takes arguments under their old names too.
 
     Args:
-        names: old name to new name. The function itself knows only the new one.
+        names: old name to new name, or to the new name and what an old value becomes. The function
+            itself knows only the new one.
 
     Raises:
         MechInterpError: (when the function is called) both names of an argument are given.
@@ -27,7 +30,8 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             for old in names.keys() & kwargs.keys():
-                new = names[old]
+                renamed = names[old]
+                new, value = (renamed, None) if isinstance(renamed, str) else renamed
                 if new in kwargs:
                     raise MechInterpError(f"{old}= and {new}= are the same argument: give {new}= alone")
                 warnings.warn(
@@ -35,7 +39,8 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
                     FutureWarning,
                     stacklevel=2,
                 )
-                kwargs[new] = kwargs.pop(old)
+                given = kwargs.pop(old)
+                kwargs[new] = given if value is None else value(given)
             return function(*args, **kwargs)
 
         return call

@@ -85,7 +85,7 @@ def count_on_ray(
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     device = model.W_E.device.type
     shared = model.spec, weights, device, settings
-    return run_on_ray(_counter, shared, pieces, option="workers=", workers=workers, gpu=device == "cuda")
+    return run_on_ray(_counter, shared, pieces, workers=workers, gpu=device == "cuda")
 
 
 def _counter(shared: tuple[Any, dict[str, Tensor], str, Settings]) -> Callable[[list[Window]], Tally]:

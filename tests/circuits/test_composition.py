@@ -440,8 +440,8 @@ def test_two_ray_workers_give_the_serial_answer():
     except Exception as error:  # Ray raises a bare Exception where a node does not come up in time
         pytest.skip(f"a local Ray cluster does not start here: {error}")
     try:
-        spread = C.composition(model, "V", top_k=25, engine="ray")
-        pair = C.composition(model, "K", ["L0H0 > L0N3", "L0H1"], ["L1H1"], top_k=1, engine="ray")
+        spread = C.composition(model, "V", top_k=25, workers=2)
+        pair = C.composition(model, "K", ["L0H0 > L0N3", "L0H1"], ["L1H1"], top_k=1, workers=2)
     finally:
         ray.shutdown()
     assert spread.frame.equals(serial.frame)
@@ -495,6 +495,8 @@ def test_selections(model):
         (dict(kind="V", src="L0H0", dst="L0H1"), "src must come earlier"),
         (dict(kind="V", top_k=0), "top_k=0 is out of range; expected 1 to 976"),
         (dict(kind="V", src=[]), "no heads selected"),
+        (dict(kind="V", top_k=3, workers=0), "workers=0, top_k=3; expected at least 1 worker"),
+        (dict(kind="V", workers=2), "workers=2, top_k=None; .* only a search for the strongest pairs"),
         (dict(kind="V", src="L7H0"), "no head L7H0"),
     ],
 )

@@ -24,3 +24,12 @@ def test_a_pass_over_a_corpus_knows_its_old_names(tmp_path) -> None:
     with pytest.warns(FutureWarning):
         old = mia.detect.over_corpus(model, texts, top=2, save=tmp_path / "old")  # type: ignore[call-arg]
     assert old.frame.equals(new.frame)
+
+
+def test_an_old_value_becomes_a_new_one() -> None:
+    model, given = mia.load("attn-1l"), dict(kind="V", src="L0H0", dst="L0H1", top_k=1)
+    with (
+        pytest.warns(FutureWarning, match=r"composition\(engine=\) is called workers= now"),
+        pytest.raises(MechInterpError, match="none of the dst heads reads"),
+    ):
+        mia.circuits.composition(model, engine="local", **given)

@@ -403,5 +403,5 @@ def test_pieces_come_back_in_order_and_few_are_read_ahead(workers):
 
 def test_without_ray_the_extra_is_named(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MechInterpError, match=r"workers= needs Ray.*pip install 'mechinterp_attn\[ray\]'"):
+    with pytest.raises(MechInterpError, match=r"workers=2 needs Ray.*pip install 'mechinterp_attn\[ray\]'"):
         mia.detect.over_corpus(model, ["abc"], workers=2)
