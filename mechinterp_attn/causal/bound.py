@@ -20,6 +20,7 @@ from mechinterp_attn.causal.metrics import (
     sequence_loss,
 )
 from mechinterp_attn.core.errors import MechInterpError, listing
+from mechinterp_attn.frozen.behaviour import OnPrompt
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 SHOWN = 3  # how many of the prompts with the same mistake a message names
@@ -78,6 +79,21 @@ class Bound:
             return divergence(logits[:, 0], self.reference)
         assert self.answer is not None
         return measure(self.metric, logits[:, 0], self.answer, self.against)
+
+    def on_prompts(self) -> list[OnPrompt]:
+        """The metric on every prompt alone, as analyses of single prompts take it."""
+
+        def one(part: Bound) -> OnPrompt:
+            place = int(part.position) if part.at_position else None
+
+            def measure(logits: Tensor) -> Tensor:
+                flat = logits.reshape(-1, *logits.shape[-2:])
+                read = flat if place is None else flat[:, place, None]
+                return part.repeat(len(flat)).measure(read).reshape(logits.shape[:-2])
+
+            return OnPrompt(part.clean.tokens[0], place, measure, part.about)
+
+        return [one(part) for _, part in self.split(1)]
 
     def right(self, logits: Float[Tensor, "n one d_vocab_out"]) -> Bool[Tensor, " n"] | None:
         """Whether the answer wins, from the logits at the position; None without answers."""

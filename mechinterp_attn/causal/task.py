@@ -15,12 +15,13 @@ from torch import Tensor
 
 from mechinterp_attn.causal.bound import Bound, bind
 from mechinterp_attn.causal.metrics import NAMES, NEEDS_AGAINST, NEEDS_ANSWER, Metric
-from mechinterp_attn.causal.runs import plan_prompts, scores
+from mechinterp_attn.causal.runs import plan_prompts, ready, scores
 from mechinterp_attn.core.errors import MechInterpError, listing
 from mechinterp_attn.core.fields import short
 from mechinterp_attn.core.files import write_text
 from mechinterp_attn.core.plan import CELL, MAX_BYTES, Plan, plans
 from mechinterp_attn.core.reading import parse_json, read_text
+from mechinterp_attn.frozen.behaviour import OnPrompt
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]] | Tensor
@@ -161,6 +162,17 @@ class Task:
             labels=self.labels,
             about=self.about,
         )
+
+    def on(self, model: AttentionOnlyModel) -> list[OnPrompt]:
+        """The metric on every prompt alone, which is what analyses of one frozen prompt read.
+
+        Args:
+            model: the converted model.
+
+        Raises:
+            MechInterpError: everything in which the task does not fit the model.
+        """
+        return ready(model, self.bind(model)).on_prompts()
 
     def take(self, rows: Iterable[int]) -> Task:
         """The task of some prompts.

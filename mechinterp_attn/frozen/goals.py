@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError, listing
+from mechinterp_attn.frozen.behaviour import Behaviour, OnPrompt, asked
 from mechinterp_attn.frozen.prompt import Frozen
 
 if TYPE_CHECKING:
@@ -72,10 +73,19 @@ class Goal:
         return sum(weight * float(at[token]) for token, weight in self.weights.items())
 
 
-def resolve_goal(frozen: Frozen, *, target: Target | None, against: Token | None, position: int) -> Goal:
+def resolve_goal(
+    frozen: Frozen,
+    *,
+    target: Target | None,
+    against: Token | None,
+    position: int,
+    task: Behaviour | None = None,
+) -> Goal:
     """Validate a target, by default the model's own top prediction, and find its direction.
 
     Args:
+        task: a behaviour that has this prompt, in place of the other three: the direction is its metric's
+            gradient, which for a logit or a logit difference is the metric itself.
         target: a token (its text or id), or a direction of logits: weights by token.
         against: a second token, whose logit is subtracted; not with weights.
         position: where the prediction is made; negative counts from the end.
@@ -83,11 +93,21 @@ def resolve_goal(frozen: Frozen, *, target: Target | None, against: Token | None
     Raises:
         MechInterpError: everything that is wrong: the position is outside the prompt, a target is no
             single token or not in the output vocabulary, both targets are the same token, or weights
-            are empty, all zero, not finite or given twice for one token.
+            are empty, all zero, not finite or given twice for one token; a task together with a target,
+            or one whose metric does not read the logits of this prompt at one position.
     """
     model = frozen.model
-    pos = resolve_position(frozen, position)
-    weights = _weights(frozen, pos, target, against)
+    if task is None:
+        what = ""
+        pos = resolve_position(frozen, position)
+        weights = _weights(frozen, pos, target, against)
+    else:
+        if target is not None or against is not None or position != -1:
+            raise MechInterpError(
+                "a task has an answer and a position of its own; give it alone, or target=, against= and "
+                "position="
+            )
+        what, pos, weights = _weights_of_task(frozen, asked(frozen, task))
     ids = torch.tensor(list(weights), device=frozen.end.device)
     of = frozen.end.new_tensor(list(weights.values()))
     if frozen.cap is not None:
@@ -103,7 +123,7 @@ def resolve_goal(frozen: Frozen, *, target: Target | None, against: Token | None
         offset=_weighted(frozen.offset()[pos, ids], exact),
         total=_weighted(frozen.logits[pos, ids], exact),
         name=model.to_str_tokens([*weights])[0] if exact == [1.0] else name,
-        about=f"logit {name} after {frozen.str_tokens[pos]!r} (position {pos})",
+        about=f"{what}logit {name} after {frozen.str_tokens[pos]!r} (position {pos})",
     )
 
 
@@ -126,6 +146,26 @@ def _weights(frozen: Frozen, pos: int, target: Target | None, against: Token | N
             "their logit difference is 0 everywhere"
         )
     return {goal: 1.0, other: -1.0}
+
+
+def _weights_of_task(frozen: Frozen, on: OnPrompt) -> tuple[str, int, dict[int, float]]:
+    """A metric's gradient at the model's own logits: in words, its position, and the weights by token."""
+    if on.position is None:
+        raise MechInterpError(
+            f"the metric {on.about} reads the logits of all positions, and paths lead to one: give the "
+            "task answers and a position, or take mia.paths.orders or term_importance, which measure it"
+        )
+    gradient = on.gradient(frozen.logits)[on.position]
+    flat = on.gradient(torch.zeros_like(frozen.logits))[on.position]
+    ids = gradient.nonzero()[:, 0].tolist()
+    if (
+        not ids or float(gradient.abs().max()) < 4 * torch.finfo(gradient.dtype).eps
+    ):  # "kl", but for rounding
+        raise MechInterpError(
+            f"the metric {on.about} has a gradient of 0 here: there is nothing to explain"
+        )
+    linear = "" if torch.equal(gradient, flat) else f"{on.about}, linearised: "
+    return linear, on.position, dict(zip(ids, gradient[ids].tolist(), strict=True))
 
 
 def _direction(
@@ -157,14 +197,15 @@ def _direction(
 
 def direction_name(model: AttentionOnlyModel, weights: Mapping[int, float]) -> str:
     """``' dog'``, ``' dog' - ' cat'`` or ``0.5 ' dog' + 0.5 ' cat' - ' fish'``."""
-    order = sorted(weights, key=lambda token: -weights[token])
+    largest = sorted(weights, key=lambda token: -abs(weights[token]))[:MOST_NAMED]
+    order = sorted(largest, key=lambda token: -weights[token])
     names = model.output_texts(order)
     parts: list[str] = []
-    for token, name in list(zip(order, names, strict=True))[:MOST_NAMED]:
+    for token, name in zip(order, names, strict=True):
         size = abs(weights[token])
         sign = ("- " if parts else "-") if weights[token] < 0 else ("+ " if parts else "")
         parts.append(f"{sign}{'' if size == 1 else f'{size:.3g} '}{name!r}")
-    more = len(order) - len(parts)
+    more = len(weights) - len(parts)
     return " ".join(parts) + (f" and {more:,} more" if more else "")
 
 

@@ -21,6 +21,7 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank
+from mechinterp_attn.frozen.behaviour import Behaviour, OnPrompt, asked, next_tokens
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.frozen.sublayer import ROWS
 from mechinterp_attn.model.cost import plan_runs
@@ -37,8 +38,9 @@ class Orders(Result):
             ``max_order`` cut the list, the last entry holds all higher orders together.
         count: the heads that count: all, or one kind, the other being part of the wires.
         frame: one row per order: ``order, loss`` (mean next-token loss in nats with the paths up to
-            this order; NaN in a model without one), ``change`` (against one order less),
-            ``logit_norm`` (root mean square, against the average logit, which softmax does not see).
+            this order; NaN in a model without one; with a task ``metric``, its metric), ``change``
+            (against one order less), ``logit_norm`` (root mean square, against the average logit, which
+            softmax does not see).
     """
 
     title: ClassVar[str] = "Logits by path order"
@@ -73,6 +75,7 @@ def orders(
     *,
     max_order: int | None = None,
     count: Count = "all",
+    task: Behaviour | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> Orders:
     """Split the logits of a prompt by path order, in one pass over the banks.
@@ -85,12 +88,13 @@ def orders(
         max_order: the highest order kept apart; by default all (the number of counted sublayers).
         count: "attention" counts attention heads only: paths may pass through any number of
             MLP-derived heads on the way. "mlp" is the reverse.
+        task: a behaviour (``mia.Task``) that has this prompt: its metric is measured instead of the loss.
         max_bytes: the largest working memory to take; most of it is the result (order x pos x
             vocabulary).
 
     Raises:
-        MechInterpError: max_order is negative, count is unknown, or the work needs more than
-            max_bytes.
+        MechInterpError: max_order is negative, count is unknown, the task has no such prompt, or the
+            work needs more than max_bytes.
     """
     if count not in ("all", "attention", "mlp"):
         raise MechInterpError(f"count={count!r}; expected 'all', 'attention' or 'mlp'")
@@ -102,17 +106,20 @@ def orders(
     logits[0] += frozen.offset()
     error = float((logits.sum(0) - frozen.logits).abs().max())
     check = Check("orders sum to the model's logits", error, sum_tolerance(frozen))
-    losses = _losses(frozen, logits)
+    on = next_tokens(frozen) if task is None else asked(frozen, task)
+    values = _so_far(on, logits)
     frame = pd.DataFrame(
         {
             "order": order_names(n_orders, top),
-            "loss": losses,
-            "change": [float("nan")] + [b - a for a, b in itertools.pairwise(losses)],
+            "loss" if task is None else "metric": values,
+            "change": [float("nan")] + [b - a for a, b in itertools.pairwise(values)],
             "logit_norm": [float(part.var(-1, correction=0).mean().sqrt()) for part in logits],
         }
     )
     notes = {**frozen.receipt.notes, "counted": count}
-    if frozen.model.spec.no_next_token is not None:
+    if task is not None:
+        notes["metric"] = on.about
+    elif frozen.model.spec.no_next_token is not None:
         notes["loss"] = frozen.model.spec.no_next_token
     return Orders(frame=frame, receipt=Receipt((check,), notes), logits=logits, count=count)
 
@@ -146,11 +153,11 @@ def _polynomial(frozen: Frozen, n_orders: int, count: Count) -> Float[Tensor, "o
     return streams
 
 
-def _losses(frozen: Frozen, logits: Tensor) -> list[float]:
-    """Loss with the paths up to each order; NaN where there is no next token to predict."""
+def _so_far(on: OnPrompt, logits: Float[Tensor, "order pos d_vocab"]) -> list[float]:
+    """The metric with the paths up to each order."""
     so_far = torch.zeros_like(logits[0])
-    losses = []
+    values = []
     for part in logits:
         so_far = so_far + part
-        losses.append(float(frozen.loss(so_far)))
-    return losses
+        values.append(float(on.measure(so_far)))
+    return values

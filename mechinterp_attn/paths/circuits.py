@@ -23,6 +23,7 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plans, within
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.frozen.behaviour import Behaviour
 from mechinterp_attn.frozen.goals import Goal, Target, Token, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, Place, sum_tolerance
 from mechinterp_attn.model.cost import plan_runs
@@ -98,6 +99,7 @@ def top_circuits(
     target: Target | None = None,
     position: int = -1,
     against: Token | None = None,
+    task: Behaviour | None = None,
     top_k: int = 20,
     max_expansions: int = 100,
     max_bytes: int = MAX_BYTES,
@@ -111,6 +113,8 @@ def top_circuits(
             logits; by default the model's own top one.
         position: where the prediction is made; negative counts from the end.
         against: a second token: explain ``logit(target) - logit(against)``.
+        task: a behaviour (``mia.Task``) that has this prompt, in place of target, position and against; its
+            metric is explained, by its gradient where it is no sum of logits.
         top_k: how many circuits.
         max_expansions: how many chains to open, those through which most passes first.
         max_bytes: memory beyond the model's and the frozen prompt's that may be used, the result included.
@@ -120,7 +124,7 @@ def top_circuits(
         MechInterpError: the target or position does not exist, an option is out of range, or it needs
             more than max_bytes.
     """
-    goal = resolve_goal(frozen, target=target, against=against, position=position)
+    goal = resolve_goal(frozen, target=target, against=against, position=position, task=task)
     wrong = [
         f"{name}={value}; expected 1 or more"
         for name, value in (("top_k", top_k), ("max_expansions", max_expansions))

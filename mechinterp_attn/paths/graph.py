@@ -26,6 +26,7 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import Page, draw
 from mechinterp_attn.core.plan import CELL, MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.frozen.behaviour import Behaviour
 from mechinterp_attn.frozen.goals import Target, Token, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.model.cost import plan_runs
@@ -212,6 +213,7 @@ def attribution_graph(
     target: Target | None = None,
     position: int = -1,
     against: Token | None = None,
+    task: Behaviour | None = None,
     max_nodes: int = 1000,
     pools: bool = True,
     node_threshold: float = 1.0,
@@ -233,6 +235,8 @@ def attribution_graph(
             logits; by default the model's own top one.
         position: where the prediction is made; negative counts from the end.
         against: a second token: explain ``logit(target) - logit(against)``.
+        task: a behaviour (``mia.Task``) that has this prompt, in place of target, position and against; its
+            metric is explained, by its gradient where it is no sum of logits.
         max_nodes: how many nodes to keep, beside tokens, biases and the target. Half as many heads and
             neurons are candidates; without pools, twice as many.
         pools: whether the heads and neurons that have no node of their own are kept together.
@@ -250,7 +254,7 @@ def attribution_graph(
             needs more than max_bytes, the other prompt has another length, or the model has no layers.
     """
     frozen.model.heads.required()
-    goal = resolve_goal(frozen, target=target, against=against, position=position)
+    goal = resolve_goal(frozen, target=target, against=against, position=position, task=task)
     _check_options(node_threshold, edge_threshold, max_nodes)
     within(_plan(frozen, max_nodes, pools), max_bytes, "a smaller max_nodes, a shorter prompt")
     n_singles, n_pools = _candidates(max_nodes, pools)

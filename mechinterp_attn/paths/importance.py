@@ -24,6 +24,7 @@ from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plan, plans,
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank
+from mechinterp_attn.frozen.behaviour import Behaviour, OnPrompt, next_tokens
 from mechinterp_attn.frozen.prompt import Frozen, freeze, sum_tolerance
 from mechinterp_attn.frozen.sublayer import ROWS
 from mechinterp_attn.model.cost import plan_runs
@@ -38,22 +39,23 @@ HEAD_ORDERS = 2  # single heads are told apart up to this order
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class TermImportance(Result):
-    """What each order, layer and head is worth: changes of the mean next-token loss in nats.
+    """What each order, layer and head is worth: changes of the mean next-token loss in nats, or of a task's
+    metric.
 
-    A negative change is a gain. ``alone`` adds the terms to all lower orders; ``given_others`` is
+    A negative change of a loss is a gain. ``alone`` adds the terms to all lower orders; ``given_others`` is
     what they add on top of the other terms of the same order as well.
 
     Attributes:
-        frame: one row per order: ``order, loss`` (paths up to this order), ``change`` (order 0:
-            against the uniform prediction), ``attention_only`` (the part of the change from paths
-            through attention heads only, added first), ``with_mlp`` (the rest: paths with at least
-            one MLP-derived head).
+        frame: one row per order: ``order, loss`` (paths up to this order; with a task ``metric``),
+            ``change`` (order 0: against the uniform prediction), ``attention_only`` (the part of the
+            change from paths through attention heads only, added first), ``with_mlp`` (the rest: paths
+            with at least one MLP-derived head).
         layers: one row per order and sublayer, for the paths whose last head is in that sublayer:
             ``order, layer, kind, alone, given_others``.
         heads: one row per order (up to 2) and head, for the paths that end in that head: ``order,
             head, layer, kind, index, estimate`` (first-order), and for the heads measured exactly
             ``alone, given_others`` (else missing).
-        n_tokens: how many predictions were averaged.
+        n_tokens: how many predictions were averaged; of a task, how many prompts.
     """
 
     title: ClassVar[str] = "Term importance"
@@ -64,14 +66,15 @@ class TermImportance(Result):
 
 def _plan(
     model: AttentionOnlyModel,
-    tokens: str | Sequence[str | Tensor] | Tensor,
+    tokens: str | Sequence[str | Tensor] | Tensor | None,
+    task: Behaviour | None,
     max_order: int,
     heads: int | Heads,
 ) -> Plan:
     """The longest prompt, frozen; the streams of all orders that every bank reads and writes, a few
     copies of the logits, and what the heads of one bank hold.
     """
-    prompts = _prompts(model, tokens)
+    prompts = _prompts(model, tokens) if task is None else [on.tokens for on in task.on(model)]
     longest = max(prompts, key=len)
     pos, total, depth = len(longest), sum(map(len, prompts)), len(model.sublayers())
     n_orders = min(max_order + 2, depth + 1)
@@ -96,8 +99,9 @@ def _plan(
 @torch.no_grad()
 def term_importance(
     model: AttentionOnlyModel,
-    tokens: str | Sequence[str] | Tensor,
+    tokens: str | Sequence[str] | Tensor | None = None,
     *,
+    task: Behaviour | None = None,
     max_order: int = 4,
     heads: int | Heads = 32,
     max_bytes: int = MAX_BYTES,
@@ -109,6 +113,8 @@ def term_importance(
         model: the converted model.
         tokens: a prompt or several: text, texts, or token ids ``[pos]`` or ``[batch, pos]``. Losses
             are averaged over all predictions.
+        task: a behaviour (``mia.Task``), in place of tokens: its metric is measured on its prompts instead
+            of the loss, each with the same weight.
         max_order: the highest order kept apart; the rest is one row, ``>max_order``.
         heads: labels of heads to measure exactly, or how many per order: those with the largest
             first-order estimate.
@@ -116,40 +122,49 @@ def term_importance(
         progress: show a progress bar when there are several prompts.
 
     Raises:
-        MechInterpError: a model that does not predict next tokens, a prompt without a next token, a
-            negative max_order or number of heads, an unknown head label, or the longest prompt needs more
-            than max_bytes.
+        MechInterpError: neither or both of tokens and task; without a task, a model that does not predict
+            next tokens or a prompt without one; a task whose metric has no gradient; a negative max_order
+            or number of heads, an unknown head label; the longest prompt needs more than max_bytes.
     """
-    model.spec.need_next_tokens("term importance")
+    if (tokens is None) == (task is None):
+        raise MechInterpError("give tokens, whose next tokens are measured, or task=, one of the two")
+    if task is None:
+        model.spec.need_next_tokens("term importance")
     if max_order < 0:
         raise MechInterpError(f"max_order={max_order}; expected 0 or more")
     if isinstance(heads, int) and heads < 0:
         raise MechInterpError(f"heads={heads}; expected 0 or more, or a list of labels")
-    prompts = _prompts(model, tokens)
+    asked = [] if task is None else task.on(model)
+    prompts = [on.tokens for on in asked] or _prompts(model, tokens)
     longest = len(model.sublayers())
     top = min(max_order, longest)
     n_orders = top + 1 if top == longest else top + 2
-    within(_plan(model, prompts, max_order, heads), max_bytes, "a smaller max_order, shorter prompts")
+    within(_plan(model, prompts, None, max_order, heads), max_bytes, "a smaller max_order, shorter prompts")
     names = order_names(n_orders, top)
     sums = _Sums(names, model)
     terms = None
-    for prompt in Progress(prompts, desc="term importance", show=progress):
-        terms = _Terms(freeze(model, prompt), n_orders)
+
+    def terms_of(number: int) -> _Terms:
+        frozen = freeze(model, prompts[number])
+        return _Terms(frozen, asked[number] if asked else next_tokens(frozen), n_orders)
+
+    for number in Progress(range(len(prompts)), desc="term importance", show=progress):
+        terms = terms_of(number)
         sums.add(terms)
     if chosen := _chosen(model, heads, sums, min(HEAD_ORDERS, top)):
-        for prompt in Progress(prompts, desc="single heads", show=progress):
+        for number in Progress(range(len(prompts)), desc="single heads", show=progress):
             if len(prompts) > 1 or terms is None:  # of many prompts, one at a time is held
-                terms = _Terms(freeze(model, prompt), n_orders)
+                terms = terms_of(number)
             sums.add_heads(terms, chosen)
-    return sums.result(model)
+    return sums.result(model, None if task is None else asked[0].about)
 
 
 class _Terms:
-    """One prompt: the terms of every order by the bank that their last head is in, and their losses."""
+    """One prompt: the terms of every order by the bank that their last head is in, and their metric."""
 
-    def __init__(self, frozen: Frozen, n_orders: int):
-        self.frozen = frozen
-        self.n = len(frozen.tokens) - 1
+    def __init__(self, frozen: Frozen, on: OnPrompt, n_orders: int):
+        self.frozen, self.on = frozen, on
+        self.n = on.weight
         streams = frozen.start.new_zeros(n_orders, *frozen.start.shape)
         streams[0] = frozen.start
         pure = streams.clone()  # paths through attention heads only
@@ -163,7 +178,8 @@ class _Terms:
             _, pure = sublayer.graded(pure, lambda bank: 1 if counted(bank, "attention") else None)
         self._upto, self._pure = streams.cumsum(0), pure
         self._recent: dict[int, Tensor] = {}  # logits are large, and asked for order by order
-        self.losses = [self.loss(self.upto(order)) for order in range(n_orders)]
+        self.values = [self.value(self.upto(order)) for order in range(n_orders)]
+        self.uniform = self.value(torch.zeros_like(frozen.logits))
 
     def upto(self, order: int) -> Float[Tensor, "pos d_vocab"]:
         """Logits by the paths up to an order."""
@@ -172,18 +188,18 @@ class _Terms:
             self._recent[order] = self.frozen.read_out(self._upto[order]) + self.frozen.offset()
         return self._recent[order]
 
-    def loss(self, logits: Tensor) -> float:
-        return float(self.frozen.loss(logits))
+    def value(self, logits: Tensor) -> float:
+        return float(self.on.measure(logits))
 
     def sum_error(self) -> float:
-        return float((self.upto(len(self.losses) - 1) - self.frozen.logits).abs().max())
+        return float((self.upto(len(self.values) - 1) - self.frozen.logits).abs().max())
 
     def attention_only(self, order: int) -> float:
-        """Change of the loss by the attention-only paths of an order, added to all lower orders."""
+        """Change of the metric by the attention-only paths of an order, added to all lower orders."""
         if order == 0:
             return math.nan
         pure = self.frozen.read_out(self._pure[order])
-        return self.loss(self.upto(order - 1) + pure) - self.losses[order - 1]
+        return self.value(self.upto(order - 1) + pure) - self.values[order - 1]
 
     def effects(self, order: int, terms: Float[Tensor, "n pos d_model"]) -> Float[Tensor, "n 2"]:
         """``alone`` and ``given_others`` of each of some terms of an order."""
@@ -191,20 +207,17 @@ class _Terms:
         found = []
         for some in terms.split(max(1, ROWS // terms.shape[1])):  # the unembedding is read once for many
             logits = self.frozen.read_out(some)
-            alone = self.frozen.loss(before + logits).double() - self.losses[order - 1]
-            found.append(torch.stack([alone, self.losses[order] - self.frozen.loss(upto - logits)], 1))
+            alone = self.on.measure(before + logits).double() - self.values[order - 1]
+            found.append(torch.stack([alone, self.values[order] - self.on.measure(upto - logits)], 1))
         return torch.cat(found).cpu()
 
     def estimates(self, order: int) -> list[Float[Tensor, " head"]]:
         """First-order effect of the terms that end in each head, bank by bank, given all others."""
         frozen = self.frozen
-        gradient = self.upto(order).softmax(-1)[:-1]
-        gradient[torch.arange(self.n), frozen.tokens[1:]] -= 1
+        gradient = self.on.gradient(self.upto(order))
         if frozen.cap is not None:
-            gradient = gradient * frozen.cap[:-1]
-        field_ = torch.zeros_like(frozen.start)
-        field_[:-1] = gradient @ frozen.model.W_U.detach().T / self.n
-        field_ = frozen.read_back(field_)
+            gradient = gradient * frozen.cap
+        field_ = frozen.read_back(gradient @ frozen.model.W_U.detach().T)
         n = len(frozen.sublayers)
         return [
             (self.held(bank, before, order) * bank.unwrite(frozen.carry_back(field_, depth, n))).sum(
@@ -238,6 +251,7 @@ class _Sums:
     def __init__(self, names: list[str], model: AttentionOnlyModel):
         self.names = names
         self.tokens = 0
+        self.uniform = 0.0
         self.orders = torch.zeros(len(names), 2, dtype=torch.float64)
         self.layers = torch.zeros(len(names), len(model.banks), 2, dtype=torch.float64)
         self.estimates = [
@@ -249,8 +263,9 @@ class _Sums:
 
     def add(self, terms: _Terms) -> None:
         self.tokens += terms.n
-        for order, loss in enumerate(terms.losses):
-            self.orders[order] += terms.n * _float64(loss, terms.attention_only(order))
+        self.uniform += terms.n * terms.uniform
+        for order, value in enumerate(terms.values):
+            self.orders[order] += terms.n * _float64(value, terms.attention_only(order))
             if order:
                 ends = torch.stack([end[order] for end in terms.ends])
                 self.layers[order] += terms.n * terms.effects(order, ends)
@@ -267,16 +282,16 @@ class _Sums:
             for label, own in zip(labels, effects, strict=True):
                 self.exact[order, label] = self.exact.get((order, label), 0) + own
 
-    def result(self, model: AttentionOnlyModel) -> TermImportance:
+    def result(self, model: AttentionOnlyModel, metric: str | None) -> TermImportance:
         n = self.tokens
-        loss = self.orders[:, 0] / n
-        uniform = math.log(model.spec.d_vocab_out)
-        change = torch.diff(loss, prepend=torch.tensor([uniform], dtype=torch.float64))
+        values = self.orders[:, 0] / n
+        uniform = self.uniform / n
+        change = torch.diff(values, prepend=torch.tensor([uniform], dtype=torch.float64))
         attention_only = self.orders[:, 1] / n
         frame = pd.DataFrame(
             {
                 "order": self.names,
-                "loss": loss.numpy(),
+                "loss" if metric is None else "metric": values.numpy(),
                 "change": change.numpy(),
                 "attention_only": attention_only.numpy(),
                 "with_mlp": (change - attention_only).numpy(),
@@ -297,7 +312,11 @@ class _Sums:
             exact = torch.stack([self.exact.get((order, h), unknown) for h in table["head"]]).numpy() / n
             heads.append(table.assign(alone=exact[:, 0], given_others=exact[:, 1]))
         check = Check("orders sum to the model's logits (worst prompt)", *self.errors)
-        notes = {"dtype": str(model.W_U.dtype).removeprefix("torch."), "tokens": n, "uniform loss": uniform}
+        notes: dict[str, Any] = {"dtype": str(model.W_U.dtype).removeprefix("torch.")}
+        if metric is None:
+            notes |= {"tokens": n, "uniform loss": uniform}
+        else:
+            notes |= {"prompts": n, "metric": metric, "metric of equal logits": uniform}
         columns = ["order", "layer", "kind", "alone", "given_others"]
         return TermImportance(
             frame=frame,
@@ -312,8 +331,8 @@ def _float64(*numbers: float) -> Float[Tensor, " n"]:
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def _prompts(model: AttentionOnlyModel, tokens: str | Sequence[str | Tensor] | Tensor) -> list[Tensor]:
-    texts: list[Any] = [tokens] if isinstance(tokens, str | Tensor) else list(tokens)  # not padded
+def _prompts(model: AttentionOnlyModel, tokens: Any) -> list[Tensor]:
+    texts = [tokens] if isinstance(tokens, str | Tensor) else list(tokens or ())  # not padded
     prompts = [row for text in texts for row in model.as_tokens(text)]
     short = [i for i, prompt in enumerate(prompts) if len(prompt) < 2]
     if short or not prompts:

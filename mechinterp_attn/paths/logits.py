@@ -11,6 +11,7 @@ import torch
 from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.frozen.behaviour import Behaviour
 from mechinterp_attn.frozen.goals import Target, Token, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.model.cost import plan_runs
@@ -71,6 +72,7 @@ def logit_attribution(
     target: Target | None = None,
     position: int = -1,
     against: Token | None = None,
+    task: Behaviour | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> LogitAttribution:
     """Split one logit into what the embedding, every head and neuron, and the biases write to it.
@@ -80,6 +82,8 @@ def logit_attribution(
         target: the next token (text of one token, or its id); by default the model's own top one.
         position: where the prediction is made; negative counts from the end.
         against: a second token: attribute ``logit(target) - logit(against)``.
+        task: a behaviour (``mia.Task``) that has this prompt, in place of target, position and against; its
+            metric is explained, by its gradient where it is no sum of logits.
         max_bytes: memory beyond the model's and the frozen prompt's that may be used, the result included.
 
     Raises:
@@ -87,7 +91,7 @@ def logit_attribution(
             needs more than max_bytes.
     """
     within(_plan(frozen), max_bytes, "a shorter prompt")
-    goal = resolve_goal(frozen, target=target, against=against, position=position)
+    goal = resolve_goal(frozen, target=target, against=against, position=position, task=task)
     pos, direction, total = goal.position, goal.direction, goal.total
     n = len(frozen.sublayers)
     rows: list[tuple[str, int | None, str, None, float]] = [

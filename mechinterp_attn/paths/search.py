@@ -27,6 +27,7 @@ from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.renamed import renamed_arguments
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank
+from mechinterp_attn.frozen.behaviour import Behaviour
 from mechinterp_attn.frozen.goals import Goal, Target, Token, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, Place, sum_tolerance
 from mechinterp_attn.frozen.sublayer import Source
@@ -125,6 +126,7 @@ def top_paths(
     target: Target | None = None,
     position: int = -1,
     against: Token | None = None,
+    task: Behaviour | None = None,
     top_k: int = 20,
     positions: Positions = "source",
     max_expansions: int = 1000,
@@ -138,6 +140,8 @@ def top_paths(
         target: the next token (text of one token, or its id); by default the model's own top one.
         position: where the prediction is made; negative counts from the end.
         against: a second token: explain ``logit(target) - logit(against)``.
+        task: a behaviour (``mia.Task``) that has this prompt, in place of target, position and against; its
+            metric is explained, by its gradient where it is no sum of logits.
         top_k: how many paths.
         positions: "source" tells paths apart by their heads and the position they start at,
             "apart" also by the position of every head on the way, "summed" by their heads only.
@@ -150,7 +154,7 @@ def top_paths(
         MechInterpError: the target or position does not exist, an option is out of range, or it needs
             more than max_bytes.
     """
-    goal = resolve_goal(frozen, target=target, against=against, position=position)
+    goal = resolve_goal(frozen, target=target, against=against, position=position, task=task)
     wrong = [
         f"{name}={value}; expected 1 or more"
         for name, value in (("top_k", top_k), ("max_expansions", max_expansions))

@@ -19,6 +19,7 @@ from torch import Tensor
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import CELL, MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.frozen.behaviour import Behaviour
 from mechinterp_attn.frozen.goals import Target, Token, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.model.cost import plan_runs
@@ -75,6 +76,7 @@ def virtual_head(
     target: Target | None = None,
     position: int = -1,
     against: Token | None = None,
+    task: Behaviour | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> VirtualTerm:
     """The term of the path expansion that goes from the embeddings through these very heads.
@@ -85,6 +87,8 @@ def virtual_head(
             such as ``"L0H3 > L1H0"``.
         target, position, against: the logit (difference) that ``frame`` breaks down by source
             position; by default the model's top prediction at the last position.
+        task: a behaviour (``mia.Task``) that has this prompt, in place of target, position and against; its
+            metric is explained, by its gradient where it is no sum of logits.
         max_bytes: memory beyond the model's and the frozen prompt's that may be used, the result included.
 
     Raises:
@@ -102,7 +106,7 @@ def virtual_head(
     ]
     if late:
         raise MechInterpError("; ".join(late) + ": a head only reads what earlier sublayers wrote")
-    goal = resolve_goal(frozen, target=target, against=against, position=position)
+    goal = resolve_goal(frozen, target=target, against=against, position=position, task=task)
 
     x, depth = frozen.start, 0
     for place in found:

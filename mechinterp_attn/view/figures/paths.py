@@ -31,20 +31,25 @@ ORDER_COLOURS = {"0 heads": "#4d7c3a", "1 head": "#8fb3de", "2 heads": "#3b6fb6"
 
 @draws(Orders)
 def loss_by_order(orders: Orders) -> go.Figure:
-    """Loss with the paths up to each order as a falling line, each step labelled with its gain."""
+    """Loss (or a task's metric) with the paths up to each order as a line, each step with its change."""
     frame = orders.frame
+    metric = orders.receipt.notes.get("metric")
+    of, unit = ("loss", " nats") if metric is None else (safe_text(str(metric)), "")
     steps = ["" if change != change else f"{change:+.3f}" for change in frame["change"]]
-    fig = figure(title="Loss by path order", x="paths through at most this many heads", y="loss (nats)")
+    fig = figure(
+        title=f"{of.capitalize()} by path order", x="paths through at most this many heads",
+        y="loss (nats)" if metric is None else of,
+    )  # fmt: skip
     fig.add_trace(
         go.Scatter(
             x=frame["order"],
-            y=frame["loss"],
+            y=frame["loss" if metric is None else "metric"],
             text=steps,
             mode="lines+markers+text",
             textposition="top right",
             line={"color": KIND_COLOURS["attention"], "width": 2},
             marker={"size": 9},
-            hovertemplate="order %{x}<br>loss %{y:.4f} nats<br>change %{text}<extra></extra>",
+            hovertemplate=f"order %{{x}}<br>{of} %{{y:.4f}}{unit}<br>change %{{text}}<extra></extra>",
         )
     )
     return fig.update_xaxes(type="category").update_layout(showlegend=False)
@@ -116,9 +121,9 @@ def _bars(
 def importance_bars(importance: TermImportance) -> go.Figure:
     """What each order changes the loss by: attention-only paths, and those with MLP-derived heads."""
     frame = importance.frame
-    fig = figure(
-        title="Term importance", x="heads on the path", y="change of the loss (nats; below 0 is a gain)"
-    )
+    metric = importance.receipt.notes.get("metric")
+    of = "the loss (nats; below 0 is a gain)" if metric is None else safe_text(str(metric))
+    fig = figure(title="Term importance", x="heads on the path", y=f"change of {of}")
     start = frame.iloc[:1]
     rest = frame.iloc[1:]
     for name, x, y, colour in (
@@ -126,7 +131,7 @@ def importance_bars(importance: TermImportance) -> go.Figure:
         ("attention heads only", rest["order"], rest["attention_only"], KIND_COLOURS["attention"]),
         ("with MLP-derived heads", rest["order"], rest["with_mlp"], KIND_COLOURS["mlp"]),
     ):
-        hover = "order %{x}: %{y:+.4f} nats<extra>" + name + "</extra>"
+        hover = f"order %{{x}}: %{{y:+.4f}}{' nats' if metric is None else ''}<extra>" + name + "</extra>"
         fig.add_trace(go.Bar(x=x, y=y, name=name, marker_color=colour, hovertemplate=hover))
     return fig.update_layout(barmode="relative").update_xaxes(type="category")
 
