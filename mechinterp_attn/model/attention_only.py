@@ -10,32 +10,33 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformer_lens import ActivationCache, HookedRootModule, TransformerBridgeConfig
+from transformer_lens import TransformerBridgeConfig
 from transformer_lens.hook_points import HookPoint
 
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.model.block import Block, Embed, PosEmbed, PredictionHead, Sublayer, Unembed
+from mechinterp_attn.model.config import transformer_lens_config
 from mechinterp_attn.model.gates import GATES, rule_for
 from mechinterp_attn.model.generation import Generates
 from mechinterp_attn.model.heads import HeadBank
+from mechinterp_attn.model.hooks import Hooked
 from mechinterp_attn.model.index import KINDS, HeadIndex
+from mechinterp_attn.model.loss import labelled_loss, next_token_loss
 from mechinterp_attn.model.norm import Norm
-from mechinterp_attn.model.renamed import Cache, Renamed, present_filter
+from mechinterp_attn.model.renamed import Renamed
 from mechinterp_attn.model.rotary import rotaries_of
 from mechinterp_attn.model.saved import save as write_model
 from mechinterp_attn.model.spec import Spec
-from mechinterp_attn.model.stacked import StackedWeights
 from mechinterp_attn.model.step import KeyValueCache, Step
-from mechinterp_attn.model.switches import Switches
 from mechinterp_attn.model.tokens import TokenDoor
+from mechinterp_attn.model.weights import NamedWeights
 
 ReturnType = Literal["logits", "loss", "both"] | None
 
 
-class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedRootModule):
+class AttentionOnlyModel(TokenDoor, Generates, NamedWeights, Hooked):
     """A transformer in which every MLP neuron is an attention head.
 
     Made by ``mia.load`` or ``mia.convert``. Tokens ``[batch, pos]`` (or text, where there is a
@@ -95,7 +96,7 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
         self.ln_final = Norm(spec.final_norm, spec.eps)
         self.unembed = Unembed(weights["unembed.W_U"], weights["unembed.b_U"])
         self._rotaries = rotaries_of(spec)
-        self._cfg = _transformer_lens_config(spec, self.provenance, default_prepend_bos)
+        self._cfg = transformer_lens_config(spec, self.provenance, default_prepend_bos)
         self.eval()
         self.setup()
         for names in ("mod_dict", "hook_dict"):
@@ -194,7 +195,8 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
         if labels is not None:
             from transformers.modeling_outputs import CausalLMOutput
 
-            return CausalLMOutput(loss=self._labelled_loss(logits, torch.as_tensor(labels)), logits=logits)
+            loss = labelled_loss(logits, torch.as_tensor(labels), causal=self.spec.causal)
+            return CausalLMOutput(loss=loss, logits=logits)
         if return_type == "logits":
             return logits
         assert tokens is not None
@@ -226,13 +228,6 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
                 f"start_at_layer takes a residual stream [batch, pos, {self.spec.d_model}], got {given}"
             )
         return x
-
-    def _labelled_loss(self, logits: Float[Tensor, "batch pos d_vocab"], labels: Tensor) -> Tensor:
-        """Hugging Face's: position i predicts label i + 1 in a causal model, its own label in another."""
-        labels = labels.to(logits.device)
-        if self.spec.causal:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
 
     def _step(
         self, tokens: Int[Tensor, "batch pos"], mask: Tensor | None, past: KeyValueCache | None
@@ -296,66 +291,7 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
             MechInterpError: there is no next token, or the model does not predict next tokens.
         """
         self.spec.need_next_tokens("a loss")
-        if tokens.shape[1] < 2:
-            raise MechInterpError("a loss needs at least 2 tokens, got 1: there is no next token")
-        # Rows of logits as they lie in memory: over a strided vocabulary torch sums naively, and a mean
-        # loss of 2.8 nats over 49,152 tokens is 1e-4 off in float32.
-        following = tokens[:, 1:]
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), following.flatten(), reduction="none")
-        loss = loss.view(following.shape)
-        if per_token:
-            return loss
-        if attention_mask is None:
-            return loss.mean()
-        mask = torch.as_tensor(attention_mask).to(loss.device).bool()
-        real = mask[:, 1:] & mask[:, :-1]
-        return (loss * real).sum() / real.sum()
-
-    def run_with_hooks(
-        self, *args: Any, fwd_hooks: Sequence[Any] = (), bwd_hooks: Sequence[Any] = (), **kwargs: Any
-    ) -> Any:
-        """One forward pass with hooks on it, as in TransformerLens.
-
-        Args:
-            args, kwargs: of ``forward``, and ``reset_hooks_end``, ``clear_contexts``.
-            fwd_hooks, bwd_hooks: pairs of a hook's name, or a function that chooses names, and what to
-                call.
-
-        Returns:
-            what ``forward`` returns.
-
-        Raises:
-            MechInterpError: none of the hooks would fire; the message names the switch that is off.
-        """
-        names = [name for name, _ in (*fwd_hooks, *bwd_hooks)]
-        if names and all(isinstance(name, str) and self.switch_of(name) for name in names):
-            self.check_hooks_to_add(self.hook_dict[names[0]], names[0])
-        hooks = dict(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks))
-        return super().run_with_hooks(*args, **hooks, **kwargs)
-
-    def run_with_cache(
-        self,
-        *args: Any,
-        return_cache_object: bool = True,
-        remove_batch_dim: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
-        """The output and a TransformerLens ActivationCache (or the plain dict).
-
-        Arguments are those of ``HookedRootModule.run_with_cache`` (names_filter, device, ...).
-
-        Args:
-            return_cache_object: False for the plain dictionary.
-            remove_batch_dim: drop the batch axis of a batch of one.
-            args: as for a forward pass.
-            kwargs: as for a forward pass.
-        """
-        if "names_filter" in kwargs:
-            kwargs["names_filter"] = present_filter(kwargs["names_filter"])
-        out, cache = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **kwargs)
-        if not return_cache_object:
-            return out, Renamed(cache)
-        return out, Cache(cache, self, has_batch_dim=not remove_batch_dim)
+        return next_token_loss(logits, tokens, per_token=per_token, attention_mask=attention_mask)
 
     @property
     def cfg(self) -> TransformerBridgeConfig:
@@ -429,58 +365,6 @@ class AttentionOnlyModel(TokenDoor, Generates, StackedWeights, Switches, HookedR
         """How MLP neurons were made heads, the ``mlp`` argument of the conversion."""
         return str(self.provenance.get("mlp", "exact"))
 
-    @property
-    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        """The embedding, ``[d_vocab, d_model]``."""
-        return self.embed.W_E
-
-    @property
-    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
-        """The embedding of positions, ``[n_ctx, d_model]``.
-
-        Raises:
-            AttributeError: the model has none, as ``hasattr`` asks.
-        """
-        if self.spec.positions not in ("standard", "shortformer"):
-            raise AttributeError(f"W_pos: this model has {self.spec.positions or 'no'} positions")
-        return self.pos_embed.W_pos
-
-    @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """The unembedding, ``[d_model, d_vocab_out]``."""
-        return self.unembed.W_U
-
-    @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """The bias of the logits, ``[d_vocab_out]``."""
-        return self.unembed.b_U
-
-    def accumulated_bias(
-        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
-    ) -> Float[Tensor, " d_model"]:
-        """Sum of the sublayers' own biases before a layer, as ActivationCache asks for it.
-
-        Args:
-            layer: up to which layer.
-            mlp_input: with the attention of that layer too.
-            include_mlp_biases: False for attention's alone.
-        """
-        total = torch.zeros_like(self.W_U[:, 0])
-        for bank in self.banks:
-            before = bank.layer < layer or (bank.layer == layer and mlp_input and bank.part == "attn")
-            if before and (include_mlp_biases or bank.part == "attn"):
-                total = total + bank.b_O
-        return total
-
-    def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
-        """Columns of W_U for tokens: a string, an id, or a tensor of ids ``[...]``.
-
-        Args:
-            tokens: a text of one token, an id, or a tensor of ids.
-        """
-        ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
-        return self.W_U.T[ids]
-
     def save(self, folder: Any) -> None:
         """Write the model to a folder (safetensors + JSON); ``mia.load(folder)`` reads it back.
 
@@ -514,35 +398,3 @@ def _nested(weights: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, T
             part, name = key.removeprefix(prefix).split(".", 1)
             parts.setdefault(part, {})[name] = tensor
     return parts
-
-
-def _transformer_lens_config(
-    spec: Spec, provenance: Mapping[str, Any], default_prepend_bos: bool
-) -> TransformerBridgeConfig:
-    """The folded norms are TransformerLens's LNPre and RMSPre."""
-    cfg = TransformerBridgeConfig(
-        d_model=spec.d_model,
-        d_head=spec.d_head,
-        n_heads=spec.n_heads,
-        n_layers=spec.n_layers,
-        n_ctx=spec.n_ctx,
-        d_vocab=spec.d_vocab,
-        d_vocab_out=spec.d_vocab_out,
-        d_mlp=spec.d_mlp or None,
-        act_fn=spec.act_fn or "relu",
-        attn_only=spec.attn_only,
-        eps=spec.eps,
-        normalization_type=None if spec.norm is None else f"{spec.norm}Pre",
-        final_rms=spec.final_norm == "RMS",
-        positional_embedding_type=spec.positions or "none",
-        attention_dir="causal" if spec.causal else "bidirectional",
-        n_key_value_heads=spec.n_kv_heads if spec.n_kv_heads != spec.n_heads else None,
-        gated_mlp=spec.gated,
-        parallel_attn_mlp=spec.parallel,
-        architecture="AttentionOnlyModel",
-        model_name=str(provenance.get("name", "unnamed")),
-        tokenizer_prepends_bos=False,
-        init_weights=False,
-    )
-    cfg.default_prepend_bos = default_prepend_bos
-    return cfg

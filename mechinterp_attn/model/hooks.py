@@ -1,12 +1,17 @@
-"""What is looked at only on demand, under TransformerLens's names: head results and split inputs."""
+"""Runs with hooks and caches as in TransformerLens, and what hooks see only on demand."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+from torch import Tensor
+from transformer_lens import ActivationCache, HookedRootModule
+
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.model.block import Block
+from mechinterp_attn.model.renamed import Cache, Renamed, present_filter
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,11 +19,57 @@ if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
 
 
-class Switches:
-    """Mixin for a model with ``blocks`` and TransformerLens's config in ``_cfg``."""
+class Hooked(HookedRootModule):
+    """A hooked module with ``blocks`` and TransformerLens's config in ``_cfg``."""
 
     blocks: nn.ModuleList
     _cfg: TransformerBridgeConfig
+
+    def run_with_hooks(
+        self, *args: Any, fwd_hooks: Sequence[Any] = (), bwd_hooks: Sequence[Any] = (), **kwargs: Any
+    ) -> Any:
+        """One forward pass with hooks on it, as in TransformerLens.
+
+        Args:
+            args, kwargs: of ``forward``, and ``reset_hooks_end``, ``clear_contexts``.
+            fwd_hooks, bwd_hooks: pairs of a hook's name, or a function that chooses names, and what to
+                call.
+
+        Returns:
+            what ``forward`` returns.
+
+        Raises:
+            MechInterpError: none of the hooks would fire; the message names the switch that is off.
+        """
+        names = [name for name, _ in (*fwd_hooks, *bwd_hooks)]
+        if names and all(isinstance(name, str) and self.switch_of(name) for name in names):
+            self.check_hooks_to_add(self.hook_dict[names[0]], names[0])
+        hooks = dict(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks))
+        return super().run_with_hooks(*args, **hooks, **kwargs)
+
+    def run_with_cache(
+        self,
+        *args: Any,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
+        """The output and a TransformerLens ActivationCache (or the plain dict).
+
+        Arguments are those of ``HookedRootModule.run_with_cache`` (names_filter, device, ...).
+
+        Args:
+            return_cache_object: False for the plain dictionary.
+            remove_batch_dim: drop the batch axis of a batch of one.
+            args: as for a forward pass.
+            kwargs: as for a forward pass.
+        """
+        if "names_filter" in kwargs:
+            kwargs["names_filter"] = present_filter(kwargs["names_filter"])
+        out, cache = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **kwargs)
+        if not return_cache_object:
+            return out, Renamed(cache)
+        return out, Cache(cache, self, has_batch_dim=not remove_batch_dim)
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
         """Whether ``attn.hook_result`` holds what every head writes, ``[batch, pos, head, d_model]``.

@@ -1,4 +1,4 @@
-"""The weights of all layers at once, under the names that TransformerLens's users know.
+"""Weights under the names that TransformerLens's users know: of the whole model, and of all layers at once.
 
 ``model.W_Q`` is ``[layer, head, d_model, d_head]``, ``model.QK`` and ``model.OV`` are TransformerLens's
 ``FactoredMatrix``. The norm in front is folded into every weight that reads the stream, as it is after
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformer_lens import FactoredMatrix
 
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.model.block import Embed, PosEmbed, Unembed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,17 +24,72 @@ if TYPE_CHECKING:
     from mechinterp_attn.model.spec import Spec
 
 
-class StackedWeights:
-    """Mixin for a model with ``blocks``, ``spec``, ``W_E`` and ``W_pos``.
+class NamedWeights:
+    """Mixin for a model with ``spec``, ``blocks``, their ``banks``, and a vocabulary in and out.
 
     A stack is a copy, made when it is asked for; ``model.blocks[0].attn.W_Q`` is the parameter itself.
     A model whose layers differ in shape, or that lacks the part, raises ``AttributeError``.
     """
 
-    blocks: nn.ModuleList
     spec: Spec
-    W_E: Any
-    W_pos: Any
+    embed: Embed
+    pos_embed: PosEmbed
+    blocks: nn.ModuleList
+    unembed: Unembed
+    banks: Any
+    to_single_token: Any
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The embedding, ``[d_vocab, d_model]``."""
+        return self.embed.W_E
+
+    @property
+    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
+        """The embedding of positions, ``[n_ctx, d_model]``.
+
+        Raises:
+            AttributeError: the model has none, as ``hasattr`` asks.
+        """
+        if self.spec.positions not in ("standard", "shortformer"):
+            raise AttributeError(f"W_pos: this model has {self.spec.positions or 'no'} positions")
+        return self.pos_embed.W_pos
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding, ``[d_model, d_vocab_out]``."""
+        return self.unembed.W_U
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """The bias of the logits, ``[d_vocab_out]``."""
+        return self.unembed.b_U
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """Sum of the sublayers' own biases before a layer, as ActivationCache asks for it.
+
+        Args:
+            layer: up to which layer.
+            mlp_input: with the attention of that layer too.
+            include_mlp_biases: False for attention's alone.
+        """
+        total = torch.zeros_like(self.W_U[:, 0])
+        for bank in self.banks:
+            before = bank.layer < layer or (bank.layer == layer and mlp_input and bank.part == "attn")
+            if before and (include_mlp_biases or bank.part == "attn"):
+                total = total + bank.b_O
+        return total
+
+    def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
+        """Columns of W_U for tokens: a string, an id, or a tensor of ids ``[...]``.
+
+        Args:
+            tokens: a text of one token, an id, or a tensor of ids.
+        """
+        ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
+        return self.W_U.T[ids]
 
     def _stack(self, part: str, name: str) -> Tensor:
         layers = [getattr(getattr(block, part, None), name, None) for block in self.blocks]
