@@ -17,7 +17,7 @@ from mechinterp_attn.circuits import copying
 from mechinterp_attn.conversion.modes import gate_bound
 from mechinterp_attn.detect import induction_circuit
 from mechinterp_attn.detect.weights import score_weights
-from mechinterp_attn.paths import search
+from mechinterp_attn.paths import best_first
 from tests.circuits.test_composition import random_model
 from tests.conftest import random_tokens, tiny_bridge
 
@@ -188,7 +188,7 @@ def test_paths_that_are_cut_away_are_not_forgotten(monkeypatch):
     assert every.proven
     for name in ("WIDTH", "QUEUE"):
         with monkeypatch.context() as patch:
-            patch.setattr(search, name, 1)
+            patch.setattr(best_first, name, 1)
             found = paths_of(frozen, top_k=40, max_expansions=100_000)
         missed = every.frame[~every.frame["path"].isin(found.frame["path"])]["contribution"].abs()
         assert len(missed)

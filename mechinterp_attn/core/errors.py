@@ -31,6 +31,11 @@ class FailedCheckWarning(UserWarning):
     """A result does not agree with the same thing computed another way; its receipt says by how much."""
 
 
+def below_one(**numbers: int) -> list[str]:
+    """A reason for every number that must be 1 or more and is not, with its name."""
+    return [f"{name}={number}; expected at least 1" for name, number in numbers.items() if number < 1]
+
+
 def listing(headline: str, reasons: Sequence[str]) -> str:
     """``headline: reason; reason; ...``, on one line, so that a terminal shows it whole."""
     return f"{headline}: " + "; ".join(reasons)

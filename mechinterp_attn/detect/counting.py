@@ -15,7 +15,7 @@ from torch import Tensor
 from mechinterp_attn.causal.batches import Batch, pad, rows_within
 from mechinterp_attn.causal.cuts import Cut, Target, cut_of, next_token, run_cuts
 from mechinterp_attn.core.cluster import run_on_ray
-from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError, below_one
 from mechinterp_attn.detect.estimates import estimated_changes
 from mechinterp_attn.detect.measures import SEEN, sums_of
 from mechinterp_attn.detect.tally import Best, Place, Tally
@@ -39,9 +39,7 @@ class Settings:
         wrong = []
         if not 2 <= self.length <= model.spec.n_ctx:
             wrong.append(f"length={self.length}; expected 2 to {model.spec.n_ctx}, the model's context")
-        for name in ("batch", "top_k"):
-            if getattr(self, name) < 1:
-                wrong.append(f"{name}={getattr(self, name)}; expected at least 1")
+        wrong += below_one(batch=self.batch, top_k=self.top_k)
         if self.context < 0:
             wrong.append(f"context={self.context}; expected 0 or more")
         if (self.heads or self.estimate) and model.spec.no_next_token is not None:

@@ -19,33 +19,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError, below_one
 from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plans, within
 from mechinterp_attn.core.progress import Progress
-from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.core.results import Check, Receipt
 from mechinterp_attn.frozen.behaviour import Behaviour
 from mechinterp_attn.frozen.goals import Goal, Target, Token, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, Place, sum_tolerance
 from mechinterp_attn.model.cost import plan_runs
 from mechinterp_attn.paths.by_order import counted
+from mechinterp_attn.paths.explanation import Explanation
 
 AT_ONCE = 16  # chains opened together: the weights of every bank are read once for all of them
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class TopCircuits(Result):
+class TopCircuits(Explanation):
     """The circuits with the largest contributions to a logit, by absolute value.
 
     Attributes:
-        total: the logit (or difference) itself.
         explained: the sum of the listed circuits.
         others: the sum of all circuits that were found and are not listed.
         unopened: the exact sum of all circuits that were not looked at; 0 where the search ended.
         expansions: how many chains of heads were opened.
-        target: the token with the largest weight.
-        against: the token with the most negative weight, or none.
-        position: where the logits are read.
-        about: what was explained, in words.
+        total, target, against, position, about: what is explained, as in ``Explanation``.
         frame: one row per circuit, largest first: ``circuit`` (such as ``' Mary'@1 -V-> L9H6 -> logit``:
             each head reads the one before as its values), ``heads`` (how many), ``contribution, share``,
             ``token_position, token`` (missing where it starts at biases).
@@ -53,15 +50,10 @@ class TopCircuits(Result):
 
     title: ClassVar[str] = "Top circuits"
     sort_by: ClassVar[str | None] = "contribution"
-    total: float
     explained: float
     others: float
     unopened: float
     expansions: int
-    target: int
-    against: int | None
-    position: int
-    about: str
 
     @property
     def explained_share(self) -> float:
@@ -125,11 +117,7 @@ def top_circuits(
             more than max_bytes.
     """
     goal = resolve_goal(frozen, target=target, against=against, position=position, task=task)
-    wrong = [
-        f"{name}={value}; expected 1 or more"
-        for name, value in (("top_k", top_k), ("max_expansions", max_expansions))
-        if value < 1
-    ]
+    wrong = below_one(top_k=top_k, max_expansions=max_expansions)
     if wrong:
         raise MechInterpError("; ".join(wrong))
     within(_plan(frozen, top_k, max_expansions), max_bytes, "fewer max_expansions or a shorter prompt")
@@ -148,15 +136,11 @@ def top_circuits(
     return TopCircuits(
         frame=_frame(frozen, goal, listed),
         receipt=Receipt((check,), notes),
-        total=goal.total,
+        **Explanation.of(goal),
         explained=explained,
         others=found - explained,
         unopened=unopened,
         expansions=search.expansions,
-        target=goal.target,
-        against=goal.against,
-        position=goal.position,
-        about=goal.about,
     )
 
 

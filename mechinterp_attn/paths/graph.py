@@ -22,15 +22,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.errors import MechInterpError, below_one
 from mechinterp_attn.core.pictures import Page, draw
 from mechinterp_attn.core.plan import CELL, MAX_BYTES, Plan, plans, within
-from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.core.results import Check, Receipt
 from mechinterp_attn.frozen.behaviour import Behaviour
 from mechinterp_attn.frozen.goals import Target, Token, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.model.cost import plan_runs
 from mechinterp_attn.model.heads import HeadBank
+from mechinterp_attn.paths.explanation import Explanation
 from mechinterp_attn.paths.export import save_json
 from mechinterp_attn.paths.faithful import Faithfulness, Patch, faithfulness
 from mechinterp_attn.paths.flow import (
@@ -48,7 +49,7 @@ from mechinterp_attn.paths.graph_tables import Tables
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class AttributionGraph(Result):
+class AttributionGraph(Explanation):
     """Where a logit comes from: a graph of tokens, heads and neurons at positions.
 
     Attributes:
@@ -65,15 +66,11 @@ class AttributionGraph(Result):
             "query" and "key" edges lead to a score node and are in units of the score, a "pattern"
             edge leads from it to the head: the logits that the head moves from that key.
         frame: the edges.
-        total: the target itself, as the model computed it.
-        kept: the part of it that is inside.
+        kept: the part of the total that is inside.
         kept_influence: share of the candidates' influence that the kept nodes hold.
         n_candidates: how many (head, position) pairs there are in the whole frozen pass.
         weights: what was explained: weights of logits, by token id.
-        target: the token with the largest weight.
-        against: the token with the most negative weight, or none.
-        position: where the logits are read.
-        about: what was explained, in words.
+        total, target, against, position, about: what is explained, as in ``Explanation``.
         goal_name: the tokens alone, as a viewer labels them.
         tokens: the prompt's tokens as text.
         model_name: the model's.
@@ -85,16 +82,11 @@ class AttributionGraph(Result):
     title: ClassVar[str] = "Attribution graph"
     nodes: pd.DataFrame = field(repr=False)
     edges: pd.DataFrame = field(repr=False)
-    total: float
     kept: float
     kept_influence: float
     n_candidates: int
     runs: Faithfulness | None
     weights: Mapping[int, float]
-    target: int
-    against: int | None
-    position: int
-    about: str
     tokens: list[str]
     model_name: str
     probability: float
@@ -295,16 +287,12 @@ def attribution_graph(
         receipt=Receipt(checks, notes),
         nodes=nodes,
         edges=edges,
-        total=goal.total,
+        **Explanation.of(goal),
         kept=total_inside,
         kept_influence=kept_influence,
         n_candidates=n_all,
         runs=runs,
         weights=goal.weights,
-        target=goal.target,
-        against=goal.against,
-        position=goal.position,
-        about=goal.about,
         tokens=frozen.str_tokens,
         model_name=str(frozen.model.provenance.get("name", "unnamed")),
         probability=float(frozen.logits[goal.position].softmax(-1)[goal.target]),
@@ -320,7 +308,6 @@ def _check_options(node_threshold: float, edge_threshold: float, max_nodes: int)
         for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold))
         if not 0 < value <= 1
     ]
-    if max_nodes < 1:
-        wrong.append(f"max_nodes={max_nodes}; expected 1 or more")
+    wrong += below_one(max_nodes=max_nodes)
     if wrong:
         raise MechInterpError("; ".join(wrong))

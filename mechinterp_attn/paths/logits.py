@@ -10,35 +10,29 @@ import torch
 
 from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plans, within
-from mechinterp_attn.core.results import Check, Receipt, Result
+from mechinterp_attn.core.results import Check, Receipt
 from mechinterp_attn.frozen.behaviour import Behaviour
 from mechinterp_attn.frozen.goals import Target, Token, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.model.cost import plan_runs
+from mechinterp_attn.paths.explanation import Explanation
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class LogitAttribution(Result):
+class LogitAttribution(Explanation):
     """A logit (or a logit difference) as a sum over everything that writes to it.
 
     Attributes:
-        total: the logit itself, as the model computed it.
-        target, against, position: what was attributed: token ids and the position.
-        about: the same in words.
+        total, target, against, position, about: what is explained, as in ``Explanation``.
         frame: one row per term: ``head`` (label, or "embed", "position", "L0 attn bias", ...),
             ``layer, kind, index, value`` (logits) and ``share`` of the total.
     """
 
     title: ClassVar[str] = "Direct logit attribution"
     sort_by: ClassVar[str | None] = "value"
-    total: float
-    target: int
-    against: int | None
-    position: int
-    about: str
 
     def plot(self, k: int = 20) -> Figure:
         """The ``k`` largest terms as signed bars.
@@ -133,9 +127,5 @@ def logit_attribution(
     return LogitAttribution(
         frame=frame,
         receipt=Receipt((check,), frozen.receipt.notes),
-        total=total,
-        target=goal.target,
-        against=goal.against,
-        position=pos,
-        about=goal.about,
+        **Explanation.of(goal),
     )

@@ -176,7 +176,7 @@ def costs(
     shape = _shape(model_or_config)
     T = shape.n_ctx if n_tokens is None else n_tokens
     if T < 1:
-        raise MechInterpError(f"n_tokens={n_tokens}; expected 1 or more")
+        raise MechInterpError(f"n_tokens={n_tokens}; expected at least 1")
     L, D, m = shape.n_layers, shape.d_model, shape.d_mlp
     attention_heads, neuron_heads = L * shape.n_heads, L * m * shape.heads_per_neuron
     q = shape.n_heads * shape.head_width

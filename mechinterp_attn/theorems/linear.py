@@ -43,7 +43,7 @@ def linear_heads(
         MechInterpError: d_head below 1, or W does not fit the coordinates.
     """
     if d_head is not None and d_head < 1:
-        raise MechInterpError(f"d_head={d_head}; expected 1 or more")
+        raise MechInterpError(f"d_head={d_head}; expected at least 1")
     U, S, V = torch.linalg.svd(W, full_matrices=False)
     negligible = S.max() * max(W.shape) * torch.finfo(W.dtype).eps
     rank = max(1, int(S.gt(negligible).sum()))

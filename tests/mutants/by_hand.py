@@ -55,9 +55,9 @@ SURVIVED = [
     Mutant("mean ablation counts padding", "causal/cuts.py",
            'z = cache[bank.hook("z")][part.real].double().sum(0)',
            'z = cache[bank.hook("z")].double().sum((0, 1))', GUARDS + "means_are_over"),
-    Mutant("the bound of paths halved", "paths/search.py",
+    Mutant("the bound of paths halved", "paths/best_first.py",
            "bound = bound * (1 + 1e-4)", "bound = bound * 0.5", GUARDS + "knows_what"),
-    Mutant("paths that are cut away forgotten", "paths/search.py",
+    Mutant("paths that are cut away forgotten", "paths/best_first.py",
            "self._dropped = max(self._dropped, float(beyond.max()))", "pass",
            GUARDS + "not_forgotten"),
     Mutant("induction's threshold 5 -> 1", "detect/induction_circuit.py", "STANDS_OUT = 5.0",
@@ -79,7 +79,7 @@ SURVIVED = [
 
 # The same kinds of slips in other places.
 OTHERS = [
-    Mutant("paths that the queue drops forgotten", "paths/search.py",
+    Mutant("paths that the queue drops forgotten", "paths/best_first.py",
            "self._dropped = max(self._dropped, float(group.most[end]))", "pass", GUARDS + "not_forgotten"),
     Mutant("induction's attention 0.4 -> 0.04", "detect/induction_circuit.py", "ATTENDS = 0.4",
            "ATTENDS = 0.04",

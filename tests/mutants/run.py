@@ -42,7 +42,7 @@ ROOMS = {
     "core/results.py": "tests/core tests/view/test_results.py",
     "model/norm.py": "tests/conversion/test_families.py tests/test_model.py",
     "model/gates.py": "tests/conversion/test_modes.py",
-    "paths/search.py": "tests/paths tests/test_guards.py",
+    "paths/best_first.py": "tests/paths tests/test_guards.py",
 }
 SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Lt: ast.LtE,

@@ -48,7 +48,7 @@ def test_a_search_cut_short_says_what_it_did_not_open():
     assert short.receipt.ok
     assert short.unopened != 0
     assert short.explained + short.others + short.unopened == pytest.approx(short.total, abs=1e-10)
-    with pytest.raises(MechInterpError, match=r"top_k=0; expected 1 or more; max_expansions=0"):
+    with pytest.raises(MechInterpError, match=r"top_k=0; expected at least 1; max_expansions=0"):
         mia.paths.top_circuits(frozen, top_k=0, max_expansions=0)
     with pytest.raises(MechInterpError, match="fewer max_expansions or a shorter prompt"):
         mia.paths.top_circuits(frozen, max_bytes=10)

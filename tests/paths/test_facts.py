@@ -371,7 +371,7 @@ class TestErrors:
             mia.paths.attribution_graph(frozen, max_bytes=1000)
         with pytest.raises(MechInterpError, match=r"node_threshold=2.*max_nodes=0"):
             mia.paths.attribution_graph(frozen, node_threshold=2, max_nodes=0)
-        with pytest.raises(MechInterpError, match=r"k=0; expected 1 or more.*positions='x'"):
+        with pytest.raises(MechInterpError, match=r"k=0; expected at least 1.*positions='x'"):
             mia.paths.top_paths(frozen, top_k=0, positions="x")
         with pytest.raises(MechInterpError, match="count='neurons'"):
             mia.paths.orders(frozen, count="neurons")

@@ -143,7 +143,7 @@ def test_searches_and_scores_hold_no_more_than_the_frozen_prompt(model, frozen):
 
 def test_a_short_queue_says_what_it_left_out(model, frozen, monkeypatch):
     whole = mia.paths.top_paths(frozen, top_k=5, max_expansions=30, progress=False)
-    monkeypatch.setattr("mechinterp_attn.paths.search.QUEUE", 30)
+    monkeypatch.setattr("mechinterp_attn.paths.best_first.QUEUE", 30)
     short = mia.paths.top_paths(frozen, top_k=5, max_expansions=30, progress=False)
     assert list(short.frame["path"]) == list(whole.frame["path"])  # the strongest were opened all the same
     assert short.bound == pytest.approx(whole.bound)
