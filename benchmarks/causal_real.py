@@ -27,8 +27,9 @@ from torch import Tensor
 
 import mechinterp_attn as mia
 from mechinterp_attn.causal.discovery import METHODS
+from mechinterp_attn.causal.gradients import graph
 from mechinterp_attn.causal.rules import Rules
-from mechinterp_attn.causal.runs import graph, watched
+from mechinterp_attn.causal.runs import watched
 
 HALF = Rules("fixed", "half", "half")
 RULES = {name: METHODS[name] for name in ("secant", "gradient", "eap-ig", "relp", "frozen")}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechinterp_attn.causal.batches import Batch, look
 from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.frozen.prompt import freeze
+from mechinterp_attn.frozen.freezing import freeze
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import Head, HeadBank
 from mechinterp_attn.model.index import Heads, One

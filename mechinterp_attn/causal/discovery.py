@@ -12,14 +12,13 @@ from torch import Tensor
 from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.circuit import Circuit
 from mechinterp_attn.causal.edges import edge_cost, edge_scores
+from mechinterp_attn.causal.gradients import Backward, backward
 from mechinterp_attn.causal.head_effects import effects
 from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of, some
 from mechinterp_attn.causal.rules import FROZEN, RELP, SECANT, TRUE, Rules
 from mechinterp_attn.causal.runs import (
     MAX_BYTES,
-    Backward,
     Standing,
-    backward,
     plan_prompts,
     ready,
     rows_at_once,

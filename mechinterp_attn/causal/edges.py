@@ -19,9 +19,10 @@ from torch import Tensor
 
 from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.flow import splits
+from mechinterp_attn.causal.gradients import graph
 from mechinterp_attn.causal.patches import Fill, some
 from mechinterp_attn.causal.rules import Hook, Rules
-from mechinterp_attn.causal.runs import graph, rows_at_once, watched, wide
+from mechinterp_attn.causal.runs import rows_at_once, watched, wide
 from mechinterp_attn.causal.wires import EMBED, LOGITS, edge_name
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.model.attention_only import AttentionOnlyModel

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.cuts import Cut, Target, cut_of, cut_of_all, targets_of
+from mechinterp_attn.causal.gradients import backward
 from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of, some
 from mechinterp_attn.causal.runs import (
     MAX_BYTES,
     Standing,
-    backward,
     patched,
     plan_prompts,
     ready,

@@ -1,6 +1,7 @@
 """One prompt, patterns frozen: where every logit comes from."""
 
-from mechinterp_attn.frozen.prompt import Frozen, freeze
+from mechinterp_attn.frozen.freezing import freeze
+from mechinterp_attn.frozen.prompt import Frozen
 from mechinterp_attn.paths.by_order import Orders, orders
 from mechinterp_attn.paths.circuits import TopCircuits, top_circuits
 from mechinterp_attn.paths.graph import AttributionGraph, attribution_graph

@@ -25,7 +25,8 @@ from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank
 from mechinterp_attn.frozen.behaviour import Behaviour, OnPrompt, next_tokens
-from mechinterp_attn.frozen.prompt import Frozen, freeze, sum_tolerance
+from mechinterp_attn.frozen.freezing import freeze
+from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.frozen.sublayer import ROWS
 from mechinterp_attn.model.cost import plan_runs
 from mechinterp_attn.model.index import Heads

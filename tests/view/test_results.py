@@ -21,11 +21,11 @@ from tests.view.test_safety import HOSTILE
 
 
 def kinds(base: type = Result) -> set[type]:
-    """All results there are, found by importing the whole package."""
+    """All kinds that are made, found by importing the whole package; not what they are derived from."""
     for module in pkgutil.walk_packages(mia.__path__, "mechinterp_attn."):
         importlib.import_module(module.name)
     own = {kind for kind in base.__subclasses__() if kind.__module__.startswith("mechinterp_attn")}
-    return own | {below for kind in own for below in kinds(kind)}
+    return {kind for one in own for kind in (kinds(one) or {one})}
 
 
 @pytest.fixture(scope="module")
