@@ -98,7 +98,7 @@ OTHERS = [
            "self.expected += counts[i, j] *", "self.expected +=", COMPOSITION + "expected_to_be_large"),
     Mutant("best z by the score", "circuits/blocks.py",
            "squares = squares.sqrt_().sub_(mean).div_(spread)", "squares = squares.sqrt_()",
-           COMPOSITION + "streamed_search"),
+           "tests/circuits/test_composition_search.py -k streamed_search"),
     Mutant("query biases left out", "model/heads.py",
            "return x @ self.W_Q.to(x.dtype) + self.b_Q.to(x.dtype)", "return x @ self.W_Q.to(x.dtype)",
            SEEN + "bias_alone or one_meaning"),
