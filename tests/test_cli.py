@@ -151,6 +151,32 @@ def test_alone_it_says_what_there_is(run):
     assert all(name in out for name in COMMANDS)
 
 
+@pytest.mark.parametrize(
+    ("words", "calls"),
+    [
+        (["paths", "attn-2l", "top", "--prompt", "Mr. Dorling was"], 2),
+        (["detect", "attn-1l"], 1),
+        (["detect", "attn-1l", "--by", "loss_change"], 1),
+        (["detect", "attn-1l", "--by", "copying_z"], 1),
+        (["detect", "attn-2l", "--by", "circuit"], 1),
+        (["detect", "attn-1l", "--corpus", "text.txt"], 1),
+        (["causal", "attn-2l", "effects", "induction"], 1),
+        (["causal", "attn-2l", "discover", "induction"], 1),
+        (["causal", "attn-2l", "faithfulness", "induction"], 2),
+        (["causal", "attn-2l", "path", "induction", "L0H2 -> L1H3 -> logits"], 1),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_plan_says_what_each_call_would_cost(run, words, calls):
+    """One line a call, and the limit that the plan of the last one is held against is the user's."""
+    code, out, _ = run(*words, "--plan", "--quiet")
+    assert code == 0
+    assert [("GFLOP in" in line) for line in out.splitlines()] == [True] * calls
+    code, out, err = run(*words, "--max-bytes", "1", "--quiet")
+    assert (code, out) == (common.WRONG_INPUT, "")
+    assert "max_bytes" in err
+
+
 def test_a_difference_is_code_1(run):
     code, out, _ = run("verify", "gelu-2l", "--text", "text.txt", "--mlp", "silu")
     assert code == common.DIFFERS

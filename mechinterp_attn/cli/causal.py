@@ -10,8 +10,11 @@ import typer
 
 from mechinterp_attn.cli.common import (
     AsJson,
+    Call,
     CsvFile,
     FigureFile,
+    JustPlan,
+    MaxBytes,
     Model,
     Quiet,
     Seed,
@@ -20,6 +23,7 @@ from mechinterp_attn.cli.common import (
     deliver,
     load,
     remark,
+    run_or_plan,
 )
 
 if TYPE_CHECKING:
@@ -78,6 +82,8 @@ def causal(
     prompts: Annotated[int, typer.Option(help="How many prompts, of a behaviour by name.", min=2)] = 32,
     seed: Seed = 0,
     top: Top = None,
+    max_bytes: MaxBytes = None,
+    plan: JustPlan = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
     figure: FigureFile = None,
@@ -95,39 +101,59 @@ def causal(
         raise MechInterpError(f"{analysis} looks at all heads; leave out {' '.join(heads)}")
     opened = load(model)
     behaviour = _task(opened, task, prompts, seed)
-    result = _run(opened, behaviour, Analysis(analysis), heads, method, units, patch, seed)
+    chosen: dict[str, Any] = {"patch": patch, "seed": seed}
+    result: Result
+    if analysis in (Analysis.effects, Analysis.path):
+        result = run_or_plan(plan, max_bytes, _patching(opened, behaviour, analysis, heads, chosen))
+    else:
+        chosen |= {"method": method, "units": units}
+        ranked_only = analysis == Analysis.discover
+        result = _ranking(opened, behaviour, ranked_only, chosen, plan, max_bytes)
     rows = result.frame.head(top or len(result.frame))
     deliver(result, rows, as_json=as_json, csv=csv, figure=figure)
 
 
-def _run(
-    model: AttentionOnlyModel,
-    task: Task,
-    analysis: Analysis,
-    heads: list[str] | None,
-    method: str,
-    units: str,
-    patch: str,
-    seed: int,
-) -> Result:
-    import mechinterp_attn as mia
+def _patching(
+    model: AttentionOnlyModel, task: Task, analysis: str, heads: list[str] | None, chosen: dict[str, Any]
+) -> Call:
+    from mechinterp_attn import causal as own
     from mechinterp_attn.core.errors import MechInterpError
 
-    chosen: dict[str, Any] = {"patch": patch, "seed": seed}
-    if analysis is Analysis.effects:
-        return mia.causal.effects(model, task, heads or None, **chosen)
-    if analysis is Analysis.path:
-        if not heads:
-            raise MechInterpError("path takes paths; give one such as 'L0H2 -K-> L1H3 -> logits'")
-        return mia.causal.path_patch(model, task, heads, **chosen)
-    how: dict[str, Any] = {"method": cast(Any, method), "units": cast(Any, units)}
-    if analysis is Analysis.discover:
-        return mia.causal.discover(model, task, **how, **chosen)
-    found_on, held_out = task.split(seed=seed)
-    ranking = mia.causal.discover(model, found_on, **how, **chosen)
-    result = mia.causal.faithfulness(model, held_out, ranking, seed=seed)
+    if analysis == Analysis.effects:
+        return own.effects, (model, task, heads or None), chosen
+    if not heads:
+        raise MechInterpError("path takes paths; give one such as 'L0H2 -K-> L1H3 -> logits'")
+    return own.path_patch, (model, task, heads), chosen
+
+
+def _ranking(
+    model: AttentionOnlyModel,
+    task: Task,
+    ranked_only: bool,
+    chosen: dict[str, Any],
+    plan: bool,
+    max_bytes: int | None,
+) -> Result:
+    """Heads or edges ranked, and how much circuits of the first of them carry alone."""
+    from mechinterp_attn import causal as own
+    from mechinterp_attn.core.errors import MechInterpError
+
+    if ranked_only:
+        return cast("Result", run_or_plan(plan, max_bytes, (own.discover, (model, task), chosen)))
+    found_on, held_out = task.split(seed=chosen["seed"])
+    ranking: Call = own.discover, (model, found_on), chosen
+    if plan:
+        if chosen["units"] != "heads":
+            raise MechInterpError(
+                "the cost of circuits of edges depends on the ranking; plan discover alone"
+            )
+        behind: Call = own.faithfulness, (model, held_out, list(model.heads)), {"seed": chosen["seed"]}
+        run_or_plan(True, max_bytes, ranking, behind)
+    ranked = run_or_plan(False, max_bytes, ranking)
+    options = {"seed": chosen["seed"]}
+    result = run_or_plan(False, max_bytes, (own.faithfulness, (model, held_out, ranked), options))
     remark(f"CMD {result.cmd:.3f}, CPR {result.cpr:.3f}; of random rankings {result.cmd_random:.3f}")
-    return result
+    return cast("Result", result)
 
 
 def _task(model: AttentionOnlyModel, name: str, prompts: int, seed: int) -> Task:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ import typer
 
 from mechinterp_attn.cli.common import (
     AsJson,
+    Call,
     CsvFile,
     FigureFile,
     Heads,
@@ -29,10 +29,6 @@ from mechinterp_attn.cli.common import (
 
 if TYPE_CHECKING:
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
-
-
-# A function, and what it is called with.
-Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 class Analysis(StrEnum):
@@ -124,7 +120,7 @@ def circuits(
         call = own.composition, (loaded, kind.value, earlier, _select(dst)), options
     else:
         call = _others(loaded, analysis, heads, tokens, top, src, dst, length)
-    result = run_or_plan(plan, max_bytes, *call)
+    result = run_or_plan(plan, max_bytes, call)
     ranked_here = analysis in (Analysis.copying, Analysis.positions)  # the others come as long as asked
     rows = result.top(top or 10) if ranked_here else result.frame
     deliver(result, rows, as_json=as_json, csv=csv, figure=figure)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from mechinterp_attn.core.results import Result
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
+# A function, and what it is called with.
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
 # Exit codes, as the manual has them (docs/cli.md).
 DIFFERS, WRONG_INPUT, BUG, INTERRUPTED = 1, 2, 70, 130
 
@@ -164,14 +167,13 @@ def _style(text: str, stream: Any, **look: Any) -> str:
     return typer.style(text, **look) if colour else text
 
 
-def run_or_plan(
-    just_plan: bool,
-    max_bytes: int | None,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    options: dict[str, Any],
-) -> Any:
+def run_or_plan(just_plan: bool, max_bytes: int | None, *calls: Call) -> Any:
     """The result of an analysis; with ``--plan`` its cost is printed instead, and the command ends.
+
+    Args:
+        just_plan: what ``--plan`` says.
+        max_bytes: what ``--max-bytes`` says.
+        calls: the analysis; with ``--plan`` in front of it other calls that the command would make.
 
     Raises:
         MechInterpError: as the analysis, or it takes no ``--max-bytes`` or has no plan.
@@ -179,12 +181,16 @@ def run_or_plan(
     from mechinterp_attn.core.errors import MechInterpError
     from mechinterp_attn.core.plan import plan
 
-    if max_bytes is not None:
-        if "max_bytes" not in inspect.signature(function).parameters:
-            raise MechInterpError(f"{function.__name__} is quick and takes no --max-bytes; leave it out")
-        options = options | {"max_bytes": max_bytes}
+    for function, args, options in calls:
+        if max_bytes is not None:
+            if "max_bytes" not in inspect.signature(function).parameters:
+                raise MechInterpError(
+                    f"{function.__name__} is quick and takes no --max-bytes; leave it out"
+                )
+            options = options | {"max_bytes": max_bytes}
+        if just_plan:
+            typer.echo(str(plan(function, *args, **options)))
     if just_plan:
-        typer.echo(str(plan(function, *args, **options)))
         raise typer.Exit
     return function(*args, **options)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mechinterp_attn.cli.common import (
     AsJson,
+    Call,
     CsvFile,
     FigureFile,
     Heads,
+    JustPlan,
+    MaxBytes,
     Model,
     Quiet,
     Seed,
@@ -20,6 +23,7 @@ from mechinterp_attn.cli.common import (
     deliver,
     load,
     remark,
+    run_or_plan,
 )
 
 if TYPE_CHECKING:
@@ -63,6 +67,8 @@ def detect(
         str | None, typer.Option(help="The passages where this head writes most.", metavar="HEAD")
     ] = None,
     seed: Seed = 0,
+    max_bytes: MaxBytes = None,
+    plan: JustPlan = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
     figure: FigureFile = None,
@@ -80,16 +86,14 @@ def detect(
     opened = load(model)
     result: Result
     if corpus is not None:
-        scores = mia.detect.over_corpus(
-            opened,
-            corpus,
-            heads=heads or (),
-            estimate=by == "estimate",
-            field=field,
-            limit=limit,
-            resume=resume,
-            workers=workers,
-        )
+        options: dict[str, Any] = {
+            "heads": heads or (),
+            "estimate": by == "estimate",
+            "field": field,
+            "limit": limit,
+        }
+        options |= {"resume": resume, "workers": workers}
+        scores = run_or_plan(plan, max_bytes, (mia.detect.over_corpus, (opened, corpus), options))
         if passages is not None:
             found = scores.passages(passages)
             about = f"Where {passages} writes most"
@@ -97,13 +101,13 @@ def detect(
             return
         result = scores
     elif by == CIRCUIT:
-        circuit = mia.detect.induction(opened, seed=seed)
+        circuit = run_or_plan(plan, max_bytes, (mia.detect.induction, (opened,), {"seed": seed}))
         remark(str(circuit))
         rows = circuit.frame.head(top or len(circuit.frame))
         deliver(circuit, rows, as_json=as_json, csv=csv, figure=figure)
         return
     else:
-        result = _scores(opened, heads, by, seed)
+        result = run_or_plan(plan, max_bytes, _scores(opened, heads, by, seed))
     names = list(result.frame.select_dtypes("float").columns)
     if by not in names:
         others = [] if corpus is not None else [CIRCUIT, *BY_WEIGHTS, *BY_CUTTING]
@@ -112,14 +116,14 @@ def detect(
     deliver(result, rows, by=by, as_json=as_json, csv=csv, figure=figure)
 
 
-def _scores(model: AttentionOnlyModel, heads: list[str] | None, by: str, seed: int) -> Result:
+def _scores(model: AttentionOnlyModel, heads: list[str] | None, by: str, seed: int) -> Call:
     """The table that has a score: by attention unless it is one of the others'."""
     import mechinterp_attn as mia
 
     chosen = heads or None
     if by in BY_CUTTING:
         probe = mia.detect.random_repeats(model, draws=10, seed=seed)
-        return mia.detect.ablate(model, probe.tokens, chosen, where=probe.repeated)
+        return mia.detect.ablate, (model, probe.tokens, chosen), {"where": probe.repeated}
     if by in BY_WEIGHTS:
-        return mia.detect.score_weights(model, chosen, seed=seed)
-    return mia.detect.score_heads(model, chosen, seed=seed)
+        return mia.detect.score_weights, (model, chosen), {"seed": seed}
+    return mia.detect.score_heads, (model, chosen), {"seed": seed}

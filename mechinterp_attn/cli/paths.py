@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mechinterp_attn.cli.common import (
     Against,
     AsJson,
+    Call,
     CsvFile,
     FigureFile,
     Heads,
     Ids,
+    JustPlan,
+    MaxBytes,
     Model,
     Position,
     Prompt,
@@ -27,6 +30,7 @@ from mechinterp_attn.cli.common import (
     one_head,
     prompt_of,
     remark,
+    run_or_plan,
     token_of,
     write_figure,
 )
@@ -72,6 +76,8 @@ def paths(
     query: Annotated[int, typer.Option(help="score: the query position.")] = -1,
     key: Annotated[int | None, typer.Option(help="score: the key position.")] = None,
     top: Top = 20,
+    max_bytes: MaxBytes = None,
+    plan: JustPlan = False,
     as_json: AsJson = False,
     csv: CsvFile = None,
     figure: FigureFile = None,
@@ -85,38 +91,19 @@ def paths(
     from mechinterp_attn.paths.export import graph_json
 
     text = prompt_of(prompt, tokens)
-    frozen = mia.paths.freeze(load(model), text if isinstance(text, str) else torch.tensor(text))
+    loaded = load(model)
+    freezing: Call = mia.paths.freeze, (loaded, text if isinstance(text, str) else torch.tensor(text)), {}
+    frozen = run_or_plan(False, max_bytes, freezing)
     goal: dict[str, Any] = {
         "target": token_of(frozen.model, target),
         "against": token_of(frozen.model, against),
         "position": position,
     }
     k = top or 20
-    result: Result
-    match analysis:
-        case Analysis.orders:
-            result = mia.paths.orders(frozen)
-            rows = result.frame
-        case Analysis.importance:
-            result = mia.paths.term_importance(frozen.model, frozen.tokens)
-            rows = result.frame
-        case Analysis.attribution:
-            result = mia.paths.logit_attribution(frozen, **goal)
-            rows = result.top(k)
-        case Analysis.top:
-            result = mia.paths.top_paths(frozen, **goal, top_k=k)
-            rows = result.frame
-        case Analysis.score:
-            head = one_head(heads, "paths ... score")
-            against_others = None if key is None else "others"
-            result = mia.paths.expand_score(frozen, head, query, key, against=cast(Any, against_others))
-            rows = result.top(k)
-        case Analysis.virtual:
-            result = mia.paths.virtual_head(frozen, *(heads or ()), **goal)
-            rows = result.top(k)
-        case Analysis.graph:
-            result = mia.paths.attribution_graph(frozen, **goal, scores=True)
-            rows = result.edges.head(k)
+    call = _call(frozen, analysis, heads, goal, query, key, k)
+    result = run_or_plan(plan, max_bytes, *([freezing] if plan else []), call)
+    whole = analysis in (Analysis.orders, Analysis.importance, Analysis.top)  # those have their own length
+    rows = result.frame if whole else result.top(k)
     about = _about(frozen, result)
     if isinstance(result, mia.paths.AttributionGraph) and as_json:  # whole, as viewers read it
         emit_json(graph_json(result, "graph"))
@@ -125,6 +112,35 @@ def paths(
             write_figure(result, figure)
         return
     deliver(result, rows, about=about, as_json=as_json, csv=csv, figure=figure)
+
+
+def _call(
+    frozen: Frozen,
+    analysis: Analysis,
+    heads: list[str] | None,
+    goal: dict[str, Any],
+    query: int,
+    key: int | None,
+    top_k: int,
+) -> Call:
+    from mechinterp_attn import paths as own
+
+    match analysis:
+        case Analysis.orders:
+            return own.orders, (frozen,), {}
+        case Analysis.importance:
+            return own.term_importance, (frozen.model, frozen.tokens), {}
+        case Analysis.attribution:
+            return own.logit_attribution, (frozen,), goal
+        case Analysis.top:
+            return own.top_paths, (frozen,), goal | {"top_k": top_k}
+        case Analysis.score:
+            against = {"against": None if key is None else "others"}
+            return own.expand_score, (frozen, one_head(heads, "paths ... score"), query, key), against
+        case Analysis.virtual:
+            return own.virtual_head, (frozen, *(heads or ())), goal
+        case Analysis.graph:
+            return own.attribution_graph, (frozen,), goal | {"scores": True}
 
 
 def _about(frozen: Frozen, result: Result) -> str:
