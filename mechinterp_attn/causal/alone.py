@@ -16,7 +16,8 @@ from mechinterp_attn.causal.cuts import Cut
 from mechinterp_attn.causal.flow import FIRST, Flow, splits
 from mechinterp_attn.causal.runs import hold, patched, rows_at_once, watched
 from mechinterp_attn.causal.task import Task
-from mechinterp_attn.causal.wires import ARROW, Edges, Wires, edge_of
+from mechinterp_attn.causal.wires import ARROW, POOL, Edges, Wires, edge_of
+from mechinterp_attn.causal.written import pool_bytes
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -105,23 +106,28 @@ class AloneHeads(Alone):
         return Cut("circuit", whole=whole)
 
 
+@dataclass(frozen=True, eq=False)
 class AloneEdges(Alone):
     """Edges; all others bring what they bring in the counterfactual."""
 
     units = "edges"
+    edges: Edges
 
     def names(self) -> list[str]:
-        return Edges.of(self.model).names(self.order)
+        return self.edges.names(self.order)
 
     def drawn(self, n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
-        return Edges.of(self.model).drawn(n, generator)
+        return self.edges.drawn(n, generator)
 
     @torch.no_grad()
     def metric(self, some: list[Parts]) -> Float[Tensor, "run n"]:
-        edges = Edges.of(self.model)
+        edges = self.edges
         wires = [Wires(edges, parts.ids, rest=parts.rest) for parts in some]
         out = torch.zeros(len(wires), len(self.bound), dtype=torch.float64)
         rows = max(1, rows_at_once(self.model, self.bound, self.max_bytes) // 4)
+        if edges.pools:
+            width = self.bound.clean.tokens.shape[1]
+            rows = max(1, min(rows, self.max_bytes // (2 * pool_bytes(self.model, width))))
         with Progress(desc="circuits alone", total=len(wires) * len(self.bound)) as progress:
             for at, part in self.bound.split(rows):
                 other = part.counterfactual("faithfulness")
@@ -146,8 +152,8 @@ def alone_of(model: AttentionOnlyModel, bound: Bound, ranking: Any, max_bytes: i
         raise MechInterpError("the ranking is empty; give heads or edges, the most important first")
     if units == "edges":
         splits(model)
-        edges = Edges.of(model)
-        return AloneEdges(model, bound, _once(edges.ids(order)), len(edges), task, max_bytes)
+        edges = Edges.of(model, pools=any(end.endswith(POOL) for edge in order for end in edge[:2]))
+        return AloneEdges(model, bound, _once(edges.ids(order)), len(edges), task, max_bytes, edges)
     place = {label: number for number, label in enumerate(model.heads)}
     labels = order if set(order) <= place.keys() else model.heads.labels(order)
     virtual = [label for label in labels if label not in place]

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from mechinterp_attn.causal.evaluation import Faithfulness, Minimality, faithfulness, minimality
 from mechinterp_attn.causal.task import Task
-from mechinterp_attn.causal.wires import ENDS, Edge, edge_name
+from mechinterp_attn.causal.wires import ENDS, POOL, Edge, edge_name
 from mechinterp_attn.core.errors import MechInterpError, listing
 from mechinterp_attn.core.fields import wrong_fields
 from mechinterp_attn.core.files import write_text
@@ -37,7 +37,8 @@ class Circuit:
     Attributes:
         heads: labels, the most important first.
         edges: ``(from, to, mode)`` with mode "Q", "K" or "V"; from "embed" and to "logits" (mode "") are
-            allowed. Empty where only heads are known: then every edge between them is meant.
+            allowed, and whole MLPs such as "L3N*" (which read with mode ""). Empty where only heads are
+            known: then every edge between them is meant.
         task: the behaviour; None where it is not known.
         scores: of the heads, or of the edges where there are edges.
     """
@@ -67,10 +68,14 @@ class Circuit:
 
     def spec(self) -> dict[str, Any]:
         """The circuit as ``detect.assert_circuit`` takes it: its heads as members and the edges between
-        them.
+        them; not those of whole MLPs, of which it makes no claim.
         """
         found: dict[str, Any] = {"heads": dict.fromkeys(self.heads, "member")}
-        edges = [edge_name(*edge) for edge in self.edges if not set(edge[:2]) & set(ENDS)]
+        edges = [
+            edge_name(src, dst, mode)
+            for src, dst, mode in self.edges
+            if mode and src not in ENDS and not src.endswith(POOL)
+        ]
         if edges:
             found["edges"] = edges
         return found

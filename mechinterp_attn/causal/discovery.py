@@ -15,6 +15,7 @@ from mechinterp_attn.causal.edges import edge_cost, edge_scores
 from mechinterp_attn.causal.gradients import Backward, backward
 from mechinterp_attn.causal.head_effects import effects
 from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of, some
+from mechinterp_attn.causal.pooled_edges import pooled_edge_scores
 from mechinterp_attn.causal.rules import FROZEN, RELP, SECANT, TRUE, Rules
 from mechinterp_attn.causal.runs import (
     MAX_BYTES,
@@ -27,6 +28,8 @@ from mechinterp_attn.causal.runs import (
     wide,
 )
 from mechinterp_attn.causal.task import Task
+from mechinterp_attn.causal.wires import Edges
+from mechinterp_attn.causal.written import pool_bytes
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import CELL, TABLE, Plan, plan, plans, within
 from mechinterp_attn.core.progress import Progress
@@ -42,6 +45,7 @@ METHODS: dict[str, Rules] = {
     "relp": RELP,
     "frozen": FROZEN,
 }
+EDGES = 5000  # that are kept where nobody says how many
 Method = Literal["secant", "gradient", "eap", "eap-ig", "eap-ig-activations", "relp", "frozen", "exact"]
 
 
@@ -99,7 +103,8 @@ def _plan(
     units: str,
     positions: str,
     steps: int,
-    top_k: int,
+    top_k: int | None,
+    pools: bool,
     max_bytes: int,
 ) -> Plan:
     """A backward pass, one for every step; scores of edges are products over all tokens."""
@@ -110,12 +115,21 @@ def _plan(
         return plan(effects, model, task, **options, max_bytes=max_bytes)
     passes = {"eap-ig": steps, "eap-ig-activations": steps * len(model.sublayers())}.get(str(method), 1)
     edges = units == "edges"
-    kept, flops = edge_cost(model, bound, passes) if edges else (0, 0)
-    result = 3 * CELL * TABLE * (top_k if edges else model.n_heads * each)
+    kept, flops = (0, 0)
+    if edges and pools:
+        kept = 2 * passes * pool_bytes(model, bound.clean.tokens.shape[1])
+    elif edges:
+        kept, flops = edge_cost(model, bound, passes)
+    result = 3 * CELL * TABLE * (_kept(model, top_k, pools) if edges else model.n_heads * each)
     return plan_prompts(
         model, bound, f"scores of {units}", max_bytes, runs=5 + 4 * passes, result=result, kept=kept,
         flops=flops, backward=True, times=2,
     )  # fmt: skip
+
+
+def _kept(model: AttentionOnlyModel, top_k: int | None, pools: bool) -> int:
+    """How many edges are kept."""
+    return (len(Edges.of(model, pools=True)) if pools else EDGES) if top_k is None else top_k
 
 
 @plans(_plan)
@@ -126,10 +140,11 @@ def discover(
     units: Literal["heads", "edges"] = "heads",
     *,
     positions: Literal["all", "each"] = "all",
+    pools: bool = False,
     patch: Patch = "corrupt",
     value_bias: ValueBias = "cut",
     steps: int = 5,
-    top_k: int = 5000,
+    top_k: int | None = None,
     seed: int = 0,
     max_bytes: int = MAX_BYTES,
 ) -> Discovery:
@@ -155,19 +170,21 @@ def discover(
             - or ``causal.Rules`` of your own.
         units: "heads", or "edges" with their mode Q, K or V.
         positions: "each" gives every position a score of its own (heads; prompts of one length).
+        pools: of edges: all neurons of an MLP are one end, ``L3N*``, as in MIB: far fewer edges.
         patch: what heads would hold instead; "corrupt" needs counterfactuals, as "secant" and "eap-ig" do.
         value_bias: as for ``effects``.
         steps: of "eap-ig".
-        top_k: of edges, how many with the largest scores are kept; all are scored.
+        top_k: of edges, how many with the largest scores are kept; all are scored. By default 5,000, and
+            all of them with ``pools``.
         seed: of ``patch="resample"``.
         max_bytes: memory beyond the model's that may be used, the result included.
 
     Raises:
         MechInterpError: everything in which the task does not fit the model or the choices.
     """
-    rules = _rules(method, units, positions, patch, steps)
+    rules = _rules(method, units, positions, patch, steps, pools)
     name = method if isinstance(method, str) else str(method)
-    made = _plan(model, task, method, units, positions, steps, top_k, max_bytes)
+    made = _plan(model, task, method, units, positions, steps, top_k, pools, max_bytes)
     whole, max_bytes = max_bytes, within(made, max_bytes, "fewer prompts").left(max_bytes)
     bound = ready(model, task.bind(model), max_bytes)
     if method == "exact":
@@ -189,10 +206,13 @@ def discover(
     notes: dict[str, Any] = {"metric": bound.about, "method": name, "patch": patch, **state.notes}
     notes["dtype"] = str(model.W_E.dtype).removeprefix("torch.")
     if units == "edges":
-        frame, total, into = edge_scores(
-            model, bound, rules, steps=steps if method == "eap-ig" else 1, fill=fill, top_k=top_k,
-            max_bytes=max_bytes,
-        )  # fmt: skip
+        made_of: dict[str, Any] = {"steps": steps if method == "eap-ig" else 1, "fill": fill}
+        made_of["max_bytes"] = max_bytes
+        if pools:
+            frame, total, into = pooled_edge_scores(model, bound, rules, top_k=top_k, **made_of)
+        else:
+            kept = _kept(model, top_k, pools)
+            frame, total, into = edge_scores(model, bound, rules, top_k=kept, **made_of)
         notes["edges"] = f"{total:,} scored, the top {len(frame):,} kept"
         checks = _complete(model, state, rules, patch, torch.tensor([into]), notes)
         return Discovery(
@@ -245,7 +265,7 @@ def _approximate(model: AttentionOnlyModel) -> bool:
     return spec.score_cap is not None or spec.logit_cap is not None or str(spec.act_fn).startswith("solu")
 
 
-def _rules(method: Any, units: str, positions: str, patch: str, steps: int) -> Rules:
+def _rules(method: Any, units: str, positions: str, patch: str, steps: int, pools: bool) -> Rules:
     wrong = []
     if not isinstance(method, Rules) and method not in (*METHODS, "exact"):
         wrong.append(f"method={method!r}; expected {', '.join(METHODS)}, exact, or causal.Rules(...)")
@@ -253,6 +273,8 @@ def _rules(method: Any, units: str, positions: str, patch: str, steps: int) -> R
         wrong.append(f"units={units!r}; expected 'heads' or 'edges'")
     if positions not in ("all", "each"):
         wrong.append(f"positions={positions!r}; expected 'all' or 'each'")
+    if units == "heads" and pools:
+        wrong.append("pools=True is for units='edges', whose ends they are; heads are ranked one by one")
     if units == "edges" and positions == "each":
         wrong.append("positions='each' is for heads; edges are summed over positions")
     if units == "edges" and method in ("exact", "eap-ig-activations"):

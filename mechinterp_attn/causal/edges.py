@@ -23,7 +23,7 @@ from mechinterp_attn.causal.gradients import graph
 from mechinterp_attn.causal.patches import Fill, some
 from mechinterp_attn.causal.rules import Hook, Rules
 from mechinterp_attn.causal.runs import rows_at_once, watched, wide
-from mechinterp_attn.causal.wires import EMBED, LOGITS, edge_name
+from mechinterp_attn.causal.wires import EMBED, LOGITS, Edges, edge_name
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import HeadBank
@@ -100,10 +100,10 @@ def edge_scores(
         MechInterpError: a model with norms behind its sublayers.
     """
     splits(model)
-    got = _collect(model, bound, rules, steps, fill, max_bytes - edge_cost(model, bound, steps)[0])
+    got = collect(model, bound, rules, steps, fill, max_bytes - edge_cost(model, bound, steps)[0])
     count = len(bound) * steps
-    best = _Best(top_k)
-    banks = list(model.banks)
+    edges = Edges.of(model)
+    best, banks = Best(top_k), list(model.banks)
     with Progress(desc="scoring edges", total=len(banks) + 1) as progress:
         for number, bank in enumerate(banks):
             earlier = [i for i, other in enumerate(banks) if other.step < bank.step]
@@ -118,7 +118,7 @@ def edge_scores(
             along = (got.end @ _writes(bank).flatten(0, 1).T).unflatten(-1, change.shape[1:])
             best.add((change * along).sum((0, 2))[:, None] / count, i, None, "")
         progress.update()
-    return best.frame(banks), best.total, best.inputs
+    return best.frame(edges), best.total, best.inputs
 
 
 def _between(got: Collected, src: HeadBank, dst: HeadBank, mode: str) -> Tensor:
@@ -151,7 +151,7 @@ def _writes(bank: HeadBank) -> Tensor:
     return bank.stacked("O")
 
 
-class _Best:
+class Best:
     """The edges with the largest scores seen so far."""
 
     def __init__(self, k: int):
@@ -175,21 +175,27 @@ class _Best:
             keep = self.scores.abs().topk(self.k).indices
             self.rows, self.scores = self.rows[keep], self.scores[keep]
 
-    def frame(self, banks: list[HeadBank]) -> pd.DataFrame:
+    def frame(self, edges: Edges) -> pd.DataFrame:
+        ends = [edges.ends(number) for number in range(len(edges.banks))]
         order = self.scores.abs().argsort(descending=True, stable=True)
         rows = []
         for (i, src, j, dst, mode), score in zip(
             self.rows[order].tolist(), self.scores[order].tolist(), strict=True
         ):
-            names = EMBED if i < 0 else banks[i].label(src), LOGITS if j < 0 else banks[j].label(dst)
+            names = EMBED if i < 0 else ends[i][src], LOGITS if j < 0 else ends[j][dst]
             edge = (*names, " QKV"[mode].strip())
             rows.append((*edge, edge_name(*edge), score))
         return pd.DataFrame(rows, columns=["src", "dst", "mode", "edge", "score"])
 
 
-def _collect(
+def collect(
     model: AttentionOnlyModel, bound: Bound, rules: Rules, steps: int, fill: Fill, max_bytes: int
 ) -> Collected:
+    """The pieces of some prompts, a few at a time.
+
+    Args:
+        steps: inputs between the counterfactual and the clean ones at which gradients are taken.
+    """
     rows = max(1, rows_at_once(model, bound, max_bytes, backward=True) // (3 if rules.paired else 2))
     parts = []
     for at, part in bound.split(rows):

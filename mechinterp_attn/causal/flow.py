@@ -20,6 +20,7 @@ from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.rules import Hook
 from mechinterp_attn.causal.runs import run, wide
 from mechinterp_attn.causal.wires import By, Edges, Wires
+from mechinterp_attn.causal.written import Written
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import HeadBank
@@ -72,6 +73,7 @@ class Flow:
         self.sources = sources
         self.written: dict[int, Tensor] = {}  # what is different, by bank, [token, head * d_head]
         self.all: Any = 0.0 if self.embed is None else self.embed
+        self.pools = None if not edges.pools or self.embed is None else Written(edges, self.embed)
         self.changes: dict[str, Tensor] = {}
         self.stream: dict[str, Tensor] = {}
         # Heads that share keys and values get copies of the run, in each of which another one owns them.
@@ -110,12 +112,16 @@ class Flow:
         return hook
 
     def _moved(self, bank: HeadBank, number: int, mode: str) -> Float[Tensor, "token head d_head"] | None:
-        named = self.wires.into(number, mode)
+        pooled = self.edges.pooled(number)
+        named = self.wires.into(number, "" if pooled else mode)
         if not named and not self.wires.rest:
             return None
         x = self.stream[self.model.stream_of(bank)]
         norm, _ = self.model.norm_of(bank)
         plain, W = norm.plain(x), bank.reads[mode]
+        if pooled:
+            moved = norm.plain(x + self._change(named.get(0, {}))) - plain
+            return torch.einsum("td,hdk->thk", moved, W)
         out = x.new_zeros(len(x), bank.n_heads, bank.d_head)
         if self.wires.rest:
             out += torch.einsum("td,hdk->thk", norm.plain(x + self.all) - plain, W)
@@ -123,12 +129,20 @@ class Flow:
         at_a_time = max(1, CHUNK // (x.element_size() * x.numel()))
         for start in range(0, len(heads), at_a_time):
             some = heads[start : start + at_a_time]
-            streams = torch.stack([x + self._change(named[head]) for head in some])
+            streams = x + self._changes([named[head] for head in some])
             out[:, some] = torch.einsum("htd,hdk->thk", norm.plain(streams) - plain, W[some])
         return out
 
+    def _changes(self, several: list[By]) -> Float[Tensor, "reader token d_model"]:
+        if self.pools is None:
+            return torch.stack([self._change(by) for by in several])
+        total = self.pools.sums(several)
+        return self.all - total if self.wires.rest else total
+
     def _change(self, by: By) -> Tensor:
         """What is different in a reader's stream, for the sources that are named for it."""
+        if self.pools is not None:
+            return self._changes([by])[0]
         total = torch.zeros_like(next(iter(self.stream.values())))
         for source, heads in by.items():
             if source < 0:
@@ -146,13 +160,15 @@ class Flow:
 
         def hook(z: Tensor, hook: Any) -> Tensor:
             change = self._own(bank, wide(z).unflatten(0, (self.copies, -1))) - wide(before)
-            reached = [head for m in bank.reads for head in self.wires.into(number, m)]
-            if not self.wires.rest:
+            reached = [head for m in self.edges.modes(number) for head in self.wires.into(number, m)]
+            if not self.wires.rest and not self.edges.pooled(number):
                 change = _only(change, reached)
             if bank.path in self.sources:
                 change = change + wide(self.sources[bank.path])
             self.changes[bank.path] = change
             self.written[number] = change.flatten(2).flatten(0, 1)
+            if self.pools is not None:
+                self.pools.add(number, change.flatten(0, 1))
             if self.wires.rest:
                 self.all = self.all + self.written[number] @ bank.stacked("O").flatten(0, 1)
             return before.repeat(self.copies, *[1] * (before.ndim - 1))

@@ -17,11 +17,12 @@ from mechinterp_attn.model.heads import HeadBank
 Edge = tuple[str, str, str]  # from, to, what of it reads: "Q", "K", "V"; "" for the logits
 EMBED, LOGITS = "embed", "logits"
 ENDS = (EMBED, LOGITS)
+POOL = "*"  # ends the name of a whole MLP: L3N*
 ARROW = re.compile(r"\s*-+\s*([QKV]?)\s*-*>\s*", re.IGNORECASE)
 SHOWN = 5  # edges that an error names
 
 By = dict[
-    int, Int[Tensor, " source"]
+    int, Int[Tensor, " _source"]
 ]  # heads that are read, by the number of their bank; -1: the embedding
 
 
@@ -81,24 +82,40 @@ class Edges:
     Attributes:
         banks: of the model, in order.
         blocks: pairs of banks with a mode; -1 is the embedding as a source and the logits as a reader.
+        pools: whether the neurons of an MLP are one end, ``L3N*``, which reads as a whole (mode "").
     """
 
     banks: tuple[HeadBank, ...]
     blocks: tuple[Block, ...]
     known: dict[tuple[int, int, str], Block] = field(repr=False)
+    pools: bool = False
 
     @classmethod
-    def of(cls, model: AttentionOnlyModel) -> Edges:
+    def of(cls, model: AttentionOnlyModel, *, pools: bool = False) -> Edges:
         banks = model.banks
-        pairs = [(i, j, mode) for j, bank in enumerate(banks) for mode in bank.reads
+        empty = cls(banks, (), {}, pools)
+        pairs = [(i, j, mode) for j, bank in enumerate(banks) for mode in empty.modes(j)
                  for i in (-1, *(i for i, b in enumerate(banks) if b.step < bank.step))]  # fmt: skip
         pairs += [(i, -1, "") for i in range(-1, len(banks))]
         blocks, start = [], 0
         for i, j, mode in pairs:
-            n_src, n_dst = (1 if at < 0 else banks[at].n_heads for at in (i, j))
+            n_src, n_dst = (1 if at < 0 else len(empty.ends(at)) for at in (i, j))
             blocks.append(Block(i, j, mode, n_src, n_dst, start))
             start += n_src * n_dst
-        return cls(banks, tuple(blocks), {(b.src, b.dst, b.mode): b for b in blocks})
+        return cls(banks, tuple(blocks), {(b.src, b.dst, b.mode): b for b in blocks}, pools)
+
+    def pooled(self, bank: int) -> bool:
+        """Whether a bank is one end of edges as a whole."""
+        return self.pools and not self.banks[bank].mixes_positions
+
+    def modes(self, bank: int) -> tuple[str, ...]:
+        """What of a bank's ends reads."""
+        return ("",) if self.pooled(bank) else tuple(self.banks[bank].reads)
+
+    def ends(self, bank: int) -> list[str]:
+        """The ends of edges in a bank, by name."""
+        own = self.banks[bank]
+        return [f"L{own.layer}N{POOL}"] if self.pooled(bank) else own.labels()
 
     def __len__(self) -> int:
         last = self.blocks[-1]
@@ -110,9 +127,7 @@ class Edges:
         Raises:
             MechInterpError: edges that the model has not; all of them.
         """
-        place = {
-            label: (i, k) for i, bank in enumerate(self.banks) for k, label in enumerate(bank.labels())
-        }
+        place = {label: (i, k) for i in range(len(self.banks)) for k, label in enumerate(self.ends(i))}
         sources, readers = place | {EMBED: (-1, 0)}, place | {LOGITS: (-1, 0)}
         found, wrong = [], []
         for edge in edges:
@@ -129,7 +144,7 @@ class Edges:
             more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
             what = (
                 "this model has no such edges (a head reads what earlier ones write, an attention head by "
-                "Q, K or V, a neuron by Q or V, the logits without a mode)"
+                "Q, K or V, a neuron by Q or V, the logits and whole MLPs, L3N*, without a mode)"
             )
             raise MechInterpError(listing(what, [*wrong[:SHOWN], *more]))
         return torch.tensor(found, dtype=torch.long)
@@ -142,8 +157,8 @@ class Edges:
         for owner, own in zip(owners, ids.tolist(), strict=True):
             block = self.blocks[owner]
             s, d = divmod(own - block.start, block.n_dst)
-            src = EMBED if block.src < 0 else self.banks[block.src].label(s)
-            dst = LOGITS if block.dst < 0 else self.banks[block.dst].label(d)
+            src = EMBED if block.src < 0 else self.ends(block.src)[s]
+            dst = LOGITS if block.dst < 0 else self.ends(block.dst)[d]
             found.append(edge_name(src, dst, block.mode))
         return found
 

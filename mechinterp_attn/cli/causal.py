@@ -76,6 +76,9 @@ def causal(
         str, typer.Option(help="secant, gradient, eap, eap-ig, relp, frozen or exact.")
     ] = "secant",
     units: Annotated[str, typer.Option(help="heads, or edges between them.")] = "heads",
+    pools: Annotated[
+        bool, typer.Option("--pools", help="Of edges: all neurons of an MLP are one end, L3N*.")
+    ] = False,
     patch: Annotated[
         str, typer.Option(help="What a head is given: corrupt, zero, mean or resample.")
     ] = "corrupt",
@@ -106,7 +109,7 @@ def causal(
     if analysis in (Analysis.effects, Analysis.path):
         result = run_or_plan(plan, max_bytes, _patching(opened, behaviour, analysis, heads, chosen))
     else:
-        chosen |= {"method": method, "units": units}
+        chosen |= {"method": method, "units": units, "pools": pools}
         ranked_only = analysis == Analysis.discover
         result = _ranking(opened, behaviour, ranked_only, chosen, plan, max_bytes)
     rows = result.frame.head(top or len(result.frame))

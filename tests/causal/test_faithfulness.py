@@ -122,6 +122,44 @@ def test_edges_have_numbers(model):
     assert sorted(edges.ids(every).tolist()) == list(range(len(every)))
 
 
+def whole_mlps(model):
+    """Edges between heads and whole MLPs, each with the edges between heads and neurons that it is."""
+    name = {label: f"L{b.layer}N*" for b in model.banks if b.kind == "mlp" for label in b.labels()}
+    found = {}
+    for src, dst, mode in every_edge(model):
+        edge = name.get(src, src), name.get(dst, dst), "" if dst in name else mode
+        found.setdefault(edge, []).append((src, dst, mode))
+    return found
+
+
+def test_edges_of_whole_mlps(model, task):
+    """A whole MLP is all its neurons: circuits run alone as those of single neurons do, by hand, and the
+    scores are their sums."""
+    hand, edges = ByHand(model, task), whole_mlps(model)
+    generator = np.random.default_rng(1)
+    names = list(edges)
+    assert len(Edges.of(model, pools=True)) == len(names)
+    keep = [names[i] for i in generator.permutation(len(names))[: len(names) // 3]]
+    found = mia.causal.faithfulness(model, task, keep, sizes=[len(keep)], draws=1)
+    own = {edge for name in keep for edge in edges[name]}
+    expected = hand.edges(own)
+    torch.testing.assert_close(found.metric[0], expected, atol=1e-9, rtol=1e-9)  # float64
+    assert found.frame["removed"][0] == pytest.approx(hand.share(hand.edges(set(every_edge(model)) - own)))
+    assert found.receipt.ok
+    for method in ("secant", "eap-ig"):
+        single = mia.causal.discover(model, task, method, "edges", top_k=10**6).frame
+        score = single.set_index(["src", "dst", "mode"])["score"]
+        pooled = mia.causal.discover(model, task, method, "edges", pools=True)
+        assert len(pooled.frame) == pooled.total == len(names)
+        for row in pooled.frame.itertuples():
+            parts = [score[edge] for edge in edges[row.src, row.dst, row.mode]]
+            assert row.score == pytest.approx(sum(parts), abs=1e-6)  # tables hold float32
+    circuit = pooled.circuit(60)
+    assert circuit.faithfulness(model, draws=0).total == len(names)
+    assert "L0N*" in circuit.spec()["heads"]
+    assert not any("N*" in edge for edge in circuit.spec().get("edges", ()))
+
+
 def test_circuits_of_edges_are_runs_by_hand(model, task):
     """Random ones, dense and sparse, kept and taken out; and everything is the model."""
     hand = ByHand(model, task)
