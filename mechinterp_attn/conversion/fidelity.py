@@ -17,7 +17,7 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.core.tolerance import TOLERANCE
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-from mechinterp_attn.model.widen import HALF, widened
+from mechinterp_attn.model.half import HALF
 from mechinterp_attn.sources.bridge import run_bridge
 from mechinterp_attn.sources.checkpoint import Checkpoint
 
@@ -154,24 +154,62 @@ def verify(
     Raises:
         MechInterpError: the tokens are not usable, or the source gives logits of another shape.
     """
-    ids = model.as_tokens(tokens)
-    if isinstance(source, Checkpoint):
-        expected, streams = run_checkpoint(source, ids)
-    else:
-        expected, streams = run_bridge(source, ids)
-    streams = {name: stream for name, stream in streams.items() if name in model.hook_dict}
+    return compare(model, expected_of(source, model.as_tokens(tokens)))
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What a source computed on some tokens; the source itself is not needed any more to compare with it.
+
+    Attributes:
+        tokens: ``[batch, pos]``.
+        logits: ``[batch, pos, d_vocab]``.
+        streams: the residual stream after every sublayer by its hook name.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    logits: Float[Tensor, "batch pos d_vocab"]
+    streams: dict[str, Float[Tensor, "batch pos d_model"]]
+
+
+@torch.no_grad()
+def expected_of(source: TransformerBridge | Checkpoint, tokens: Int[Tensor, "batch pos"]) -> Expected:
+    """Run a source on tokens.
+
+    Args:
+        source: as for ``verify``.
+        tokens: ``[batch, pos]``.
+    """
+    run = run_checkpoint if isinstance(source, Checkpoint) else run_bridge
+    return Expected(tokens, *run(source, tokens))
+
+
+@torch.no_grad()
+def compare(model: AttentionOnlyModel, expected: Expected) -> Fidelity:
+    """Compare a converted model with what its source computed.
+
+    Args:
+        model: the converted model.
+        expected: from ``expected_of``.
+
+    Raises:
+        MechInterpError: the source gives logits of another shape.
+    """
+    ids, given = expected.tokens, expected.logits
+    streams = {name: stream for name, stream in expected.streams.items() if name in model.hook_dict}
     logits, cache = model.run_with_cache(ids, names_filter=lambda name: name in streams)
     own = {name: cache[name] for name in streams}
-    if logits.shape != expected.shape:
+    if logits.shape != given.shape:
         raise MechInterpError(
-            f"the source's logits have shape {tuple(expected.shape)}, the model's "
+            f"the source's logits have shape {tuple(given.shape)}, the model's "
             f"{tuple(logits.shape)}: this is not the model's source"
         )
     rounding = 0.0
-    off = float((logits - expected).abs().max()) / float(expected.abs().max())
-    if model.W_E.dtype in HALF and off > TOLERANCE[model.W_E.dtype]:  # it takes a float32 copy
-        rounding = float((widened(model)(ids) - logits).abs().max())
-    return _compare(model, logits, expected, own, streams, ids, rounding)
+    off = float((logits - given).abs().max()) / float(given.abs().max())
+    if model.W_E.dtype in HALF and off > TOLERANCE[model.W_E.dtype]:
+        wide = model(model(ids, stop_at_layer=0).float(), start_at_layer=0)  # a float32 stream
+        rounding = float((wide - logits).abs().max())
+    return _compare(model, logits, given, own, streams, ids, rounding)
 
 
 def _compare(

@@ -6,7 +6,7 @@ What is left of the norm is its per-position scale.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any
 
@@ -20,10 +20,18 @@ from mechinterp_attn.sources.checkpoint import qk_gain
 _AT_ONCE = 2**18  # numbers held in float64 at a time while folding: 2 MiB
 
 
-def attention_only_weights(spec: Spec, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def attention_only_weights(
+    spec: Spec, source: Mapping[str, Tensor], *, spend: Callable[[str], object] | None = None
+) -> dict[str, Tensor]:
     """The weights of the attention-only model from a TL-convention state dict.
 
     Tensors that no norm touches are taken as they are, not copied.
+
+    Args:
+        spec: what the model is.
+        source: tensors by name.
+        spend: called with the name of each matrix once its folded form is there, so that one who does not
+            need it any more can let it go: the weights are then never all there twice.
 
     Returns:
         Tensors under the names of ``AttentionOnlyModel.state_dict()``.
@@ -39,6 +47,13 @@ def attention_only_weights(spec: Spec, source: Mapping[str, Tensor]) -> dict[str
     def ones(*shape: int) -> Tensor:
         return torch.ones(shape, dtype=dtype, device=device)
 
+    def folded(name: str, bias: Tensor, norm: str, kind: NormKind) -> tuple[Tensor, Tensor]:
+        W = source[name]
+        W_new, b_new = fold(W, bias, *_gain_and_bias(source, norm), kind=kind)
+        if spend is not None and W_new is not W:
+            spend(name)
+        return W_new, b_new
+
     if spec.embed_norm:
         out["embed_norm.w"] = source.get("embed_norm.w", ones(spec.d_model))
         out |= _present(source, "embed_norm.b")
@@ -46,12 +61,8 @@ def attention_only_weights(spec: Spec, source: Mapping[str, Tensor]) -> dict[str
         at, ln1, ln2 = (f"blocks.{layer}.{part}" for part in ("attn", "ln1", "ln2"))
         for name, heads in (("Q", spec.n_heads), ("K", spec.n_kv_heads), ("V", spec.n_kv_heads)):
             bias = source.get(f"{at}.b_{name}")
-            W, b = fold(
-                source[f"{at}.W_{name}"],
-                zeros(heads, spec.d_head) if bias is None else bias,
-                *_gain_and_bias(source, ln1),
-                kind=spec.norm,
-            )
+            bias = zeros(heads, spec.d_head) if bias is None else bias
+            W, b = folded(f"{at}.W_{name}", bias, ln1, spec.norm)
             out[f"{at}.W_{name}"], out[f"{at}.b_{name}"] = _head_by_head(W), b
         out[f"{at}.W_O"] = source[f"{at}.W_O"]
         out[f"{at}.b_O"] = source.get(f"{at}.b_O", zeros(spec.d_model))
@@ -69,24 +80,27 @@ def attention_only_weights(spec: Spec, source: Mapping[str, Tensor]) -> dict[str
             continue
         mlp, bank = f"blocks.{layer}.mlp", f"blocks.{layer}.neurons"
         shared = spec.parallel and not any(f"{ln2}.{part}" in source for part in ("w", "b"))
-        gain, beta = _gain_and_bias(source, ln1 if shared else ln2)
         present = {"gate": spec.gated, "router": bool(spec.experts), "shared": spec.shared_gate}
         for name in ("in", *(name for name, is_there in present.items() if is_there)):
             bias = source.get(f"{mlp}.b_{name}", zeros(source[f"{mlp}.W_{name}"].shape[1]))
-            W, b = fold(source[f"{mlp}.W_{name}"], bias, gain, beta, kind=spec.norm)
-            out[f"{bank}.W_{name}"], out[f"{bank}.b_{name}"] = W, b
-        W_out, b_out = source[f"{mlp}.W_out"], source.get(f"{mlp}.b_out", zeros(spec.d_model))
-        if spec.act_fn == "solu_ln":  # the norm behind the activation, over neurons
-            W_out, b_out = fold(W_out, b_out, *_gain_and_bias(source, f"{mlp}.ln"), kind="LN")
-        out[f"{bank}.W_out"], out[f"{bank}.b_out"] = W_out, b_out
+            out[f"{bank}.W_{name}"], out[f"{bank}.b_{name}"] = folded(
+                f"{mlp}.W_{name}", bias, ln1 if shared else ln2, spec.norm
+            )
+        # solu_ln has a norm behind the activation, over neurons
+        out[f"{bank}.W_out"], out[f"{bank}.b_out"] = folded(
+            f"{mlp}.W_out",
+            source.get(f"{mlp}.b_out", zeros(spec.d_model)),
+            f"{mlp}.ln",
+            "LN" if spec.act_fn == "solu_ln" else None,
+        )
     if spec.prediction_head:
         out["prediction.W"] = source["prediction.W"]
         out["prediction.b"] = source.get("prediction.b", zeros(spec.d_model))
-    out["unembed.W_U"], out["unembed.b_U"] = fold(
-        source["unembed.W_U"],
+    out["unembed.W_U"], out["unembed.b_U"] = folded(
+        "unembed.W_U",
         source.get("unembed.b_U", zeros(spec.d_vocab_out)),
-        *_gain_and_bias(source, "ln_final"),
-        kind=spec.final_norm,
+        "ln_final",
+        spec.final_norm,
     )
     return out
 

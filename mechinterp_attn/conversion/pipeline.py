@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from mechinterp_attn.conversion.check import check_conversion, random_tokens
-from mechinterp_attn.conversion.fidelity import verify
+from mechinterp_attn.conversion.check import Sample, check_conversion, sample_source
+from mechinterp_attn.conversion.fidelity import compare
 from mechinterp_attn.conversion.fold import attention_only_weights
 from mechinterp_attn.conversion.modes import Mode, check_mode, mixtures_for
 from mechinterp_attn.conversion.saved import load_saved
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.core.mapped import page_out
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.sources.bridge import read_bridge, read_object
@@ -54,8 +56,8 @@ def convert(
         ConversionError: the result differs from the source; names the first sublayer that does.
     """
     check_mode(mlp, components)
-    checkpoint = _read(source)
-    return _build(checkpoint, source, mlp, components, check=check, shared=True)
+    studied = _study(source, check=check)
+    return _build(studied, mlp, components, owned=False)
 
 
 @torch.no_grad()
@@ -89,28 +91,52 @@ def load(
     if revision is None and is_saved(source):
         model = load_saved(Path(source), dtype)
     else:
-        opened = open_source(source, dtype, revision)
-        model = _build(_read(opened), opened, mlp, components, check=True, shared=False)
+        studied = _study(open_source(source, dtype, revision), check=True)
+        gc.collect()  # nobody else holds the source: its weights go as they are folded
+        model = _build(studied, mlp, components, owned=True)
     return model if device is None else cast(AttentionOnlyModel, model.to(device))
 
 
-def _build(
-    checkpoint: Checkpoint, source: Any, mlp: str, components: int, *, check: bool, shared: bool
-) -> AttentionOnlyModel:
+@dataclass(frozen=True, eq=False)
+class _Studied:
+    """All that building needs to know of a source."""
+
+    checkpoint: Checkpoint
+    spec: Spec
+    sample: Sample | None
+    provenance: dict[str, Any]
+
+
+def _study(source: Any, *, check: bool) -> _Studied:
+    checkpoint = _read(source)
     spec = checkpoint.spec()
-    weights = attention_only_weights(spec, checkpoint.state_dict)
-    mixtures = mixtures_for(spec, weights, mlp=mlp, components=components, name=checkpoint.name)
     packages = ("mechinterp_attn", "transformer_lens", "transformers", "torch")
     provenance: dict[str, Any] = {
         "name": checkpoint.name,
         "source": _description(source),
-        "mlp": mlp,
         "act_fn": spec.act_fn,
         "versions": {package: version(package) for package in packages},
     }
     config = getattr(getattr(source, "original_model", None), "config", None)
     if revision := getattr(config, "_commit_hash", None):  # of the Hugging Face repository
         provenance["revision"] = revision
+    if check and (differs := checkpoint.cfg.get("bridge_differs")):
+        provenance["compared_with"] = f"a dense model of its own weights: {differs}"
+    return _Studied(
+        checkpoint, spec, sample_source(source, checkpoint, spec) if check else None, provenance
+    )
+
+
+def _build(studied: _Studied, mlp: str, components: int, *, owned: bool) -> AttentionOnlyModel:
+    checkpoint, spec, sample = studied.checkpoint, studied.spec, studied.sample
+    state = dict(checkpoint.state_dict)
+    if owned:
+        checkpoint.forget()
+    weights = attention_only_weights(
+        spec, state, spend=(lambda name: page_out(state.pop(name))) if owned else None
+    )
+    mixtures = mixtures_for(spec, weights, mlp=mlp, components=components, name=checkpoint.name)
+    provenance = studied.provenance | {"mlp": mlp}
     if mixtures:
         provenance["components"] = len(mixtures[0][0])
 
@@ -120,18 +146,14 @@ def _build(
             weights,
             tokenizer=checkpoint.tokenizer,
             provenance=provenance,
-            shared=shared,
+            shared=not owned,
             default_prepend_bos=checkpoint.prepends_bos,
         )
 
-    differs = checkpoint.cfg.get("bridge_differs")
-    if check and differs:
-        provenance["compared_with"] = f"a dense model of its own weights: {differs}"
-    fidelity = check_conversion(made(spec), source, checkpoint) if check else None
+    fidelity = None if sample is None else check_conversion(made(spec), sample)
     model = made(replace(spec, mixtures=mixtures))
-    if check and mixtures:
-        tokens = random_tokens(model, avoid=checkpoint.cfg.get("no_position"))
-        fidelity = verify(model, checkpoint if differs else source, tokens)
+    if sample is not None and mixtures:
+        fidelity = compare(model, sample.runs[-1])
     if model.tokenizer is not None:
         model.provenance["special_tokens"] = model.added_text
     if fidelity is not None:

@@ -34,9 +34,15 @@ class FrozenAttention(FrozenBank):
         stream: Float[Tensor, "pos d_model"],
     ):
         super().__init__(bank, pattern, norm, post)
-        self._W_O = bank.W_O.detach()
-        self._W_V = bank.W_V.detach()
         self._stream = stream
+
+    @property
+    def _W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        return self.wide(self.bank.W_O)
+
+    @property
+    def _W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        return self.wide(self.bank.W_V)
 
     @property
     def most_terms(self) -> int:
@@ -44,14 +50,13 @@ class FrozenAttention(FrozenBank):
 
     @property
     def z_bias(self) -> Float[Tensor, "pos head d_head"]:
-        value = self.bank.b_V.detach().repeat_interleave(self.bank.group, 0)  # [head, d_head]
+        value = self.wide(self.bank.b_V).repeat_interleave(self.bank.group, 0)  # [head, d_head]
         held = self.pattern.sum(-1).T[..., None] * value
         if self.bank.clip is None:
             return held
         # What clamping took away from each value on this prompt is a constant of the prompt.
-        read = (
-            torch.einsum("pd,hdk->phk", self._norm.apply(self._stream), self._W_V) + self.bank.b_V.detach()
-        )
+        read = torch.einsum("pd,hdk->phk", self._norm.apply(self._stream), self._W_V)
+        read = read + self.wide(self.bank.b_V)
         lost = (self.bank.clipped(read) - read).repeat_interleave(self.bank.group, 1)
         return held + torch.einsum("hqk,khd->qhd", self.pattern, lost)
 
@@ -78,7 +83,7 @@ class FrozenAttention(FrozenBank):
         out = z.new_empty(len(z), self.bank.d_model)
         for head in index.unique().tolist():
             own = index == head
-            out[own] = z[own] @ self._W_O[head]
+            out[own] = z[own] @ self.wide(self.bank.W_O[head])
         return self._post.at(position).apply(out)
 
     def pull(self, v: Tensor, index: Tensor) -> Tensor:
@@ -86,7 +91,11 @@ class FrozenAttention(FrozenBank):
         out = torch.empty_like(v)
         for head in index.unique().tolist():
             own = index == head
-            out[own] = v[own] @ self._W_O[head].T @ self._W_V[head // self.bank.group].T
+            out[own] = (
+                v[own]
+                @ self.wide(self.bank.W_O[head]).T
+                @ self.wide(self.bank.W_V[head // self.bank.group]).T
+            )
         return self._norm.turn_back(out)
 
     def spread(self, w: Tensor, index: Tensor) -> Tensor:
@@ -146,7 +155,7 @@ class FrozenAttention(FrozenBank):
             allowed = allowed & (back < bank.window)
         every = bank.distance_score(at, at)
         distance = None if every is None else every[index].to(x.dtype)
-        sink = None if bank.sinks is None else bank.sinks[index].detach()
+        sink = None if bank.sinks is None else self.wide(bank.sinks[index])
 
         def to_pattern(scores: Tensor) -> Tensor:
             scores = scores if distance is None else scores + distance
@@ -174,13 +183,14 @@ class FrozenAttention(FrozenBank):
         their norm, their rotation and what clamping took away are as they are there.
         """
         bank, at = self.bank, torch.arange(len(x), device=x.device)
-        W_all, b_all = (bank.W_Q, bank.b_Q) if side == "Q" else (bank.W_K, bank.b_K)
+        stored = (bank.W_Q, bank.b_Q) if side == "Q" else (bank.W_K, bank.b_K)
+        W_all, b_all = (self.wide(part) for part in stored)
         own = index // (1 if side == "Q" else bank.group)
-        W, added = W_all[own].detach(), bank.positions(at[None])
-        bias = b_all.detach().expand(len(x), *b_all.shape)  # [pos, head, d_head]
+        W, added = W_all[own], bank.positions(at[None])
+        bias = b_all.expand(len(x), *b_all.shape)  # [pos, head, d_head]
         if added is not None:
-            bias = bias + torch.einsum("pd,hdk->phk", added[0].detach(), W_all.detach())
-        raw = torch.einsum("pd,hdk->phk", self._norm.apply(x), W_all.detach()) + bias
+            bias = bias + torch.einsum("pd,hdk->phk", added[0].detach(), W_all)
+        raw = torch.einsum("pd,hdk->phk", self._norm.apply(x), W_all) + bias
         bias = bias + bank.clipped(raw) - raw
 
         def turned(vectors: Tensor) -> Tensor:
@@ -202,7 +212,7 @@ class FrozenAttention(FrozenBank):
             over = over - over.mean(-1, keepdim=True)
         scale = (over.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
         gained = bank.qk_norm(side, index)
-        behind = norm.b.detach().reshape(-1, bank.d_head) if norm.b is not None else None
+        behind = self.wide(norm.b).reshape(-1, bank.d_head) if norm.b is not None else None
         behind = None if behind is None else behind[own if len(behind) > 1 else 0]
 
         def through(vectors: Tensor) -> Tensor:

@@ -39,6 +39,15 @@ class FrozenBank(ABC):
         self._norm = norm
         self._post = post
 
+    def wide(self, W: Tensor) -> Tensor:
+        """Weights of the bank in the dtype of the run: half precision is widened where it is used, so that
+        one bank's weights at most are held twice.
+
+        Args:
+            W: a parameter of the bank, or the part of one that is needed.
+        """
+        return W.detach().to(self.pattern.dtype)
+
     @property
     @abstractmethod
     def most_terms(self) -> int:
@@ -136,7 +145,7 @@ class FrozenBank(ABC):
     @property
     def bias(self) -> Float[Tensor, "pos d_model"]:
         """What the sublayer adds beside its heads."""
-        return self._post.apply(self.bank.b_O.detach().expand(self.pattern.shape[-2], -1))
+        return self._post.apply(self.wide(self.bank.b_O).expand(self.pattern.shape[-2], -1))
 
     @property
     def constant(self) -> Float[Tensor, "pos d_model"]:

@@ -15,7 +15,8 @@ from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.frozen.sublayer import freeze_sublayer
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.cost import plan_runs
-from mechinterp_attn.model.widen import HALF, widened
+from mechinterp_attn.model.half import HALF
+from mechinterp_attn.model.widen import widened
 
 
 def _plan(model: AttentionOnlyModel, tokens: str | Tensor) -> Plan:
@@ -29,9 +30,11 @@ def _plan(model: AttentionOnlyModel, tokens: str | Tensor) -> Plan:
         kept += n * bank.n_heads * bank.d_head  # held values, made when they are asked for
         mixing = max(mixing, bank.n_heads * n * n if bank.mixes_positions else 0)
         widest = max(widest, bank.n_heads * bank.d_head)
-    half = model.W_E.dtype in HALF  # frozen in float32, with weights of its own
+    half = model.W_E.dtype in HALF  # frozen in float32; blocks are widened one at a time
     size = 4 if half else model.W_E.element_size()
-    copied = 4 * sum(weight.numel() for weight in model.parameters()) if half else 0
+    blocks = [sum(weight.numel() for weight in block.parameters()) for block in model.blocks]
+    rest = sum(weight.numel() for weight in model.parameters()) - sum(blocks)
+    copied, one = (4 * rest, 4 * max(blocks, default=0)) if half else (0, 0)
     return plan_runs(
         model,
         f"a prompt of {n:,} tokens, frozen",
@@ -39,6 +42,7 @@ def _plan(model: AttentionOnlyModel, tokens: str | Tensor) -> Plan:
         rows=1,
         positions=n,
         bytes=copied
+        + one
         + size * (kept + 4 * mixing + n * (6 * widest + 3 * spec.d_vocab_out + 8 * spec.d_model)),
         result=copied + size * kept,
     )
@@ -49,8 +53,9 @@ def _plan(model: AttentionOnlyModel, tokens: str | Tensor) -> Plan:
 def freeze(model: AttentionOnlyModel, tokens: str | Tensor, *, max_bytes: int = MAX_BYTES) -> Frozen:
     """Run a prompt once and fix every pattern, norm scale and soft cap.
 
-    A model in half precision is run and frozen in float32, with a copy of its weights: sums of thousands
-    of terms in bfloat16 say nothing. The receipt compares with the model's own logits too.
+    A model in half precision is run and frozen in float32: sums of thousands of terms in bfloat16 say
+    nothing. Its embedding and unembedding are copied for that; the weights of each bank are widened while
+    they are used. The receipt compares with the model's own logits too.
 
     Args:
         model: the converted model.

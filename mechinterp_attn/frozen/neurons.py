@@ -25,13 +25,19 @@ class FrozenNeurons(FrozenBank):
         self, bank: NeuronBank, pattern: Float[Tensor, "pos head"], norm: FrozenNorm, post: FrozenNorm
     ):
         super().__init__(bank, pattern, norm, post)
-        self._W_in = bank.W_in.detach()
-        self._W_out = bank.W_out.detach()
         self._n = bank.rule.n
         self._own, self._total = pattern, pattern  # [pos, head], [pos, neuron]; no copy of the usual case
         if bank.rule.values != (1.0,):
             self._own = pattern * pattern.new_tensor(bank.rule.values).repeat(bank.n_neurons)
             self._total = self._own.unflatten(-1, (-1, self._n)).sum(-1)
+
+    @property
+    def _W_in(self) -> Float[Tensor, "d_model neuron"]:
+        return self.wide(self.bank.W_in)
+
+    @property
+    def _W_out(self) -> Float[Tensor, "neuron d_model"]:
+        return self.wide(self.bank.W_out)
 
     @property
     def most_terms(self) -> int:
@@ -40,7 +46,7 @@ class FrozenNeurons(FrozenBank):
     @property
     def z_bias(self) -> Float[Tensor, "pos head 1"]:
         """Made when asked for: for all banks it would be as large as the patterns."""
-        return (self._own * self._each(self.bank.b_in.detach()))[..., None]
+        return (self._own * self._each(self.wide(self.bank.b_in)))[..., None]
 
     def _each(self, x: Float[Tensor, "*n neuron"]) -> Float[Tensor, "*n head"]:
         """A number per neuron given to each of its heads."""
@@ -67,12 +73,12 @@ class FrozenNeurons(FrozenBank):
         return self._each(self._post.adjoint(y) @ self._W_out.T)[..., None]
 
     def write_at(self, z: Tensor, index: Tensor, position: Tensor) -> Tensor:
-        return self._post.at(position).apply(z * self._W_out[index // self._n])
+        return self._post.at(position).apply(z * self.wide(self.bank.W_out[index // self._n]))
 
     def pull(self, v: Tensor, index: Tensor) -> Tensor:
         neuron = index // self._n
-        held = (self._post.turn_back(v) * self._W_out[neuron]).sum(-1, keepdim=True)
-        return self._norm.turn_back(held * self._W_in.T[neuron])
+        held = (self._post.turn_back(v) * self.wide(self.bank.W_out[neuron])).sum(-1, keepdim=True)
+        return self._norm.turn_back(held * self.wide(self.bank.W_in.T[neuron]))
 
     def spread(self, w: Tensor, index: Tensor) -> Tensor:
         return self._norm.weigh(self.weigh_out(w) * self._own.T[index])
@@ -111,7 +117,7 @@ class FrozenNeurons(FrozenBank):
         return self._each(self._post.turn(self._W_out).norm(dim=1) * self._W_in.norm(dim=0))
 
     def score_sides(self, index: int, x: Tensor) -> ScoreSides:
-        weights = {name: w.detach() for name, w in self.bank.weights(index).items()}
+        weights = {name: self.wide(w) for name, w in self.bank.weights(index).items()}
         one = torch.ones(len(x), 1, dtype=x.dtype, device=x.device)
         return ScoreSides(
             query=lambda x: self._norm.apply(x) @ weights["W_Q"],

@@ -53,7 +53,7 @@ class Frozen:
     """The frozen linear model of one prompt.
 
     Attributes:
-        model: the model, untouched; in half precision, a copy of it in float32.
+        model: the model, untouched; in half precision, one that shares its weights and computes in float32.
         tokens: ``[pos]``.
         parts: what the stream starts as: "embed" and, where positions are added, "position",
             ``[pos, d_model]`` each.

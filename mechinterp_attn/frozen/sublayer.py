@@ -197,6 +197,6 @@ def freeze_sublayer(sublayer: Sublayer, cache: Cache) -> FrozenSublayer:
     )
     if sublayer.out is None:
         return FrozenSublayer(banks, cache[sublayer.stream], IDENTITY, None)
-    bias = sublayer.out[0].b
+    bias, stream = sublayer.out[0].b, cache[sublayer.stream]
     out = frozen(*sublayer.out)
-    return FrozenSublayer(banks, cache[sublayer.stream], out, None if bias is None else bias.detach())
+    return FrozenSublayer(banks, stream, out, None if bias is None else bias.detach().to(stream.dtype))

@@ -20,6 +20,7 @@ from mechinterp_attn.model.block import Block, Embed, PosEmbed, PredictionHead, 
 from mechinterp_attn.model.config import transformer_lens_config
 from mechinterp_attn.model.gates import GATES, rule_for
 from mechinterp_attn.model.generation import Generates
+from mechinterp_attn.model.half import through
 from mechinterp_attn.model.heads import HeadBank
 from mechinterp_attn.model.hooks import Hooked
 from mechinterp_attn.model.index import KINDS, HeadIndex
@@ -179,13 +180,13 @@ class AttentionOnlyModel(TokenDoor, Generates, NamedWeights, Hooked):
             if return_type in ("loss", "both") or labels is not None:
                 raise MechInterpError("a loss needs tokens, and start_at_layer takes a stream")
             x = self._as_stream(input)
-            step, _ = self._step(x[..., 0].long(), attention_mask, past_kv_cache)
+            step, _ = self._step(x[..., 0].long(), attention_mask, past_kv_cache, x.dtype)
         for layer in layers:
-            x = self.blocks[layer](x, step)
+            x = through(self.blocks[layer], x, step)
         if stop_at_layer is not None:
             return x
         if self.spec.prediction_head:
-            x = self.prediction(x)
+            x = through(self.prediction, x)
         x = self.ln_final(x)
         if return_type is None and labels is None:
             return None
@@ -230,9 +231,18 @@ class AttentionOnlyModel(TokenDoor, Generates, NamedWeights, Hooked):
         return x
 
     def _step(
-        self, tokens: Int[Tensor, "batch pos"], mask: Tensor | None, past: KeyValueCache | None
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        mask: Tensor | None,
+        past: KeyValueCache | None,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Step, Int[Tensor, "#batch pos"]]:
-        """What all banks share in this pass, and the position of every token."""
+        """What all banks share in this pass, and the position of every token.
+
+        Args:
+            dtype: of the stream; the embedding's by default.
+        """
+        dtype = self.W_E.dtype if dtype is None else dtype
         n_past, n_new = 0 if past is None else len(past), tokens.shape[1]
         if n_past + n_new > self.spec.n_ctx:
             raise MechInterpError(
@@ -246,7 +256,7 @@ class AttentionOnlyModel(TokenDoor, Generates, NamedWeights, Hooked):
             every = (real.long().cumsum(-1) - 1).clamp_min(0)
             length = int(every.max()) + 1
         positions = every[:, n_past:]
-        rotations = tuple(rotary.tables(positions, self.W_E.dtype, length) for rotary in self._rotaries)
+        rotations = tuple(rotary.tables(positions, dtype, length) for rotary in self._rotaries)
         step = Step(n_new, tokens.device, positions=every, real=real, rotations=rotations, cache=past)
         return step, positions
 

@@ -14,6 +14,7 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.model.attention import AttentionBank, ForkedInput
 from mechinterp_attn.model.experts import ExpertBank
 from mechinterp_attn.model.gates import Function, Rule
+from mechinterp_attn.model.half import HALF
 from mechinterp_attn.model.heads import HeadBank
 from mechinterp_attn.model.neurons import MLPNames, NeuronBank
 from mechinterp_attn.model.norm import Norm
@@ -21,6 +22,7 @@ from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.model.step import Step
 
 Weights = Mapping[str, Mapping[str, Tensor]]
+_AT_ONCE = 2**24  # numbers of an unembedding widened at a time: 64 MiB
 Located = tuple[Norm, str]  # a norm and its path in caches
 
 
@@ -56,7 +58,13 @@ class Unembed(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         # One tensor of logits, not a second one for the sum with the bias.
-        return torch.addmm(self.b_U, x.flatten(0, 1), self.W_U).unflatten(0, x.shape[:2])
+        rows = x.flatten(0, 1)
+        if x.dtype == self.W_U.dtype or x.dtype in HALF:
+            return torch.addmm(self.b_U, rows, self.W_U).unflatten(0, x.shape[:2])
+        columns = max(1, _AT_ONCE // len(self.W_U))  # a half-precision matrix is never held wide as a whole
+        parts = zip(self.b_U.split(columns), self.W_U.split(columns, 1), strict=True)
+        logits = torch.cat([torch.addmm(b.to(x.dtype), rows, W.to(x.dtype)) for b, W in parts], -1)
+        return logits.unflatten(0, x.shape[:2])
 
 
 class PredictionHead(nn.Module):

@@ -54,6 +54,8 @@ class Norm(nn.Module):
     def freeze(self, scale: Float[Tensor, "pos 1"] | None) -> FrozenNorm:
         """The norm as a linear map, with the scale it had on one sequence of a cached run."""
         gain = None if self.w is None else self.w.detach()
+        if gain is not None and scale is not None:
+            gain = gain.to(scale.dtype)  # half precision under a wider stream
         return FrozenNorm(None if self.kind is None else scale, centred=self.kind == "LN", gain=gain)
 
 

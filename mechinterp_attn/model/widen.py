@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-
-HALF = (torch.bfloat16, torch.float16)
+from mechinterp_attn.model.half import HALF
 
 
 def widened(model: AttentionOnlyModel) -> AttentionOnlyModel:
-    """The same model with float32 weights, a copy; the model itself where its weights are no halves.
+    """The same model with a float32 residual stream; the model itself where its weights are no halves.
 
-    Every bfloat16 or float16 number is a float32 number, so nothing is rounded.
+    What stands around the blocks, the vocabulary's two matrices above all, is a float32 copy. The blocks
+    share the model's own weights and compute in float32, one at a time (``half.through``).
 
     Args:
         model: the converted model, left as it is.
@@ -21,8 +19,12 @@ def widened(model: AttentionOnlyModel) -> AttentionOnlyModel:
         return model
     return AttentionOnlyModel(
         model.spec,
-        {name: weight.detach().float() for name, weight in model.state_dict().items()},
+        {
+            name: weight.detach() if name.startswith("blocks.") else weight.detach().float()
+            for name, weight in model.state_dict().items()
+        },
         tokenizer=model.tokenizer,
         provenance=model.provenance,
+        shared=True,
         default_prepend_bos=bool(model.cfg.default_prepend_bos),
     )

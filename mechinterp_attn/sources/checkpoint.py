@@ -54,6 +54,10 @@ class Checkpoint:
         """
         return self.cfg.get("default_prepend_bos") is not False
 
+    def forget(self) -> None:
+        """Let go of the tensors, for one who made this checkpoint and has taken what it needs."""
+        object.__setattr__(self, "state_dict", {})
+
     def spec(self) -> Spec:
         """The model's shapes and rules, after checking that it can be converted at all.
 

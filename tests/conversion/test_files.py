@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import weakref
 
 import pytest
 import torch
@@ -218,3 +219,39 @@ def test_a_revision_of_something_local_is_refused(sharded):
     for source in ("relu-1l", sharded):
         with pytest.raises(mia.MechInterpError, match="revision='v2' is for models of the"):
             mia.load(source, revision="v2")
+
+
+def test_a_source_is_gone_before_its_weights_are_folded(llama, tmp_path, monkeypatch):
+    """``mia.load`` holds the weights once: the source is run, let go, and folded away matrix by matrix."""
+    llama.save_pretrained(tmp_path)
+    convert = importlib.import_module("mechinterp_attn.conversion.convert")
+    sources, spent, checkpoints = [], [], []
+    opened, fold = convert.open_source, convert.attention_only_weights
+
+    def open_source(*args):
+        bridge = opened(*args)
+        sources.append(weakref.ref(bridge))
+        return bridge
+
+    def weights(spec, state, spend):
+        assert sources[0]() is None
+        checkpoints.append(dict(state))
+        return fold(spec, state, spend=lambda name: (spend(name), spent.append((name, name in state))))
+
+    monkeypatch.setattr(convert, "open_source", open_source)
+    monkeypatch.setattr(convert, "attention_only_weights", weights)
+    model = mia.load(tmp_path)
+    assert [name for name, left in spent if left] == []
+    assert {"blocks.0.attn.W_Q", "blocks.1.mlp.W_gate", "unembed.W_U"} <= {name for name, _ in spent}
+    assert model.provenance["fidelity"]["ok"]
+
+
+def test_the_widened_model_shares_its_blocks(llama, tmp_path):
+    llama.save_pretrained(tmp_path)
+    model = mia.load(tmp_path, dtype=torch.bfloat16)
+    wide = mia.paths.freeze(model, TOKENS[0]).model
+    own = dict(model.named_parameters())
+    for name, weight in wide.named_parameters():
+        inside = name.startswith("blocks.")
+        assert (weight.data_ptr() == own[name].data_ptr()) == inside, name
+        assert weight.dtype == (torch.bfloat16 if inside else torch.float32), name

@@ -177,7 +177,7 @@ def test_the_check_runs_past_every_length(monkeypatch):
     late = checkpoint("growth")
     late = Checkpoint(late.cfg | dict(n_ctx=200, query_growth=[0.4, 100]), late.state_dict, name="late")
     model = mia.convert(late)
-    assert named_lengths(model, late) == [100]
+    assert named_lengths(model.spec, late) == [100]
     card = model.provenance["fidelity"]
     assert (card["longest"], card["unreached"]) == (108, [])
     monkeypatch.setattr("mechinterp_attn.conversion.check._MOST_WORK", 10)
