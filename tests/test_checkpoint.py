@@ -133,8 +133,8 @@ def test_a_conversion_that_is_wrong_is_an_error_that_names_the_sublayer(monkeypa
 
     right = module.attention_only_weights
 
-    def wrong(spec, source):
-        weights = right(spec, source)
+    def wrong(spec, source, **options):
+        weights = right(spec, source, **options)
         weights["blocks.1.neurons.b_in"] = weights["blocks.1.neurons.b_in"] + 0.01
         return weights
 
