@@ -129,7 +129,7 @@ def test_every_wrong_config_field_is_named():
 
 def test_a_conversion_that_is_wrong_is_an_error_that_names_the_sublayer(monkeypatch):
     """Break one bank's weights on purpose: the check inside ``convert`` finds it."""
-    from mechinterp_attn.conversion import convert as module
+    from mechinterp_attn.conversion import pipeline as module
 
     right = module.attention_only_weights
 

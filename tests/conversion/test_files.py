@@ -224,7 +224,7 @@ def test_a_revision_of_something_local_is_refused(sharded):
 def test_a_source_is_gone_before_its_weights_are_folded(llama, tmp_path, monkeypatch):
     """``mia.load`` holds the weights once: the source is run, let go, and folded away matrix by matrix."""
     llama.save_pretrained(tmp_path)
-    convert = importlib.import_module("mechinterp_attn.conversion.convert")
+    convert = importlib.import_module("mechinterp_attn.conversion.pipeline")
     sources, spent, checkpoints = [], [], []
     opened, fold = convert.open_source, convert.attention_only_weights
 
