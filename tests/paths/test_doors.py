@@ -31,8 +31,8 @@ def test_figures_show_what_the_results_hold(frozen):
     orders = mia.paths.orders(frozen)
     assert list(orders.plot().data[0].y) == orders.frame["loss"].tolist()
     importance = mia.paths.term_importance(frozen.model, frozen.tokens, heads=0)
-    bars = {trace.name: sum(trace.y) for trace in importance.plot().data}
-    assert sum(bars.values()) == pytest.approx(importance.frame["change"].sum())
+    bars = {trace.name: sum(trace.x) for trace in importance.plot().data}
+    assert sum(bars.values()) == pytest.approx(-importance.frame["change"].sum())  # how far the loss falls
     score = mia.paths.expand_score(frozen, "L1H1", 5, 2, keep=1)
     assert score.plot(100).data[0].z.sum() == pytest.approx(score.total)
     term = mia.paths.virtual_head(frozen, "L0H0", "L1H1")

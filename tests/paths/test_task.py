@@ -138,4 +138,4 @@ def test_figures_name_the_metric(model):
     orders = mia.paths.orders(mia.paths.freeze(model, tokens), task=task)
     assert "logit_diff" in orders.plot().layout.yaxis.title.text
     importance = mia.paths.term_importance(model, task=task, progress=False)
-    assert "logit_diff" in importance.plot().layout.yaxis.title.text
+    assert "logit_diff" in importance.plot().layout.xaxis.title.text

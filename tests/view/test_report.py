@@ -53,7 +53,7 @@ def test_the_head_table_is_score_heads_of_every_kind(report, model):
 def test_loss_by_order_ends_at_the_models_own_loss(report, model):
     losses = as_frame(blocks(report, "table")["orders"])["loss"]
     chart = blocks(report, "chart")["loss-by-order"]
-    assert chart["values"] == list(losses)
+    assert chart["series"][0]["values"] == list(losses)
     assert losses.iloc[-1] == pytest.approx(model(PROMPT, return_type="loss").item(), rel=1e-4)
 
 
@@ -230,8 +230,8 @@ def test_two_modes_on_one_prompt(tokenizer):
     for side, loss in zip(("first", "second"), losses, strict=True):
         assert float(sides.loc["loss", side].split()[0]) == pytest.approx(loss, abs=1e-3)
     chart = blocks(page, "chart")["comparison-losses"]
-    assert chart["values"][-1] == pytest.approx(losses[0], abs=1e-3)
-    assert chart["other"]["values"][-1] == pytest.approx(losses[1], abs=1e-3)
+    for series, loss in zip(chart["series"], losses, strict=True):
+        assert series["values"][-1] == pytest.approx(loss, abs=1e-3)
     pictures = blocks(page, "patterns")["comparison-mlp"]["groups"]
     assert [g["title"].split(":")[0] for g in pictures] == ["First", "Second"]
 

@@ -69,8 +69,11 @@ def hostile_report(report):
             "caption": HOSTILE[2],
             "kind": "bars",
             "labels": data["prompt"],
-            "values": [1.0, "nan", "inf"] + [-0.5] * (n - 3),
-            "x": HOSTILE[0],
+            "series": [
+                {"name": HOSTILE[1], "kind": "mlp", "values": [1.0, "nan", "inf"] + [-0.5] * (n - 3)},
+                {"name": HOSTILE[3], "kind": HOSTILE[2], "values": [0.5] * n},
+            ],
+            "value": HOSTILE[0],
         },
         {
             "type": "facts",

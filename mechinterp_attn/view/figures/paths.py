@@ -16,6 +16,8 @@ from mechinterp_attn.paths.logits import LogitAttribution
 from mechinterp_attn.paths.score import ScoreExpansion
 from mechinterp_attn.paths.search import TopPaths
 from mechinterp_attn.paths.virtual import VirtualTerm
+from mechinterp_attn.view.charts import largest_paths, largest_terms, loss_by_order, worth_of_orders
+from mechinterp_attn.view.figures.chart import plotly_chart
 from mechinterp_attn.view.figures.style import (
     KIND_COLOURS,
     NEGATIVE,
@@ -26,33 +28,11 @@ from mechinterp_attn.view.figures.style import (
     signed_scale,
 )
 
-ORDER_COLOURS = {"0 heads": "#4d7c3a", "1 head": "#8fb3de", "2 heads": "#3b6fb6", "3 heads": "#1d3f75"}
-
 
 @draws(Orders)
-def loss_by_order(orders: Orders) -> go.Figure:
+def order_line(orders: Orders) -> go.Figure:
     """Loss (or a task's metric) with the paths up to each order as a line, each step with its change."""
-    frame = orders.frame
-    metric = orders.receipt.notes.get("metric")
-    of, unit = ("loss", " nats") if metric is None else (safe_text(str(metric)), "")
-    steps = ["" if change != change else f"{change:+.3f}" for change in frame["change"]]
-    fig = figure(
-        title=f"{of.capitalize()} by path order", x="paths through at most this many heads",
-        y="loss (nats)" if metric is None else of,
-    )  # fmt: skip
-    fig.add_trace(
-        go.Scatter(
-            x=frame["order"],
-            y=frame["loss" if metric is None else "metric"],
-            text=steps,
-            mode="lines+markers+text",
-            textposition="top right",
-            line={"color": KIND_COLOURS["attention"], "width": 2},
-            marker={"size": 9},
-            hovertemplate=f"order %{{x}}<br>{of} %{{y:.4f}}{unit}<br>change %{{text}}<extra></extra>",
-        )
-    )
-    return fig.update_xaxes(type="category").update_layout(showlegend=False)
+    return plotly_chart(loss_by_order([orders]))
 
 
 @draws(LogitAttribution)
@@ -61,79 +41,19 @@ def attribution_bars(attribution: LogitAttribution, k: int = 20) -> go.Figure:
 
     The bars add up to the logit, so nothing is out of sight.
     """
-    top = attribution.top(k)
-    return _bars(
-        title=f"{safe_text(attribution.about)} = {attribution.total:.3f}",
-        names=list(top["head"]),
-        values=list(top["value"]),
-        kinds=list(top["kind"]),
-        total=attribution.total,
-        n_others=len(attribution.frame) - len(top),
-    )
+    return plotly_chart(largest_terms(attribution, k))
 
 
 @draws(TopPaths)
 def path_bars(paths: TopPaths, k: int = 20) -> go.Figure:
     """The ``k`` largest paths to a logit as signed bars, and all others as one bar."""
-    top = paths.frame.head(k)
-    return _bars(
-        title=f"{safe_text(paths.about)} = {paths.total:.3f}",
-        names=[safe_text(path) for path in top["path"]],
-        values=list(top["contribution"]),
-        kinds=[f"{order} heads" if order != 1 else "1 head" for order in top["order"]],
-        total=paths.total,
-        n_others=None,
-    )
-
-
-def _bars(
-    *,
-    title: str,
-    names: list[str],
-    values: list[float],
-    kinds: list[str],
-    total: float,
-    n_others: int | None,
-) -> go.Figure:
-    """Signed bars by kind, largest on top, with all that is left in one bar."""
-    if n_others is None or n_others:
-        names = [*names, "all others" if n_others is None else f"{n_others:,} others"]
-        kinds = [*kinds, "others"]
-        values = [*values, total - sum(values)]
-    fig = figure(title=title, x="contribution (logits)", y="", height=140 + 22 * len(names))
-    colours = KIND_COLOURS | ORDER_COLOURS
-    for kind in dict.fromkeys(kinds):
-        own = [i for i, other in enumerate(kinds) if other == kind]
-        fig.add_trace(
-            go.Bar(
-                x=[values[i] for i in own],
-                y=[names[i] for i in own],
-                orientation="h",
-                name=kind,
-                marker_color=colours.get(kind, KIND_COLOURS["bias"]),
-                hovertemplate="%{y}: %{x:.4f}<extra></extra>",
-            )
-        )
-    return fig.update_yaxes(categoryorder="array", categoryarray=names[::-1])
+    return plotly_chart(largest_paths(paths, k))
 
 
 @draws(TermImportance)
 def importance_bars(importance: TermImportance) -> go.Figure:
-    """What each order changes the loss by: attention-only paths, and those with MLP-derived heads."""
-    frame = importance.frame
-    metric = importance.receipt.notes.get("metric")
-    of = "the loss (nats; below 0 is a gain)" if metric is None else safe_text(str(metric))
-    fig = figure(title="Term importance", x="heads on the path", y=f"change of {of}")
-    start = frame.iloc[:1]
-    rest = frame.iloc[1:]
-    for name, x, y, colour in (
-        ("direct path, against uniform", start["order"], start["change"], KIND_COLOURS["embed"]),
-        ("attention heads only", rest["order"], rest["attention_only"], KIND_COLOURS["attention"]),
-        ("with MLP-derived heads", rest["order"], rest["with_mlp"], KIND_COLOURS["mlp"]),
-    ):
-        hover = f"order %{{x}}: %{{y:+.4f}}{' nats' if metric is None else ''}<extra>" + name + "</extra>"
-        fig.add_trace(go.Bar(x=x, y=y, name=name, marker_color=colour, hovertemplate=hover))
-    return fig.update_layout(barmode="relative").update_xaxes(type="category")
+    """What each order gains, by attention-only paths and by those with MLP-derived heads."""
+    return plotly_chart(worth_of_orders(importance))
 
 
 @draws(ScoreExpansion)

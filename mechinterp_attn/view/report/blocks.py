@@ -16,6 +16,7 @@ import pandas as pd
 
 from mechinterp_attn.core.results import Check, Receipt
 from mechinterp_attn.core.text import number, shown
+from mechinterp_attn.view.charts import Chart
 
 Block = dict[str, Any]
 Spans = list[Any]  # strings, and what ``token`` and ``head`` give
@@ -142,21 +143,21 @@ def _values(values: Iterable[Any], kind: str) -> list[Any]:
     return [shown("" if pd.isna(v) else str(v)) for v in values]
 
 
-def chart(id: str, caption: str, kind: str, points: Sequence[tuple[str, float]], **more: Any) -> Block:
-    """A chart drawn as SVG: "line" or "bars" over labelled points, its table twin beside it.
-
-    Args:
-        more: ``x`` and ``y`` (axes), ``reference`` (a level with its label), ``other`` (a second line:
-            ``name``, ``own`` (the first one's name), ``values``).
-    """
+def chart_block(id: str, chart: Chart) -> Block:
+    """A chart drawn as SVG, its table twin beside it."""
     return {
         "type": "chart",
         "id": id,
-        "caption": caption,
-        "kind": kind,
-        "labels": [shown(str(label)) for label, _ in points],
-        "values": [number(value) for _, value in points],
-        **more,
+        "caption": shown(chart.caption),
+        "kind": chart.shape,
+        "labels": [shown(label) for label in chart.labels],
+        "series": [
+            {"name": shown(one.name), "kind": one.kind, "values": [number(v) for v in one.values]}
+            for one in chart.series
+        ],
+        "value": shown(chart.value),
+        "over": chart.over,
+        "reference": chart.reference and [chart.reference[0], number(chart.reference[1])],
     }
 
 

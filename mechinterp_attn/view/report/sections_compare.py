@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pandas as pd
 
-from mechinterp_attn.core.text import number, shown
-from mechinterp_attn.view.report.blocks import Block, chart, column, patterns, section, table
+from mechinterp_attn.core.text import shown
+from mechinterp_attn.view.charts import loss_by_order
+from mechinterp_attn.view.report.blocks import Block, chart_block, column, patterns, section, table
 from mechinterp_attn.view.report.study import SCORES, Study
 
 
@@ -27,7 +27,8 @@ def comparison(study: Study, other: Study) -> Block:
         table("comparison-predictions", f"The most likely {study.output}s", *_predictions(*both, names)),
     ]
     if study.has_loss:
-        blocks.append(_losses(*both, names))
+        losses = loss_by_order([one.orders for one in both], names)
+        blocks.append(chart_block("comparison-losses", losses))
     heads = _by_head(*both)
     if len(heads):
         blocks.append(
@@ -126,23 +127,6 @@ def _predictions(study: Study, other: Study, names: list[str]) -> tuple[pd.DataF
     for i, name in enumerate(names):
         columns += [column(f"token_{i}", name, "token"), column(f"probability_{i}", "Probability", "score")]
     return frame, columns
-
-
-def _losses(study: Study, other: Study, names: list[str]) -> Block:
-    """Loss by order of both; the shorter line ends where its model does."""
-    losses = [s.orders.frame.set_index("order")["loss"] for s in (study, other)]
-    every = pd.unique(pd.concat([loss.index.to_series() for loss in sorted(losses, key=len, reverse=True)]))
-    own, second = (loss.reindex(every) for loss in losses)
-    return chart(
-        "comparison-losses",
-        "Loss with the paths up to each order, both models",
-        "line",
-        [(str(order), value) for order, value in own.items()],
-        x="paths through at most this many heads",
-        y="loss (nats)",
-        reference={"label": "blind guess", "value": number(math.log(study.model.spec.d_vocab_out))},
-        other={"own": names[0], "name": names[1], "values": [number(v) for v in second]},
-    )
 
 
 def _by_head(study: Study, other: Study) -> pd.DataFrame:

@@ -7,10 +7,11 @@ import pandas as pd
 from mechinterp_attn import circuits
 from mechinterp_attn.circuits.listed import fewest
 from mechinterp_attn.core.text import signed
+from mechinterp_attn.view.charts import largest_terms
 from mechinterp_attn.view.report.blocks import (
     Block,
     Spans,
-    chart,
+    chart_block,
     column,
     head,
     missing,
@@ -190,9 +191,8 @@ def neurons(study: Study) -> Block | None:
             "layers before and after do to them left out.",
         ]
     ]
-    bars = list(zip(top["head"][:15], top["value"][:15], strict=True))
     blocks = [
-        chart("neuron-effects", "The 15 largest direct effects", "bars", bars, x="logits"),
+        chart_block("neuron-effects", largest_terms(study.attribution, 15, "mlp")),
         table(
             "neurons",
             f"The {len(top)} MLP-derived heads with the largest direct effect",

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import math
 
-from mechinterp_attn.core.text import number, signed
+from mechinterp_attn.core.text import signed
+from mechinterp_attn.view.charts import loss_by_order, worth_of_orders
 from mechinterp_attn.view.graph import graph_data
-from mechinterp_attn.view.report.blocks import Block, Spans, chart, column, missing, section, table, token
+from mechinterp_attn.view.report.blocks import (
+    Block,
+    Spans,
+    chart_block,
+    column,
+    missing,
+    section,
+    table,
+    token,
+)
 from mechinterp_attn.view.report.study import LONG, Study
 
 LEAST = 0.3  # share of the logit that the strongest paths must explain to be listed
@@ -46,15 +56,7 @@ def loss(study: Study) -> Block:
         finding += [f"through all; a blind guess costs {blank:.2f}"]
         blocks.insert(
             0,
-            chart(
-                "loss-by-order",
-                "Loss on this prompt with the paths up to each order",
-                "line",
-                list(zip(frame["order"], frame["loss"], strict=True)),
-                x="paths through at most this many heads",
-                y="loss (nats)",
-                reference={"label": "blind guess", "value": number(blank)},
-            ),
+            chart_block("loss-by-order", loss_by_order([study.orders])),
         )
     else:
         lead.append([f"{study.no_loss[0].upper()}{study.no_loss[1:]}."])
@@ -78,13 +80,7 @@ def importance(study: Study) -> Block | None:
     gains = result.frame.assign(**{name: missing(-result.frame[name]) for name in names})
     points = list(zip(result.frame["order"], -result.frame["change"], strict=True))
     blocks = [
-        chart(
-            "importance-of-orders",
-            "What each order gains",
-            "bars",
-            [(f"order {order}", gain) for order, gain in points],
-            x="how much the loss falls (nats)",
-        ),
+        chart_block("importance-of-orders", worth_of_orders(result)),
         table(
             "importance",
             "What each order gains",

@@ -1,0 +1,142 @@
+"""What a picture shows, said once: a notebook draws it with plotly, the report as SVG.
+
+A result becomes a ``Chart`` here. ``figures/chart.py`` and ``report/svg.py`` draw one, and know no result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+
+from mechinterp_attn.paths.by_order import Orders
+from mechinterp_attn.paths.importance import TermImportance
+from mechinterp_attn.paths.logits import LogitAttribution
+from mechinterp_attn.paths.search import TopPaths
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line, or one part of every bar.
+
+    Attributes:
+        name: as a legend has it.
+        values: one for each label; NaN where there is none.
+        kind: whose colour it has: "attention", "mlp", "embed", "bias", ...
+    """
+
+    name: str
+    values: tuple[float, ...]
+    kind: str = "attention"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over labelled points, or signed bars whose parts are stacked.
+
+    Attributes:
+        shape: "line" or "bars".
+        caption: what it shows.
+        labels: of the points or bars, in order.
+        series: at least one.
+        value: the axis of the values, with its unit.
+        over: the axis of the labels.
+        reference: a level to compare with, and its name.
+    """
+
+    shape: Literal["line", "bars"]
+    caption: str
+    labels: tuple[str, ...]
+    series: tuple[Series, ...]
+    value: str
+    over: str = ""
+    reference: tuple[str, float] | None = None
+
+
+def loss_by_order(results: Sequence[Orders], names: Sequence[str] = ("",)) -> Chart:
+    """The loss (or a task's metric) with the paths up to each order, of one model or of several.
+
+    The line of a model with fewer orders ends where its orders do.
+    """
+    first = results[0]
+    metric = first.receipt.notes.get("metric")
+    column, unit = ("loss", "loss (nats)") if metric is None else ("metric", str(metric))
+    lines = [result.frame.set_index("order")[column] for result in results]
+    longest = sorted(lines, key=len, reverse=True)
+    labels = pd.unique(pd.concat([line.index.to_series() for line in longest]))
+    blind = ("blind guess", math.log(first.logits.shape[-1])) if metric is None else None
+    of = "Loss on this prompt" if metric is None else unit
+    return Chart(
+        "line",
+        f"{of} with the paths up to each order",
+        tuple(map(str, labels)),
+        tuple(
+            Series(name, tuple(line.reindex(labels)), kind)
+            for name, line, kind in zip(names, lines, ("attention", "mlp"), strict=False)
+        ),
+        unit,
+        "paths through at most this many heads",
+        blind,
+    )
+
+
+def worth_of_orders(result: TermImportance) -> Chart:
+    """What each order adds: of a loss how far it falls, of a task's metric how far it rises.
+
+    The part of paths through attention heads alone, and of those with MLP-derived heads, stand apart.
+    """
+    metric = result.receipt.notes.get("metric")
+    frame, sign = result.frame, -1 if metric is None else 1
+    direct = tuple(sign * value if i == 0 else NAN for i, value in enumerate(frame["change"]))
+    parts = [
+        tuple(sign * value if i else NAN for i, value in enumerate(frame[name]))
+        for name in ("attention_only", "with_mlp")
+    ]
+    return Chart(
+        "bars",
+        "What each order gains",
+        tuple(f"order {order}" for order in frame["order"]),
+        (
+            Series("direct path, against guessing blindly", direct, "embed"),
+            Series("attention heads only", parts[0], "attention"),
+            Series("with MLP-derived heads", parts[1], "mlp"),
+        ),
+        "how much the loss falls (nats)" if metric is None else f"change of {metric}",
+    )
+
+
+def largest_terms(result: LogitAttribution, k: int, kind: str | None = None) -> Chart:
+    """The largest terms of a logit: of one kind, or of all with what is left in one bar."""
+    frame = result.frame if kind is None else result.frame[result.frame["kind"] == kind]
+    order = frame["value"].abs().sort_values(ascending=False, kind="stable").index[:k]
+    top = frame.loc[order]
+    rows = list(zip(top["head"], top["value"], top["kind"], strict=True))
+    left = len(frame) - len(top)
+    if kind is None and left:
+        rows.append((f"{left:,} others", result.total - sum(value for _, value, _ in rows), "others"))
+    caption = f"{result.about} = {result.total:.3f}"
+    return _by_kind(caption if kind is None else f"The {len(top)} largest direct effects", rows)
+
+
+def largest_paths(result: TopPaths, k: int) -> Chart:
+    """The largest paths to a logit, and all others in one bar."""
+    top = result.frame.head(k)
+    kinds = [f"{order} head" + "s" * (order != 1) for order in top["order"]]
+    rows = list(zip(top["path"], top["contribution"], kinds, strict=True))
+    rows.append(("all others", result.total - sum(value for _, value, _ in rows), "others"))
+    return _by_kind(f"{result.about} = {result.total:.3f}", rows)
+
+
+def _by_kind(caption: str, rows: Sequence[tuple[str, float, str]]) -> Chart:
+    """Signed bars in logits, each in the series of its kind."""
+    labels, _, kinds = zip(*rows, strict=True) if rows else ((), (), ())
+    series = [
+        Series(kind, tuple(value if own == kind else NAN for _, value, own in rows), kind)
+        for kind in dict.fromkeys(kinds)
+    ]
+    return Chart("bars", caption, labels, tuple(series), "contribution (logits)")
