@@ -8,22 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from mechinterp_attn.cli.answer import Answer, Call, answering
 from mechinterp_attn.cli.common import (
-    AsJson,
-    Call,
-    CsvFile,
-    FigureFile,
-    JustPlan,
-    MaxBytes,
     Model,
-    Quiet,
     Seed,
     Top,
-    Wide,
-    deliver,
     load,
     remark,
-    run_or_plan,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +33,7 @@ class Analysis(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(causal)
+    app.command()(answering(causal))
 
 
 def causal(
@@ -85,13 +76,8 @@ def causal(
     prompts: Annotated[int, typer.Option(help="How many prompts, of a behaviour by name.", min=2)] = 32,
     seed: Seed = 0,
     top: Top = None,
-    max_bytes: MaxBytes = None,
-    plan: JustPlan = False,
-    as_json: AsJson = False,
-    csv: CsvFile = None,
-    figure: FigureFile = None,
-    wide: Wide = False,
-    quiet: Quiet = False,
+    *,
+    answer: Answer,
 ) -> None:
     """What a behaviour goes through, proven by intervention: heads, edges, paths, circuits."""
     from mechinterp_attn.core.errors import MechInterpError
@@ -107,13 +93,13 @@ def causal(
     chosen: dict[str, Any] = {"patch": patch, "seed": seed}
     result: Result
     if analysis in (Analysis.effects, Analysis.path):
-        result = run_or_plan(plan, max_bytes, _patching(opened, behaviour, analysis, heads, chosen))
+        result = answer.run(_patching(opened, behaviour, analysis, heads, chosen))
     else:
         chosen |= {"method": method, "units": units, "pools": pools}
         ranked_only = analysis == Analysis.discover
-        result = _ranking(opened, behaviour, ranked_only, chosen, plan, max_bytes)
+        result = _ranking(opened, behaviour, ranked_only, chosen, answer)
     rows = result.frame.head(top or len(result.frame))
-    deliver(result, rows, as_json=as_json, csv=csv, figure=figure)
+    answer.give(result, rows)
 
 
 def _patching(
@@ -134,27 +120,26 @@ def _ranking(
     task: Task,
     ranked_only: bool,
     chosen: dict[str, Any],
-    plan: bool,
-    max_bytes: int | None,
+    answer: Answer,
 ) -> Result:
     """Heads or edges ranked, and how much circuits of the first of them carry alone."""
     from mechinterp_attn import causal as own
     from mechinterp_attn.core.errors import MechInterpError
 
     if ranked_only:
-        return cast("Result", run_or_plan(plan, max_bytes, (own.discover, (model, task), chosen)))
+        return cast("Result", answer.run((own.discover, (model, task), chosen)))
     found_on, held_out = task.split(seed=chosen["seed"])
     ranking: Call = own.discover, (model, found_on), chosen
-    if plan:
+    if answer.plan:
         if chosen["units"] != "heads":
             raise MechInterpError(
                 "the cost of circuits of edges depends on the ranking; plan discover alone"
             )
         behind: Call = own.faithfulness, (model, held_out, list(model.heads)), {"seed": chosen["seed"]}
-        run_or_plan(True, max_bytes, ranking, behind)
-    ranked = run_or_plan(False, max_bytes, ranking)
+        answer.run(ranking, behind)
+    ranked = answer.now(ranking)
     options = {"seed": chosen["seed"]}
-    result = run_or_plan(False, max_bytes, (own.faithfulness, (model, held_out, ranked), options))
+    result = answer.now((own.faithfulness, (model, held_out, ranked), options))
     remark(f"CMD {result.cmd:.3f}, CPR {result.cpr:.3f}; of random rankings {result.cmd_random:.3f}")
     return cast("Result", result)
 

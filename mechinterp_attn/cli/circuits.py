@@ -8,22 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mechinterp_attn.cli.answer import Answer, Call, answering
 from mechinterp_attn.cli.common import (
-    AsJson,
-    Call,
-    CsvFile,
-    FigureFile,
     Heads,
-    JustPlan,
-    MaxBytes,
     Model,
-    Quiet,
     Top,
-    Wide,
-    deliver,
     load,
     one_head,
-    run_or_plan,
     token_of,
 )
 
@@ -62,7 +53,7 @@ class RankBy(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(circuits)
+    app.command()(answering(circuits))
 
 
 def circuits(
@@ -92,16 +83,11 @@ def circuits(
     dst: Annotated[str | None, typer.Option(help="composition, virtual: later heads, likewise.")] = None,
     length: Annotated[int, typer.Option(help="virtual: heads in a chain, 2 or 3.")] = 2,
     rank_by: Annotated[RankBy, typer.Option(help="composition: what the best are best by.")] = RankBy.score,
-    max_bytes: MaxBytes = None,
     resume: Annotated[
         Path | None, typer.Option(help="Keep what was found here; the same command goes on from it.")
     ] = None,
-    plan: JustPlan = False,
-    as_json: AsJson = False,
-    csv: CsvFile = None,
-    figure: FigureFile = None,
-    wide: Wide = False,
-    quiet: Quiet = False,
+    *,
+    answer: Answer,
 ) -> None:
     """Read circuits from the weights: tables over tokens, copying, composition, virtual heads."""
     import mechinterp_attn as mia
@@ -120,10 +106,10 @@ def circuits(
         call = own.composition, (loaded, kind.value, earlier, _select(dst)), options
     else:
         call = _others(loaded, analysis, heads, tokens, top, src, dst, length)
-    result = run_or_plan(plan, max_bytes, call)
+    result = answer.run(call)
     ranked_here = analysis in (Analysis.copying, Analysis.positions)  # the others come as long as asked
     rows = result.top(top or 10) if ranked_here else result.frame
-    deliver(result, rows, as_json=as_json, csv=csv, figure=figure)
+    answer.give(result, rows)
 
 
 def _others(

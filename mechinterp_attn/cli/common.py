@@ -5,13 +5,12 @@ The result goes to standard output, everything else to standard error.
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 
     from mechinterp_attn.core.results import Result
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
-
-# A function, and what it is called with.
-Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 # Exit codes, as the manual has them (docs/cli.md).
 DIFFERS, WRONG_INPUT, BUG, INTERRUPTED = 1, 2, 70, 130
@@ -114,11 +110,6 @@ Against = Annotated[
 Position = Annotated[int, typer.Option(help="Where it is predicted; negative counts from the end.")]
 Top = Annotated[int | None, typer.Option("--top", "-k", help="How many rows, the first ones.", min=1)]
 Seed = Annotated[int, typer.Option(help="Of all that is random.")]
-MaxBytes = Annotated[
-    int | None,
-    typer.Option(help="Memory beyond the model's that the analysis may take; 2 GiB by default.", min=1),
-]
-JustPlan = Annotated[bool, typer.Option("--plan", help="Say what it would cost, and do nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the table as JSON: one object a row.")]
 CsvFile = Annotated[
     Path | None,
@@ -165,59 +156,6 @@ def fail(text: str) -> None:
 def _style(text: str, stream: Any, **look: Any) -> str:
     colour = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return typer.style(text, **look) if colour else text
-
-
-def run_or_plan(just_plan: bool, max_bytes: int | None, *calls: Call) -> Any:
-    """The result of an analysis; with ``--plan`` its cost is printed instead, and the command ends.
-
-    Args:
-        just_plan: what ``--plan`` says.
-        max_bytes: what ``--max-bytes`` says.
-        calls: the analysis; with ``--plan`` in front of it other calls that the command would make.
-
-    Raises:
-        MechInterpError: as the analysis, or it takes no ``--max-bytes`` or has no plan.
-    """
-    from mechinterp_attn.core.errors import MechInterpError
-    from mechinterp_attn.core.plan import plan
-
-    for function, args, options in calls:
-        if max_bytes is not None:
-            if "max_bytes" not in inspect.signature(function).parameters:
-                raise MechInterpError(
-                    f"{function.__name__} is quick and takes no --max-bytes; leave it out"
-                )
-            options = options | {"max_bytes": max_bytes}
-        if just_plan:
-            typer.echo(str(plan(function, *args, **options)))
-    if just_plan:
-        raise typer.Exit
-    return function(*args, **options)
-
-
-def deliver(
-    result: Result,
-    frame: pd.DataFrame | None = None,
-    *,
-    about: str | None = None,
-    by: str | None = None,
-    as_json: bool = False,
-    csv: Path | None = None,
-    figure: Path | None = None,
-) -> None:
-    """Answer with a result: what it is and its receipt as remarks, the table, and the figure.
-
-    Args:
-        frame: the rows to give; by default all.
-        about: what it is, where the title does not say enough.
-        by: the column that the rows are sorted by, where it is not the result's own; it is always shown.
-    """
-    remark(about or result.title)
-    remark(str(result.receipt))
-    keep = [by] if (by := by or result.sort_by) else []
-    emit(result.frame if frame is None else frame, as_json=as_json, csv=csv, keep=keep)
-    if figure is not None:
-        write_figure(result, figure)
 
 
 def emit(

@@ -7,23 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mechinterp_attn.cli.answer import Answer, Call, answering
 from mechinterp_attn.cli.common import (
-    AsJson,
-    Call,
-    CsvFile,
-    FigureFile,
     Heads,
-    JustPlan,
-    MaxBytes,
     Model,
-    Quiet,
     Seed,
     Top,
-    Wide,
-    deliver,
     load,
     remark,
-    run_or_plan,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +27,7 @@ BY_WEIGHTS = ("copying", "copying_z", "copying_size", "pure_copying", "induction
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(detect)
+    app.command()(answering(detect))
 
 
 def detect(
@@ -67,13 +58,8 @@ def detect(
         str | None, typer.Option(help="The passages where this head writes most.", metavar="HEAD")
     ] = None,
     seed: Seed = 0,
-    max_bytes: MaxBytes = None,
-    plan: JustPlan = False,
-    as_json: AsJson = False,
-    csv: CsvFile = None,
-    figure: FigureFile = None,
-    wide: Wide = False,
-    quiet: Quiet = False,
+    *,
+    answer: Answer,
 ) -> None:
     """Score heads, attention, MLP-derived and virtual: by attention, weights or cutting, or on a corpus."""
     import mechinterp_attn as mia
@@ -93,27 +79,27 @@ def detect(
             "limit": limit,
         }
         options |= {"resume": resume, "workers": workers}
-        scores = run_or_plan(plan, max_bytes, (mia.detect.over_corpus, (opened, corpus), options))
+        scores = answer.run((mia.detect.over_corpus, (opened, corpus), options))
         if passages is not None:
             found = scores.passages(passages)
             about = f"Where {passages} writes most"
-            deliver(scores, found.head(top or len(found)), about=about, as_json=as_json, csv=csv)
+            answer.give(scores, found.head(top or len(found)), about=about)
             return
         result = scores
     elif by == CIRCUIT:
-        circuit = run_or_plan(plan, max_bytes, (mia.detect.induction, (opened,), {"seed": seed}))
+        circuit = answer.run((mia.detect.induction, (opened,), {"seed": seed}))
         remark(str(circuit))
         rows = circuit.frame.head(top or len(circuit.frame))
-        deliver(circuit, rows, as_json=as_json, csv=csv, figure=figure)
+        answer.give(circuit, rows)
         return
     else:
-        result = run_or_plan(plan, max_bytes, _scores(opened, heads, by, seed))
+        result = answer.run(_scores(opened, heads, by, seed))
     names = list(result.frame.select_dtypes("float").columns)
     if by not in names:
         others = [] if corpus is not None else [CIRCUIT, *BY_WEIGHTS, *BY_CUTTING]
         raise MechInterpError(f"no score {by!r} here; there are {', '.join([*names, *others])}")
     rows = result.top(top or len(result.frame), by=by)
-    deliver(result, rows, by=by, as_json=as_json, csv=csv, figure=figure)
+    answer.give(result, rows, by=by)
 
 
 def _scores(model: AttentionOnlyModel, heads: list[str] | None, by: str, seed: int) -> Call:

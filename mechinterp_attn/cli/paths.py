@@ -7,30 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mechinterp_attn.cli.answer import Answer, Call, answering
 from mechinterp_attn.cli.common import (
     Against,
-    AsJson,
-    Call,
-    CsvFile,
-    FigureFile,
     Heads,
     Ids,
-    JustPlan,
-    MaxBytes,
     Model,
     Position,
     Prompt,
-    Quiet,
     Target,
     Top,
-    Wide,
-    deliver,
     emit_json,
     load,
     one_head,
     prompt_of,
     remark,
-    run_or_plan,
     token_of,
     write_figure,
 )
@@ -51,7 +42,7 @@ class Analysis(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(paths)
+    app.command()(answering(paths))
 
 
 def paths(
@@ -76,13 +67,8 @@ def paths(
     query: Annotated[int, typer.Option(help="score: the query position.")] = -1,
     key: Annotated[int | None, typer.Option(help="score: the key position.")] = None,
     top: Top = 20,
-    max_bytes: MaxBytes = None,
-    plan: JustPlan = False,
-    as_json: AsJson = False,
-    csv: CsvFile = None,
-    figure: FigureFile = None,
-    wide: Wide = False,
-    quiet: Quiet = False,
+    *,
+    answer: Answer,
 ) -> None:
     """Explain a prediction by paths through heads and neurons, patterns frozen."""
     import torch
@@ -93,7 +79,7 @@ def paths(
     text = prompt_of(prompt, tokens)
     loaded = load(model)
     freezing: Call = mia.paths.freeze, (loaded, text if isinstance(text, str) else torch.tensor(text)), {}
-    frozen = run_or_plan(False, max_bytes, freezing)
+    frozen = answer.now(freezing)
     goal: dict[str, Any] = {
         "target": token_of(frozen.model, target),
         "against": token_of(frozen.model, against),
@@ -101,17 +87,17 @@ def paths(
     }
     k = top or 20
     call = _call(frozen, analysis, heads, goal, query, key, k)
-    result = run_or_plan(plan, max_bytes, *([freezing] if plan else []), call)
+    result = answer.run(*([freezing] if answer.plan else []), call)
     whole = analysis in (Analysis.orders, Analysis.importance, Analysis.top)  # those have their own length
     rows = result.frame if whole else result.top(k)
     about = _about(frozen, result)
-    if isinstance(result, mia.paths.AttributionGraph) and as_json:  # whole, as viewers read it
+    if isinstance(result, mia.paths.AttributionGraph) and answer.as_json:  # whole, as viewers read it
         emit_json(graph_json(result, "graph"))
         remark(about)
-        if figure is not None:
-            write_figure(result, figure)
+        if answer.figure is not None:
+            write_figure(result, answer.figure)
         return
-    deliver(result, rows, about=about, as_json=as_json, csv=csv, figure=figure)
+    answer.give(result, rows, about=about)
 
 
 def _call(

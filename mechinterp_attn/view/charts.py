@@ -102,7 +102,7 @@ def worth_of_orders(result: TermImportance) -> Chart:
         "What each order gains",
         tuple(f"order {order}" for order in frame["order"]),
         (
-            Series("direct path, against guessing blindly", direct, "embed"),
+            Series("direct path", direct, "embed"),
             Series("attention heads only", parts[0], "attention"),
             Series("with MLP-derived heads", parts[1], "mlp"),
         ),
