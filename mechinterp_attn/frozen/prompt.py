@@ -185,6 +185,18 @@ class Frozen:
         logits = self.final_norm.apply(x) @ self.model.W_U.detach()
         return logits if self.cap is None else logits * self.cap
 
+    def read_out_at(self, x: Float[Tensor, "n d_model"], position: int) -> Float[Tensor, "n d_vocab"]:
+        """``read_out`` of vectors that all stand at one position.
+
+        Args:
+            x: parts of the residual stream there.
+            position: from the start.
+        """
+        if self.gate is not None:
+            x = (x @ self.model.prediction.W.detach()) * self.gate[position]
+        logits = self.final_norm.at(position).apply(x) @ self.model.W_U.detach()
+        return logits if self.cap is None else logits * self.cap[position]
+
     def read_back(self, y: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
         """Carry a direction in front of the unembedding back to the last residual stream.
 

@@ -11,7 +11,16 @@ import pytest
 import mechinterp_attn as mia
 from mechinterp_attn.core.results import Check, Receipt
 from mechinterp_attn.core.text import shown
-from mechinterp_attn.view.report.blocks import column, fact, matrix, patterns, section, table, token
+from mechinterp_attn.view.report.blocks import (
+    column,
+    fact,
+    matrix,
+    pattern,
+    patterns,
+    section,
+    table,
+    token,
+)
 
 HOSTILE = [
     "</script>",
@@ -39,6 +48,10 @@ HOSTILE = [
     "x \u00a0 \u200b",
     "__proto__",
 ]
+
+
+def lead_of(texts):
+    return [token(t) for t in texts]
 
 
 def hostile_report(report):
@@ -93,7 +106,36 @@ def hostile_report(report):
     for i, node in enumerate(graph["graph"]["nodes"]):
         node["label"] = shown(HOSTILE[i % n])
     graph["graph"]["tokens"] = [shown(HOSTILE[i % n]) for i in range(len(graph["graph"]["tokens"]))]
-    lead = [[token(t) for t in HOSTILE]]
+    texts = data["prompt"]
+    told = [
+        {"spans": [*lead_of(HOSTILE), {"head": shown(t)}], "test": shown(t), "see": shown(t)}
+        for t in HOSTILE
+    ]
+    arc = {
+        "from": n - 1,
+        "to": 1,
+        "label": shown(HOSTILE[2]),
+        "weight": 0.5,
+        "kind": "brings",
+        "title": texts[0],
+    }
+    blocks += [
+        {"type": "story", "id": "told", "sentences": told},
+        {"type": "arcs", "id": "arcs", "caption": texts[2], "tokens": texts, "position": n - 1,
+         "answer": texts[0], "p": texts[3], "arcs": [arc]},
+    ]  # fmt: skip
+    card = copy.deepcopy(next(c for c in report.data["cards"].values() if c["kind"] == "attention"))
+    card |= {
+        "weights": pattern(weights),
+        "way": texts[2],
+        "looks": [[i, 0.1, 0.1] for i in range(n)],
+        "raises": [[t, 1.0] for t in texts],
+        "lowers": [[t, -1.0] for t in texts],
+        "partners": [["K", "reads", t, 5.0] for t in texts],
+        "passages": [{"before": t, "token": t, "after": t} for t in texts],
+    }
+    data["cards"] = dict.fromkeys(texts, card)
+    lead = [lead_of(HOSTILE)]
     data["sections"] = [section("hostile", shown(HOSTILE[0]), lead, [*blocks, graph], {})]
     return mia.Report(data)
 
@@ -106,6 +148,13 @@ def test_hostile_text_is_only_text(report, watched, tmp_path):
     read = page.locator("#table-hostile td:nth-child(1)").all_inner_texts()
     # trim: a table cell's inner text ends in no space of its own
     assert [r.strip() for r in read] == [shown(t).strip() for t in HOSTILE]
+    for name in page.locator(".story [data-head]").all()[:3]:
+        name.click()
+        dialog = page.locator("dialog#card")
+        watched.wait_until(lambda: dialog.locator(".heatmap").count() == 1)  # noqa: B023
+        assert dialog.locator(":is(img, iframe, script, style, object, embed)").count() == 0
+        assert dialog.locator("[data-head]").all_text_contents() == [shown(t) for t in HOSTILE]
+        dialog.press("Escape")
     page.get_by_text("heads in CircuitsVis").click()
     page.wait_for_selector("#circuitsvis-mlp canvas", timeout=90_000)
     assert page.locator(".circuitsvis :is(img, iframe, script, style)").count() == 0
@@ -200,6 +249,9 @@ def test_axe_finds_no_serious_violation(presets, preset, chromium, tmp_path, sch
             summary.click()
     page.add_script_tag(path=Path(__file__).parent / "vendor" / "axe.min.js")
     found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
+    page.evaluate("openCard(Object.keys(report.cards)[0])")  # and with a card on top
+    page.wait_for_selector("dialog .heatmap, dialog .strip")
+    found += page.evaluate("axe.run('dialog', { resultTypes: ['violations'] })")["violations"]
     context.close()
     serious = [
         f"{v['id']}: {v['help']}: {[n['target'] for n in v['nodes']][:4]}"

@@ -34,7 +34,7 @@ function drawTable(host, block) {
 
   function cell(c, i) {
     const x = data[c.key][i];
-    if (c.kind === "head") return el("td", { class: "left" }, el("span", { class: "head" }, x));
+    if (c.kind === "head") return el("td", { class: "left" }, headName(x));
     if (c.kind === "kind") {
       const name = x === "mlp" ? "MLP-derived" : x;
       return el("td", { class: "left kind-" + x }, name);

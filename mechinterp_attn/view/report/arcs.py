@@ -93,6 +93,15 @@ def _words(text: str, x: float, y: float, name: str) -> Markup:
     return tag("text", text, x=x, y=y, text_anchor="middle", class_=name)
 
 
+def _label(text: str, x: float, y: float, name: str) -> Markup:
+    """``L1H3 49 %, L1H1 74 %``, each part under the name of its head."""
+    parts: list[Markup] = []
+    for i, part in enumerate(text.split(", ")):
+        parts += [tag("tspan", ", ")] if i else []
+        parts.append(tag("tspan", part, data_head=part.split(" ")[0]))
+    return tag("text", *parts, x=x, y=y, text_anchor="middle", class_=name)
+
+
 def _boxed(text: str, x: float, top: float, box: str, piece: str) -> list[Markup]:
     ground = tag("rect", x=x, y=top, width=_size(text), height=BOX, rx=4, class_=box)
     return [ground, tag("text", _text(text), x=x + PAD, y=top + 18, class_=piece)]
@@ -131,7 +140,7 @@ def _arc(
             stroke_width=1.5 + 3 * arc["weight"],
         ),
         tag("polygon", points=tip, class_="tip " + kind),
-        _words(arc["label"], middle, y, "label " + kind),
+        _label(arc["label"], middle, y, "label " + kind),
     ]
 
 

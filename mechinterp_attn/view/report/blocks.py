@@ -55,7 +55,7 @@ def section(
         "finding": None if finding is None else list(finding),
         "lead": list(lead),
         "blocks": list(blocks),
-        "receipts": [_receipt(name, receipt) for name, receipt in receipts.items()],
+        "receipts": [receipt_block(name, receipt) for name, receipt in receipts.items()],
     }
 
 
@@ -68,7 +68,8 @@ def _check(check: Check) -> Block:
     }
 
 
-def _receipt(name: str, receipt: Receipt) -> Block:
+def receipt_block(name: str, receipt: Receipt) -> Block:
+    """A receipt as it stands under a section."""
     checks = [_check(check) for check in receipt.checks]
     notes = {key: shown(str(value)) for key, value in receipt.notes.items()}
     return {"of": name, "ok": receipt.ok, "checks": checks, "notes": notes}

@@ -17,9 +17,11 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.files import write_text
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.reading import read_json
+from mechinterp_attn.core.results import Receipt
 from mechinterp_attn.core.text import inert_json, shown
 from mechinterp_attn.version import __version__
-from mechinterp_attn.view.report.blocks import Block, section
+from mechinterp_attn.view.report.blocks import Block, receipt_block, section
+from mechinterp_attn.view.report.cards import cards, named
 from mechinterp_attn.view.report.page import page
 from mechinterp_attn.view.report.presets import PRESETS, SECTIONS
 from mechinterp_attn.view.report.sections_about import receipts_table
@@ -29,12 +31,13 @@ from mechinterp_attn.view.report.study import Study, tokens_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mechinterp_attn.detect import CorpusScores
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
     from mechinterp_attn.model.index import Heads
 
 
 FORMAT = "mechinterp_attn.report"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +45,8 @@ class Report:
     """A finished report.
 
     Attributes:
-        data: everything it shows, as JSON can hold it: ``title``, ``model``, ``prompt`` and
-            ``sections``.
+        data: everything it shows, as JSON can hold it: ``title``, ``model``, ``prompt``,
+            ``cards`` (of heads, by label) and ``sections``.
     """
 
     data: dict[str, Any]
@@ -106,6 +109,7 @@ def report(
     sections: Sequence[str] | None = None,
     heads: Heads = (),
     compare: AttentionOnlyModel | None = None,
+    corpus: CorpusScores | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Report:
@@ -120,6 +124,8 @@ def report(
         sections: which sections, in this order, instead of a preset's.
         heads: labels of heads whose patterns and circuits to show, before those that the report picks.
         compare: a second model (or the same in another mode) to set beside this one on the prompt.
+        corpus: a pass over a corpus, from ``mia.detect.over_corpus``: the cards of heads show the passages
+            where each writes most.
         seed: of the random tokens that heads are scored on.
         progress: show a progress bar.
 
@@ -154,6 +160,11 @@ def report(
     if bar.notes:  # Ctrl-C in the command line: the page has what was ready, and says so
         text = f"Stopped early. Not made: {', '.join(list(makers)[bar.done :])}."
         parts.append(section("stopped", "Stopped early", [[text]], [], {}))
+    own_cards, added_up = (
+        cards(study, named(parts, model.heads), corpus) if model.n_heads else ({}, Receipt())
+    )
+    if added_up.checks:
+        parts[0]["receipts"].append(receipt_block("head cards", added_up))
     for part in parts:
         if part["id"] == "provenance" and (receipts := receipts_table(parts)) is not None:
             part["blocks"].append(receipts)
@@ -169,6 +180,7 @@ def report(
             "prompt": [shown(t) for t in frozen.str_tokens],
             "checks": {"passed": sum(passed), "failed": len(passed) - sum(passed)},
             "claims": _claims(parts),
+            "cards": own_cards,
             "sections": parts,
         }
     )

@@ -20,7 +20,16 @@ from mechinterp_attn.view import circuitsvis
 from mechinterp_attn.view.report.arcs import arcs
 from mechinterp_attn.view.report.svg import svg
 
-_SCRIPTS = ("core.js", "figure.js", "table.js", "patterns.js", "matrix.js", "graph.js", "main.js")
+_SCRIPTS = (
+    "core.js",
+    "figure.js",
+    "table.js",
+    "patterns.js",
+    "matrix.js",
+    "graph.js",
+    "cards.js",
+    "main.js",
+)
 _STYLES = ("report.css", "graph.css")
 
 # CircuitsVis holds the browser up on longer prompts; the page's own patterns do not.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import compress
-from typing import Literal
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from mechinterp_attn.view.report.blocks import Block, column, matrix, section, t
 from mechinterp_attn.view.report.study import Study
 
 PAIRS = 200  # strongest pairs listed of each kind
-READS: dict[Literal["K", "Q", "V"], str] = {"K": "keys", "Q": "queries", "V": "values"}
+READS = {"K": "keys", "Q": "queries", "V": "values"}
 FLOPS = 4e11  # of a search over all pairs of heads: seconds to half a minute
 COLUMNS = [
     column("src", "Earlier", "head"),
@@ -35,11 +34,9 @@ def composition(study: Study) -> Block | None:
         ]
     ]
     blocks, receipts = [], {}
-    if study.model.spec.n_layers > 1 and study.n_attention:
-        for kind, reads in READS.items():
-            result = circuits.composition(study.model, kind, src="attention", dst="attention")
-            blocks += _pictures(kind, reads, result)
-            receipts[f"{kind}-composition"] = result.receipt
+    for kind, result in study.compositions.items():
+        blocks += _pictures(kind, READS[kind], result)
+        receipts[f"{kind}-composition"] = result.receipt
     try:
         of_all = _all_heads(study)
     except MechInterpError:  # no pair composes: a single sublayer

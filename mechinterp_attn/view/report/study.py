@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 
-from mechinterp_attn import detect, paths
+from mechinterp_attn import circuits, detect, paths
 from mechinterp_attn.core.text import signed
 from mechinterp_attn.view.report.causes import Causes
 from mechinterp_attn.view.report.story import SOME, Story, find_story
@@ -32,6 +32,8 @@ DIRECT = 4  # direct effects of each kind of head that are tested by cutting
 WAYS = 24  # heads that are asked how they act
 SEARCH = 200  # partial paths to open: seconds, and the section says what is not proven
 CLEAR = 0.3  # a score from here on makes a head one of that kind
+
+SIDES_READ: tuple[Literal["K", "Q", "V"], ...] = ("K", "Q", "V")
 
 # What a head's name in the score table means in words.
 SCORES = {
@@ -95,6 +97,16 @@ class Study:
     @cached_property
     def graph(self) -> paths.AttributionGraph:
         return paths.attribution_graph(self.frozen, target=self.target, position=self.position)
+
+    @cached_property
+    def compositions(self) -> dict[str, circuits.CompositionScores]:
+        """Of attention heads with later ones, by the side that reads: "K", "Q", "V"."""
+        if self.model.spec.n_layers < 2 or not self.n_attention:
+            return {}
+        return {
+            kind: circuits.composition(self.model, kind, src="attention", dst="attention")
+            for kind in SIDES_READ
+        }
 
     @cached_property
     def causes(self) -> Causes:
