@@ -23,7 +23,7 @@ from mechinterp_attn.cli.common import (
 
 # Written out, so that a wrong name is said at once, before anything is loaded; a test compares them with
 # the report's own.
-Preset = Literal["overview", "induction", "prediction"]
+Preset = Literal["overview", "induction", "prediction", "large"]
 SECTIONS = (
     "story", "summary", "provenance", "fidelity", "orders", "importance", "heads", "patterns",
     "composition", "vocabulary", "paths", "graph", "neurons", "glossary",
@@ -62,7 +62,9 @@ def report(
     tokens: Ids = None,
     target: Target = None,
     position: Position = -1,
-    preset: Annotated[Preset, typer.Option(help="A choice of sections.")] = "overview",
+    preset: Annotated[
+        Preset | None, typer.Option(help="A choice of sections; by default one that fits the model's size.")
+    ] = None,
     section: Annotated[
         list[str] | None,
         typer.Option(

@@ -188,6 +188,22 @@ def test_presets_choose_sections(model):
     assert "graph" not in ids
 
 
+def test_a_large_model_gets_the_sections_that_fit_it(model, monkeypatch):
+    """By size, and said on the page; a preset or sections that are asked for stay."""
+    from mechinterp_attn.view.report import presets
+
+    monkeypatch.setattr(presets, "LARGE", 10)
+    page = mia.report(model, PROMPT, progress=False)
+    assert [s["id"] for s in page.data["sections"]][:4] == ["heads", "patterns", "neurons", "graph"]
+    n = sum(weight.numel() for weight in model.parameters())
+    assert f"since the model has {n:,} weights; preset='overview' makes them all" in page.html().replace(
+        "\\u0027", "'"
+    )
+    asked = mia.report(model, PROMPT, sections=["orders", "provenance"], progress=False)
+    assert [s["id"] for s in asked.data["sections"]] == ["orders", "provenance"]
+    assert "since the model has" not in asked.html()
+
+
 def test_every_receipt_is_in_one_table(report):
     rows = as_frame(blocks(report, "table")["receipts"])
     passed = {

@@ -15,6 +15,7 @@ import torch
 from mechinterp_attn import paths
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.files import write_text
+from mechinterp_attn.core.plan import MAX_BYTES, plan
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.reading import read_json
 from mechinterp_attn.core.results import Receipt
@@ -23,7 +24,7 @@ from mechinterp_attn.version import __version__
 from mechinterp_attn.view.report.blocks import Block, receipt_block, section
 from mechinterp_attn.view.report.cards import cards, named
 from mechinterp_attn.view.report.page import page
-from mechinterp_attn.view.report.presets import PRESETS, SECTIONS
+from mechinterp_attn.view.report.presets import PRESETS, SECTIONS, preset_for
 from mechinterp_attn.view.report.sections_about import receipts_table
 from mechinterp_attn.view.report.sections_compare import comparison
 from mechinterp_attn.view.report.study import Study, tokens_of
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mechinterp_attn.detect import CorpusScores
+    from mechinterp_attn.frozen.prompt import Frozen
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
     from mechinterp_attn.model.index import Heads
 
@@ -105,7 +107,7 @@ def report(
     *,
     target: str | int | None = None,
     position: int = -1,
-    preset: str = "overview",
+    preset: str | None = None,
     sections: Sequence[str] | None = None,
     heads: Heads = (),
     compare: AttentionOnlyModel | None = None,
@@ -119,8 +121,9 @@ def report(
         prompt: a text, or token ids ``[pos]``.
         target: the next token to explain (text of one token, or id); by default the model's own.
         position: where the prediction is made; negative counts from the end.
-        preset: "overview" (every section), "induction" (what heads do) or "prediction" (where one
-            prediction comes from).
+        preset: "overview" (every section), "induction" (what heads do), "prediction" (where one prediction
+            comes from) or "large" (what takes a few runs of the model). By default "overview", and "large"
+            for a model of more than half a billion weights, which the page then says.
         sections: which sections, in this order, instead of a preset's.
         heads: labels of heads whose patterns and circuits to show, before those that the report picks.
         compare: a second model (or the same in another mode) to set beside this one on the prompt.
@@ -134,15 +137,21 @@ def report(
             token, a position outside the prompt, an unknown preset, section or head, a second model
             with another vocabulary.
     """
+    n_weights = sum(weight.numel() for weight in model.parameters())
+    automatic = preset is None and sections is None
+    preset = preset_for(n_weights) if preset is None else preset
     if preset not in PRESETS:
         raise MechInterpError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
     names = list(PRESETS[preset] if sections is None else sections)
     unknown = [name for name in names if name not in SECTIONS]
     if unknown or not names:
         raise MechInterpError(f"no section {unknown}; there are {', '.join(SECTIONS)}")
-    frozen = paths.freeze(model, tokens_of(model, prompt))
+    frozen = _freeze(model, tokens_of(model, prompt))
     chosen = tuple(model.heads.labels(heads)) if heads else ()
     study = Study(model, frozen, target=target, position=position, seed=seed, chosen=chosen)
+    if automatic and preset != "overview":
+        why = f"since the model has {n_weights:,} weights; preset='overview' makes them all"
+        study.left_out = f"preset {preset!r}, {why}"
     study.attribution  # noqa: B018  (a bad target or position stops here, not in every section)
     makers: dict[str, Callable[[], Block | None]] = {name: partial(SECTIONS[name], study) for name in names}
     if compare is not None:
@@ -193,6 +202,11 @@ def _claims(parts: Sequence[Block]) -> dict[str, int]:
     return {"tested": len(verdicts), "held": sum(verdict.startswith("✓") for verdict in verdicts)}
 
 
+def _freeze(model: AttentionOnlyModel, tokens: Tensor) -> Frozen:
+    """A prompt, frozen with whatever that takes: nothing of a report can be had without."""
+    return paths.freeze(model, tokens, max_bytes=max(MAX_BYTES, plan(paths.freeze, model, tokens).bytes))
+
+
 def _beside(study: Study, model: AttentionOnlyModel) -> Study:
     """A second model on the same tokens, explaining the same prediction."""
     for name in ("d_vocab", "d_vocab_out"):
@@ -202,7 +216,7 @@ def _beside(study: Study, model: AttentionOnlyModel) -> Study:
                 f"compare: the second model's {name} is {other:,}, the first one's {own:,}; only models "
                 "with one vocabulary can be set side by side"
             )
-    frozen = paths.freeze(model, study.frozen.tokens)
+    frozen = _freeze(model, study.frozen.tokens)
     attribution = study.attribution
     target, position = attribution.target, attribution.position
     own = set(model.heads)

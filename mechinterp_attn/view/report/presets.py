@@ -37,4 +37,15 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "overview": tuple(SECTIONS),
     "induction": ("story", "summary", "heads", "patterns", "composition", "vocabulary", "orders", *_HOW),
     "prediction": ("story", "summary", "neurons", "paths", "graph", "patterns", *_HOW),
+    "large": ("heads", "patterns", "neurons", "graph", *_HOW),
 }
+LARGE = 5 * 10**8  # weights; beyond, cutting heads one by one and term importance take many minutes
+
+
+def preset_for(n_weights: int) -> str:
+    """The preset of a report that does not say which: all sections, or those whose cost is a few runs.
+
+    Args:
+        n_weights: numbers in the model's weights.
+    """
+    return "large" if n_weights > LARGE else "overview"

@@ -216,6 +216,7 @@ def provenance(study: Study) -> Block:
         fact("Numbers", str(model.W_E.dtype).removeprefix("torch."), f"on {model.W_E.device.type}"),
         fact("Seed", study.seed, "of the random tokens that heads are scored on"),
         fact("Software", versions or "versions unknown", text=True),
+        *([fact("Sections", "some", study.left_out)] if study.left_out else []),
     )
     prompt = {
         "type": "prompt",

@@ -55,6 +55,7 @@ class Study:
         target, position: which prediction is explained.
         seed: of the random tokens that heads are scored on.
         chosen: labels of heads whose patterns and circuits the reader asked for.
+        left_out: why there are fewer sections than usual, where the report decided so by itself.
     """
 
     model: AttentionOnlyModel
@@ -63,6 +64,7 @@ class Study:
     position: int
     seed: int
     chosen: tuple[str, ...] = ()
+    left_out: str = ""
 
     @cached_property
     def scores(self) -> detect.HeadScores:
@@ -79,9 +81,8 @@ class Study:
 
     @cached_property
     def importance(self) -> paths.TermImportance:
-        return paths.term_importance(
-            self.model, self.frozen.tokens, heads=16 if len(self.names) <= LONG else 0, progress=False
-        )
+        heads = 16 if len(self.names) <= LONG else 0
+        return paths.term_importance(self.frozen.model, self.frozen.tokens, heads=heads, progress=False)
 
     @cached_property
     def top_paths(self) -> paths.TopPaths:
