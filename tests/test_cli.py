@@ -127,7 +127,7 @@ def test_an_option_is_the_same_everywhere():
         (["paths", "attn-1l", "orders"], "--prompt"),
         (["models", "--csv", "no/such/folder/x.csv"], "no/such/folder"),
         (["verify", "attn-1l", "--text", "missing.txt"], "missing.txt"),
-        (["causal", "attn-1l", "effects", "flying"], "no behaviour by name"),
+        (["causal", "attn-1l", "effects", "flying"], "nor the name of a behaviour"),
         (["causal", "attn-1l", "guess", "induction"], "no analysis 'guess'"),
         (["causal", "attn-2l", "path", "induction"], "path takes paths"),
         (["causal", "attn-1l", "discover", "induction", "L0H1"], "leave out L0H1"),

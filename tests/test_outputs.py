@@ -237,7 +237,7 @@ def test_outputs_are_named_as_outputs():
     _, model = build("modular")
     frozen = mia.paths.freeze(model, torch.tensor([3, 5, 11]))
     assert "logit '<8>'" in mia.paths.logit_attribution(frozen, target=8).about
-    with pytest.raises(MechInterpError, match="11 outputs are no tokens; give the number of an output"):
+    with pytest.raises(MechInterpError, match="11 outputs are not tokens; give the number of an output"):
         mia.paths.logit_attribution(frozen, target="8")
     page = mia.report(model, [3, 5, 11], progress=False)
     words = str(page.data["sections"])
@@ -269,8 +269,8 @@ def test_where_is_a_table_of_truth_values():
     listed = mia.detect.ablate(model, tokens, ["L0H0"], where=[[True, False, True]])
     assert whole.loss == listed.loss
     for bad, message in (
-        ([[True], [False, True]], "a list that is no table"),
-        ("first", "a str that is no table"),
+        ([[True], [False, True]], "a list that is not a table"),
+        ("first", "a str that is not a table"),
         ([[True, False]], "shape .1, 2. and dtype torch.bool; expected .1, 3. truth values"),
         ([[0.5, 1.0, 0.0]], "dtype torch.float32"),
         (None, None),

@@ -207,8 +207,8 @@ def test_a_text_cut_to_the_context_keeps_its_last_special_token(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("\ud800 man", r"text 0 is no valid Unicode: a lone surrogate '\\ud800' at character 0"),
-        (["man", "a\udc80"], "text 1 is no valid Unicode"),
+        ("\ud800 man", r"text 0 is not valid Unicode: a lone surrogate '\\ud800' at character 0"),
+        (["man", "a\udc80"], "text 1 is not valid Unicode"),
         (None, "NoneType None|give tokens or text once"),
         (b"man", "bytes b'man'"),
         (["man", None], "text 1 is NoneType None; expected a text"),

@@ -139,17 +139,17 @@ def test_a_model_without_heads_says_so():
         mia.detect.score_weights,
         mia.detect.induction,
     ):
-        with pytest.raises(mia.MechInterpError, match="no layers and so no heads to analyse"):
+        with pytest.raises(mia.MechInterpError, match="no layers, so it has no heads to analyse"):
             analysis(model)
-    with pytest.raises(mia.MechInterpError, match="no layers and so no heads"):
+    with pytest.raises(mia.MechInterpError, match="no layers, so it has no heads"):
         mia.circuits.composition(model, kind="K")
-    with pytest.raises(mia.MechInterpError, match="no layers and so no heads"):
+    with pytest.raises(mia.MechInterpError, match="no layers, so it has no heads"):
         mia.detect.ablate(model, mia.held_out()[:1])
-    with pytest.raises(mia.MechInterpError, match="no layers and so no heads"):
+    with pytest.raises(mia.MechInterpError, match="no layers, so it has no heads"):
         mia.detect.over_corpus(model, ["It was the best of times"])
     frozen = mia.paths.freeze(model, mia.held_out()[0])
     assert frozen.receipt.ok
-    with pytest.raises(mia.MechInterpError, match="no layers and so no heads"):
+    with pytest.raises(mia.MechInterpError, match="no layers, so it has no heads"):
         mia.paths.attribution_graph(frozen)
     assert mia.detect.in_context_learning(model, mia.held_out()[:2]).frame["loss"].notna().all()
 

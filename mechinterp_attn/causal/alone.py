@@ -177,7 +177,7 @@ def _order(ranking: Any) -> tuple[str, list[Any]]:
         edges = {"src", "dst", "mode"} <= set(frame.columns)
         if not edges and "head" not in frame:
             raise MechInterpError(
-                f"a table with columns {list(frame.columns)} is no ranking; expected 'head', or 'src', "
+                f"a table with columns {list(frame.columns)} is not a ranking; expected 'head', or 'src', "
                 "'dst' and 'mode', and 'score'"
             )
         if "score" in frame:

@@ -289,10 +289,10 @@ def output_of(
     if labels is not None:
         if text in labels:
             return list(labels).index(text)
-        raise MechInterpError(f"{text!r} is none of the labels {list(labels)}")
+        raise MechInterpError(f"{text!r} is not among the labels {list(labels)}")
     if model.spec.d_vocab_out != model.spec.d_vocab:
         raise MechInterpError(
-            f"{text!r} is a text, but this model's {model.spec.d_vocab_out} outputs are no tokens; give "
+            f"{text!r} is a text, but this model's {model.spec.d_vocab_out} outputs are not tokens; give "
             "the class as a number, or labels= with the names of the classes in order"
         )
     found = continued(model, prompt, text) if isinstance(prompt, str) else None

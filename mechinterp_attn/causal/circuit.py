@@ -132,7 +132,7 @@ class Circuit:
         own = self.task if task is None else task
         if own is None:
             raise MechInterpError(
-                "this circuit knows no task, which no file holds; give one: "
+                "this circuit has no task, since a file cannot hold one; give one: "
                 "circuit.faithfulness(model, task=...)"
             )
         return own
@@ -161,7 +161,7 @@ class Circuit:
         """
         data = read_json(path)
         if wrong := wrong_fields(_Saved, data):
-            raise MechInterpError(listing(f"{path} is no circuit", wrong))
+            raise MechInterpError(listing(f"{path} is not a circuit", wrong))
         edges = tuple((src, dst, mode) for src, dst, mode in data["edges"])
         return cls(tuple(data["heads"]), edges, task, tuple(data.get("scores", ())))
 

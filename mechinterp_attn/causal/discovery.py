@@ -84,7 +84,7 @@ class Discovery(Result):
         """
         if not 1 <= n <= len(self.frame):
             raise MechInterpError(
-                f"n={n}; this table has {len(self.frame)} {self.units}: expected 1 to that"
+                f"n={n}; this table has {len(self.frame)} {self.units}: expected 1 to that number"
             )
         top = self.frame.head(n)
         if self.units == "edges":
@@ -200,7 +200,7 @@ def discover(
         )  # fmt: skip
     bound.differentiable(f"method={name!r}")
     if positions == "each" and not bound.aligned:
-        raise MechInterpError("positions='each' compares positions, so that all prompts need one length")
+        raise MechInterpError("positions='each' compares positions, so all prompts must be equally long")
     fill = fill_of(model, bound, patch, value_bias=value_bias, seed=seed, max_bytes=max_bytes)
     state = standing(model, bound, max_bytes)
     notes: dict[str, Any] = {"metric": bound.about, "method": name, "patch": patch, **state.notes}

@@ -136,9 +136,7 @@ def effects(
     max_bytes = within(made, max_bytes, "fewer prompts or heads").left(max_bytes)
     bound = ready(model, task.bind(model), max_bytes)
     if positions == "each" and not bound.aligned:
-        raise MechInterpError(
-            "positions='each' compares positions, so that all prompts need the same length"
-        )
+        raise MechInterpError("positions='each' compares positions, so all prompts must be equally long")
     fill = fill_of(
         model, bound, patch, direction=direction, value_bias=value_bias, seed=seed, max_bytes=max_bytes
     )

@@ -274,7 +274,7 @@ class Task:
         if "clean" not in frame or not len(frame):
             wrong.append("no prompts: expected rows with a column 'clean'")
         if wrong:
-            raise MechInterpError(listing("this table is no task", wrong))
+            raise MechInterpError(listing("this table is not a task", wrong))
         columns: dict[str, Any] = {str(name): frame[name].tolist() for name in frame}
         return cls(columns.pop("clean"), **columns, **options)
 

@@ -41,7 +41,8 @@ def steps_of(text: str) -> tuple[list[str], list[str]]:
     stations, modes = parts[::2], [mode.upper() for mode in parts[1::2]]
     if len(stations) < 2 or not all(stations):
         raise MechInterpError(
-            f"{text!r} is no path; write heads with arrows between them, such as 'L0H2 -K-> L1H3 -> logits'"
+            f"{text!r} is not a path; write heads with arrows between them, such as "
+            "'L0H2 -K-> L1H3 -> logits'"
         )
     return stations, modes
 
@@ -58,7 +59,7 @@ def edge_of(given: str | Sequence[str]) -> Edge:
             raise MechInterpError(f"{given!r} is a path of {len(modes)} edges; give them one by one")
         return stations[0], stations[1], modes[0]
     if len(given) != 3 or not all(isinstance(part, str) for part in given):
-        raise MechInterpError(f"{given!r} is no edge; expected (from, to, mode) or 'L0H2 -K-> L1H3'")
+        raise MechInterpError(f"{given!r} is not an edge; expected (from, to, mode) or 'L0H2 -K-> L1H3'")
     src, dst, mode = given
     return src, dst, mode
 

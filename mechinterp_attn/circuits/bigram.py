@@ -195,7 +195,7 @@ def _followers(
     sources, times = first.unique(return_counts=True)
     frequent = sources[times >= MIN_COUNT].tolist()
     if not frequent:
-        raise MechInterpError(f"no token stands {MIN_COUNT} times in the text; give a longer one")
+        raise MechInterpError(f"no token occurs {MIN_COUNT} times in the text; give a longer text")
     return seen, ((s, place[first == s].bincount(minlength=len(seen))) for s in frequent)
 
 

@@ -154,7 +154,7 @@ def composition(
         )
     least = least_bytes(job, n_pairs, dense=top_k is None)
     if max_bytes < least:
-        raise MechInterpError(f"max_bytes={max_bytes:,} is too small; {least:,} is the least that works")
+        raise MechInterpError(f"max_bytes={max_bytes:,} is too small; {least:,} is the smallest that works")
     refuse_non_finite(model, (group.bank for group in (*job.sources, *job.readers)))
     if top_k is None:
         return _dense(job, units, lifts(job, units, max_bytes - result_bytes(job, n_pairs)))

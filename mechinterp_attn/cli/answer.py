@@ -63,7 +63,8 @@ class Answer:
         if self.max_bytes is None:
             return call
         if "max_bytes" not in inspect.signature(function).parameters:
-            raise MechInterpError(f"{function.__name__} is quick and takes no --max-bytes; leave it out")
+            name = function.__name__
+            raise MechInterpError(f"{name} needs little memory and has no --max-bytes; leave it out")
         return function, args, options | {"max_bytes": self.max_bytes}
 
     def give(

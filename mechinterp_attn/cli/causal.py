@@ -152,5 +152,7 @@ def _task(model: AttentionOnlyModel, name: str, prompts: int, seed: int) -> Task
     if name in TASKS:
         return getattr(mia.tasks, name)(model, n=prompts, seed=seed)
     if not Path(name).is_file():
-        raise MechInterpError(f"{name!r} is no file and no behaviour by name; there are {', '.join(TASKS)}")
+        raise MechInterpError(
+            f"{name!r} is neither a file nor the name of a behaviour; the behaviours are {', '.join(TASKS)}"
+        )
     return mia.Task.load(name)

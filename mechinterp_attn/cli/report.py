@@ -100,7 +100,7 @@ def report(
     file = Path("/dev/stdout") if stream else out or Path(Path(model).name + ".html")
     check_writable(file)  # before the work, not after it
     if text is not None and prompt is not None:
-        raise MechInterpError("give the text once: behind the model, or with --prompt")
+        raise MechInterpError("give the text once: after the model, or with --prompt")
     given = prompt_of(prompt if text is None else text, tokens)
     if stream and data:
         raise MechInterpError("--data writes a file beside the page; give --out a file as well")

@@ -127,7 +127,7 @@ def _gated_fit(act: str, components: int, bound: float, name: str) -> Mixture:
 def _chosen(known: Mapping[int, dict[str, Any]], components: int, act: str) -> dict[str, Any]:
     if components not in known:
         raise MechInterpError(
-            f"components={components}: there is no fit of {act} with so many heads; there are "
+            f"components={components}: there is no fit of {act} with that many heads; there are fits with "
             f"{', '.join(map(str, sorted(known)))}"
         )
     return known[components]

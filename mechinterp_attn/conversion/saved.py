@@ -89,7 +89,7 @@ def _check_sums(folder: Path, config: dict[str, Any]) -> None:
     if config.get("version") != VERSION:
         raise CheckpointError(
             str(folder),
-            [f"format version {config.get('version')!r}, this release reads {VERSION}; save it again"],
+            [f"format version {config.get('version')!r}, but this release reads {VERSION}; save it again"],
         )
     wrong = wrong_fields(_Config, config, what="config.json has ")
     if not wrong:  # they become a tokenizer's arguments

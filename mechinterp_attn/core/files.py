@@ -293,7 +293,7 @@ def _resolved(path: Path) -> Path:
     try:
         return path.resolve()
     except RuntimeError as error:  # a circle of links, until Python 3.13
-        raise MechInterpError(f"cannot write {path}: a circle of symbolic links") from error
+        raise MechInterpError(f"cannot write {path}: its symbolic links lead back to themselves") from error
 
 
 @contextlib.contextmanager

@@ -116,7 +116,7 @@ def plan(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     name = getattr(function, "__name__", repr(function))
     if estimate is None:
         raise MechInterpError(
-            f"there is no plan of {name}: it is quick, or not a heavy call of this package"
+            f"there is no plan of {name}: it is quick, or it is not a function of this package"
         )
     signature = inspect.signature(function)
     try:

@@ -89,5 +89,5 @@ class SavedState:
     def refusal(self, why: str) -> MechInterpError:
         """An error that says why the file cannot be gone on with, and what to do."""
         return MechInterpError(
-            f"cannot go on from {self.path}: {why}; give another file for {self.option}=, or remove it"
+            f"cannot continue from {self.path}: {why}; give another file for {self.option}=, or remove it"
         )

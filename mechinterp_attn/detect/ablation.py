@@ -112,7 +112,7 @@ def _plan_of_either(
         options: dict[str, Any] = {"exact": exact if heads is None else None, "max_bytes": max_bytes}
         return plan(effects, model, behaviour, groups, **options)
     if tokens is None:
-        raise MechInterpError("nothing to cut heads on; give tokens or a text, or task=")
+        raise MechInterpError("there is nothing to ablate heads on; give tokens, a text or task=")
     return _plan(model, tokens, heads, together, exact, max_bytes)
 
 
@@ -199,7 +199,7 @@ def ablate(
             exact=exact if heads is None else None,
         )  # fmt: skip
     if tokens is None:
-        raise MechInterpError("nothing to cut heads on; give tokens or a text, or task=")
+        raise MechInterpError("there is nothing to ablate heads on; give tokens, a text or task=")
     if position is not None:
         raise MechInterpError(f"position={position} is where a target is read; give target= too")
     model.heads.required()
@@ -291,8 +291,8 @@ def _counted(batch: Batch, where: Tensor | Sequence[Any] | None) -> Bool[Tensor,
             chosen = torch.as_tensor(where).cpu()
         except (TypeError, ValueError, RuntimeError) as error:
             raise MechInterpError(
-                f"where is a {type(where).__name__} that is no table ({error}); expected a tensor or lists "
-                f"of {tuple(counted.shape)} truth values: which tokens after the first to count"
+                f"where is a {type(where).__name__} that is not a table ({error}); expected a tensor or "
+                f"lists of {tuple(counted.shape)} truth values: which tokens after the first to count"
             ) from error
         if chosen.shape != counted.shape or chosen.dtype.is_floating_point or chosen.dtype.is_complex:
             raise MechInterpError(
@@ -301,7 +301,9 @@ def _counted(batch: Batch, where: Tensor | Sequence[Any] | None) -> Bool[Tensor,
             )
         counted = counted & chosen.bool()
     if not bool(counted.any()):
-        raise MechInterpError("no next token to count; give at least 2 tokens and a where with True in it")
+        raise MechInterpError(
+            "there is no next token to count; give at least 2 tokens, and a where that is True somewhere"
+        )
     return counted
 
 

@@ -228,8 +228,8 @@ def _carried(
     worth = change["none"]
     if worth <= 0:
         raise MechInterpError(
-            f"the heads are worth {worth:.3f} nats on this behaviour: the model does not have it, so no "
-            "circuit can carry it"
+            f"ablating the heads costs {worth:.3f} nats on this behaviour: the model does not have it, so "
+            "no circuit can carry it"
         )
     claims = []
     if "carries" in stated or "needed" not in stated:

@@ -96,6 +96,6 @@ def asked(frozen: Frozen, task: Behaviour) -> OnPrompt:
         if torch.equal(one.tokens, frozen.tokens):
             return one
     raise MechInterpError(
-        f"the frozen prompt of {len(frozen.tokens)} tokens is none of the {len(prompts)} prompts of "
+        f"the frozen prompt of {len(frozen.tokens)} tokens is not among the {len(prompts)} prompts of "
         f"{task!r}; freeze one of them, such as mia.paths.freeze(model, task.clean[0])"
     )

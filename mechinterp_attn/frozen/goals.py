@@ -152,8 +152,8 @@ def _weights_of_task(frozen: Frozen, on: OnPrompt) -> tuple[str, int, dict[int, 
     """A metric's gradient at the model's own logits: in words, its position, and the weights by token."""
     if on.position is None:
         raise MechInterpError(
-            f"the metric {on.about} reads the logits of all positions, and paths lead to one: give the "
-            "task answers and a position, or take mia.paths.orders or term_importance, which measure it"
+            f"the metric {on.about} reads the logits of all positions, but paths lead to a single one; "
+            "give the task answers and a position, or use paths.orders or term_importance, which measure it"
         )
     gradient = on.gradient(frozen.logits)[on.position]
     flat = on.gradient(torch.zeros_like(frozen.logits))[on.position]
@@ -191,7 +191,7 @@ def _direction(
     if not any(weights.values()) and not wrong:
         wrong.append("no weight differs from 0")
     if wrong:
-        raise MechInterpError(listing("target is no direction of logits", wrong))
+        raise MechInterpError(listing("target is not a direction of logits", wrong))
     return {token: weight for token, weight in weights.items() if weight}
 
 
@@ -231,7 +231,7 @@ def resolve_token(model: AttentionOnlyModel, token: Token) -> int:
     """
     if isinstance(token, str) and model.spec.d_vocab_out != model.spec.d_vocab:
         raise MechInterpError(
-            f"{token!r} is a text, but this model's {model.spec.d_vocab_out} outputs are no tokens; give "
+            f"{token!r} is a text, but this model's {model.spec.d_vocab_out} outputs are not tokens; give "
             "the number of an output"
         )
     found = model.to_single_token(token) if isinstance(token, str) else int(token)

@@ -34,7 +34,7 @@ def sound(text: Any, name: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise MechInterpError(
-            f"{name} is no valid Unicode: a lone surrogate {text[error.start]!a} at character "
+            f"{name} is not valid Unicode: a lone surrogate {text[error.start]!a} at character "
             f"{error.start}; it was probably read with the wrong encoding"
         ) from error
     return text

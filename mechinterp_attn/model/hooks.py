@@ -144,5 +144,5 @@ class Hooked(HookedRootModule):
         switch = self.switch_of(hook_point_name)
         if switch is not None:
             raise MechInterpError(
-                f"{hook_point_name} is made only on demand; call model.{switch}(True) first"
+                f"{hook_point_name} is computed only on demand; call model.{switch}(True) first"
             )

@@ -72,7 +72,8 @@ class HeadIndex(Sequence[str]):
         """
         if not self.banks:
             raise MechInterpError(
-                "this model has no layers and so no heads to analyse; circuits.bigrams reads its table"
+                "this model has no layers, so it has no heads to analyse; circuits.bigrams reads its "
+                "bigram table"
             )
 
     @property

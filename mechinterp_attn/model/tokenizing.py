@@ -125,7 +125,7 @@ class Tokenizing:
         ):
             rows = [integers(row) for row in input]
             if any(row.ndim != 1 or not len(row) for row in rows):
-                raise MechInterpError("a row of tokens is empty or no row; expected [pos], at least one id")
+                raise MechInterpError("a row of tokens is empty or not a row; expected [pos] with an id")
             batch = self._padded(rows, padding_side)
         else:
             tokens = self._checked(integers(input))

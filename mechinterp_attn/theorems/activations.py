@@ -114,7 +114,7 @@ def softmax_activation(
     a1, a2, error = best_in_class(FUNCTIONS[activation])
     raise MechInterpError(
         f"activation {activation!r} is outside the generalised SiLU class a1 SiLU(a2 z); its best "
-        f"approximation there, {a1:.4g} SiLU({a2:.4g} z), errs by {error:.2g} on |z| <= 6. To use it "
+        f"approximation there, {a1:.4g} SiLU({a2:.4g} z), is off by {error:.2g} on |z| <= 6. To use it "
         f"all the same, pass generalised_silu({a1:.4g}, {a2:.4g})"
     )
 

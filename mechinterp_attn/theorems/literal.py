@@ -213,14 +213,14 @@ class LiteralModel(AttentionOnlyModel):
         given = [name for name, value in unsupported.items() if value is not None]
         if given:
             raise MechInterpError(
-                f"the literal model takes no {', '.join(given)}; it runs whole unpadded sequences"
+                f"the literal model does not accept {', '.join(given)}; it runs whole unpadded sequences"
             )
         if return_type not in ("logits", "loss", "both", None):
             raise MechInterpError(f"return_type={return_type!r}; expected 'logits', 'loss', 'both' or None")
         batch = self.to_batch(input, prepend_bos=prepend_bos)
         if batch.mask is not None:
             raise MechInterpError(
-                "texts of different lengths; the literal model runs whole unpadded sequences"
+                "the texts have different lengths, but the literal model runs whole unpadded sequences"
             )
         tokens = batch.tokens
         X = self.start(tokens)

@@ -110,7 +110,7 @@ def test_patterns_are_every_path_that_exists(model, task):
 @pytest.mark.usefixtures("as_users_run_it")
 def test_refusals(model, task):
     run = mia.causal.path_patch
-    with pytest.raises(mia.MechInterpError, match=r"is no path.*L9H1.*no such edges.*L1H1 -Q-> L0H1"):
+    with pytest.raises(mia.MechInterpError, match=r"is not a path.*L9H1.*no such edges.*L1H1 -Q-> L0H1"):
         run(model, task, ["L0H1", "L0H1 -> L9H1", "L1H1 -Q-> L0H1"])
     with pytest.raises(mia.MechInterpError, match="'embed' needs other prompts"):
         run(model, task, "embed -> L0H1", "zero")

@@ -99,7 +99,7 @@ def test_classifier_answers_by_name_or_number():
     by_number = mia.Task(tokens, labels=[1, 5, 0], metric="prob")
     for task in (by_name, by_number):
         torch.testing.assert_close(task.score(model), p[[0, 1, 2], [1, 5, 0]], atol=1e-9, rtol=0)
-    with pytest.raises(mia.MechInterpError, match=r"6 outputs are no tokens.*labels="):
+    with pytest.raises(mia.MechInterpError, match=r"6 outputs are not tokens.*labels="):
         mia.Task(tokens, answer=["b"] * 3).score(model)
 
 

@@ -47,7 +47,7 @@ def test_refusals(model):
         mia.detect.ablate(model, task=task, target=3)
     with pytest.raises(mia.MechInterpError, match="give target= too"):
         mia.detect.ablate(model, tokens, position=3)
-    with pytest.raises(mia.MechInterpError, match="nothing to cut heads on"):
+    with pytest.raises(mia.MechInterpError, match="nothing to ablate heads on"):
         mia.detect.ablate(model)
 
 

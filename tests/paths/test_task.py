@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_said(model, as_users_run_it):
     other = mia.paths.freeze(model, torch.tensor([1, 2, 3]))
     whole = mia.Task(task.clean, metric="loss")
     for call, said in (
-        (lambda: mia.paths.orders(other, task=task), "none of the 3 prompts"),
+        (lambda: mia.paths.orders(other, task=task), "not among the 3 prompts"),
         (lambda: mia.paths.top_paths(frozen, task=task, target=3), "an answer and a position of its own"),
         (lambda: mia.paths.logit_attribution(frozen, task=whole), "reads the logits of all positions"),
         (lambda: mia.paths.logit_attribution(frozen, task=task_of(model, "accuracy")), "no gradient"),

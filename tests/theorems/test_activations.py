@@ -37,7 +37,7 @@ def test_the_best_member_for_gelu_beats_the_papers():
 
 @pytest.mark.parametrize("name", ["tanh", "relu2"])
 def test_outside_the_class_says_the_best_and_its_error(name):
-    with pytest.raises(MechInterpError, match=f"{name!r} is outside.*errs by .*generalised_silu"):
+    with pytest.raises(MechInterpError, match=f"{name!r} is outside.*is off by .*generalised_silu"):
         softmax_activation(name)
 
 

@@ -301,7 +301,7 @@ def test_the_data_beside_the_page_makes_the_same_page(report, tmp_path):
     [
         ("{", "is not JSON"),
         ("[]", "not the data of a report"),
-        ('{"format": "mechinterp_attn.report", "version": 99}', "format 99, this release reads 3"),
+        ('{"format": "mechinterp_attn.report", "version": 99}', "format 99, but this release reads 3"),
     ],
 )
 def test_other_files_are_no_reports(tmp_path, text, message):

@@ -83,7 +83,7 @@ class Report:
             raise MechInterpError(f"{path} is not the data of a report; give the .json beside a report")
         if data.get("version") != VERSION:
             raise MechInterpError(
-                f"{path} is report format {data.get('version')!r}, this release reads {VERSION}"
+                f"{path} is report format {data.get('version')!r}, but this release reads {VERSION}"
             )
         return cls(data)
 
