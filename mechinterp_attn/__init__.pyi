@@ -4,6 +4,7 @@ from . import detect as detect
 from . import paths as paths
 from . import theorems as theorems
 from .causal import tasks as tasks
+from .causal.differences import diff as diff
 from .causal.task import Task as Task
 from .conversion.fidelity import Fidelity as Fidelity
 from .conversion.fidelity import verify as verify

@@ -101,7 +101,7 @@ def test_an_option_is_the_same_everywhere():
         assert {"--quiet", "-q"} <= options, name
         if name not in ("convert", "report"):
             assert {"--json", "--csv"} <= options, name
-        if name in ("detect", "paths", "circuits", "causal"):
+        if name in ("detect", "paths", "circuits", "causal", "diff"):
             assert {"--figure", "--top", "-k"} <= options, name
     assert set(COMMANDS) == {
         "models",
@@ -112,6 +112,7 @@ def test_an_option_is_the_same_everywhere():
         "paths",
         "circuits",
         "causal",
+        "diff",
     }
 
 

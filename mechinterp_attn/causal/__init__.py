@@ -2,6 +2,7 @@
 
 from mechinterp_attn.causal import tasks
 from mechinterp_attn.causal.circuit import Circuit
+from mechinterp_attn.causal.differences import Diff, diff
 from mechinterp_attn.causal.discovery import Discovery, discover
 from mechinterp_attn.causal.evaluation import Faithfulness, Minimality, faithfulness, minimality
 from mechinterp_attn.causal.head_effects import Effects, effects
@@ -11,6 +12,7 @@ from mechinterp_attn.causal.task import Task
 
 __all__ = [
     "Circuit",
+    "Diff",
     "Discovery",
     "Effects",
     "Faithfulness",
@@ -18,6 +20,7 @@ __all__ = [
     "PathEffects",
     "Rules",
     "Task",
+    "diff",
     "discover",
     "effects",
     "faithfulness",

@@ -34,6 +34,7 @@ class Analysis(StrEnum):
 
 def register(app: typer.Typer) -> None:
     app.command()(answering(causal))
+    app.command()(answering(diff))
 
 
 def causal(
@@ -100,6 +101,51 @@ def causal(
         result = _ranking(opened, behaviour, ranked_only, chosen, answer)
     rows = result.frame.head(top or len(result.frame))
     answer.give(result, rows)
+
+
+def diff(
+    model: Model,
+    other: Annotated[
+        str,
+        typer.Argument(
+            help="The model it became: the same architecture, such as a fine-tuned copy.",
+            metavar="OTHER",
+            show_default=False,
+        ),
+    ],
+    task: Annotated[
+        str,
+        typer.Argument(
+            help=f"A behaviour: a file that Task.save wrote (.jsonl), or one of {', '.join(TASKS)}; or a "
+            "text file, a document a line, whose next-token loss is compared.",
+            metavar="TASK",
+            show_default=False,
+        ),
+    ],
+    prompts: Annotated[int, typer.Option(help="How many prompts, of a behaviour by name.", min=2)] = 32,
+    exact: Annotated[
+        int, typer.Option(help="How many heads are put into the other model one by one.", min=0)
+    ] = 16,
+    seed: Seed = 0,
+    top: Top = None,
+    *,
+    answer: Answer,
+) -> None:
+    """What changed from one model to another: heads and neurons, in weights, outputs and effects."""
+    import mechinterp_attn as mia
+
+    one, two = load(model), load(other)
+    behaviour = _corpus(task) if task.endswith(".txt") else _task(one, task, prompts, seed)
+    call: Call = mia.diff, (one, two, behaviour), {"exact": exact, "seed": seed}
+    result = answer.run(call)
+    answer.give(result, result.frame.head(top or len(result.frame)))
+
+
+def _corpus(file: str) -> list[str]:
+    """The lines of a text file that are not empty."""
+    from mechinterp_attn.core.reading import read_text
+
+    return [line for line in read_text(file).splitlines() if line.strip()]
 
 
 def _patching(

@@ -1,5 +1,6 @@
 """Every kind of result shows itself: the same look, colours and signs, and text that is only text."""
 
+import copy
 import importlib
 import pkgutil
 import re
@@ -37,6 +38,8 @@ def results(model) -> dict[str, Result]:
     own, detect, paths, theorems = mia.circuits, mia.detect, mia.paths, mia.theorems
     literal = theorems.attention_only(tiny)
     behaviour = mia.tasks.induction(model, n=4)
+    changed = copy.deepcopy(model)
+    changed.blocks[0].attn.W_O.data[1] *= 2
     made = [
         own.bigrams(model, top_k=2),
         own.composition(model),
@@ -51,6 +54,7 @@ def results(model) -> dict[str, Result]:
         own.skip_trigrams(model, "L1H2", top_k=5),
         own.token_positions(model, "L0H1", top_k=3),
         own.virtual_heads(model, src="attention", dst="attention", top_k=5),
+        mia.causal.diff(model, changed, behaviour, exact=2, draws=2),
         mia.causal.discover(model, behaviour),
         mia.causal.effects(model, behaviour, exact=2),
         mia.causal.faithfulness(model, behaviour, ["L0H1", "L1H2"], sizes=[1, 2], draws=1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from mechinterp_attn.causal.circuit import Circuit
+from mechinterp_attn.causal.differences import Diff
 from mechinterp_attn.causal.evaluation import Faithfulness
 from mechinterp_attn.causal.wires import EMBED, LOGITS, edge_name
 from mechinterp_attn.core.pictures import draws
@@ -63,6 +64,34 @@ def faithfulness_curve(result: Faithfulness) -> go.Figure:
     for level in (0, 1):
         fig.add_hline(y=level, line={"color": "#999", "width": 1, "dash": "dot"})
     return fig.update_xaxes(type="log", ticksuffix=" %")
+
+
+@draws(Diff)
+def what_changed(result: Diff) -> go.Figure:
+    """Every head by how much of what it writes has changed and what the metric gains by that; heads that
+    did not change are left out. Measured heads are named.
+    """
+    frame = result.frame[result.frame["output"] > 0]
+    fig = figure(title=result.title, x="relative change of what the head writes", y="gained, estimate")
+    for kind in frame["kind"].unique():
+        own = frame[frame["kind"] == kind]
+        fig.add_trace(
+            go.Scattergl(
+                x=own["output"],
+                y=own["gained_estimate"],
+                mode="markers+text",
+                text=[
+                    safe_text(h) if g == g else "" for h, g in zip(own["head"], own["gained"], strict=True)
+                ],
+                textposition="top center",
+                customdata=own[["head", "z"]].map(str),
+                name=str(kind),
+                marker={"color": KIND_COLOURS[kind], "size": 6},
+                hovertemplate="%{customdata[0]}: changed by %{x:.3g}, gains %{y:.3g}<extra></extra>",
+            )
+        )
+    fig.add_hline(y=0, line={"color": "#999", "width": 1, "dash": "dot"})
+    return fig.update_xaxes(type="log", exponentformat="power")
 
 
 @draws(Circuit)
