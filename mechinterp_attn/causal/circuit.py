@@ -32,7 +32,7 @@ class _Saved(TypedDict):
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """Heads, and the edges between them, that are said to carry a behaviour.
+    """A set of heads, and of edges between them, that is claimed to carry a behaviour.
 
     Attributes:
         heads: labels, the most important first.

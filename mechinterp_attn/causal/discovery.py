@@ -51,7 +51,7 @@ Method = Literal["secant", "gradient", "eap", "eap-ig", "eap-ig-activations", "r
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Discovery(Result):
-    """Heads, or edges between them, ranked by what the behaviour loses without them.
+    """Heads, or the edges between them, ranked by how much the behaviour loses without them.
 
     Attributes:
         frame: one row per head, ``head, layer, index, kind, score``, and ``position`` where positions
@@ -148,7 +148,7 @@ def discover(
     seed: int = 0,
     max_bytes: int = MAX_BYTES,
 ) -> Discovery:
-    """Rank heads of every kind, or the edges between them, by what a behaviour goes through.
+    """Rank heads of every kind, or the edges between them, by how much of a behaviour goes through them.
 
     A score is ``(z - patch) . g``: what a head holds, less what it would hold, along the gradient of the
     metric under the method's rules (``causal.Rules``); for an edge, what ``src`` writes along the gradient

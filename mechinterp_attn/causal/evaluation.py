@@ -26,7 +26,7 @@ DRAWS = 1000  # of the bootstrap
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Faithfulness(Result):
-    """How much of a behaviour circuits of growing size carry alone.
+    """How much of a behaviour is carried by circuits of increasing size.
 
     The faithfulness of a circuit is ``(m(circuit) - m(nothing)) / (m(model) - m(nothing))``: its metric
     with everything else held to the counterfactual, between that of the counterfactual and that of the
@@ -104,7 +104,7 @@ def faithfulness(
     seed: int = 0,
     max_bytes: int = MAX_BYTES,
 ) -> Faithfulness:
-    """Run circuits of growing size alone, everything else held to the counterfactual.
+    """Run circuits of increasing size, with everything outside them set to the counterfactual.
 
     The protocol is that of MIB (Mueller et al. 2025). A head that is not in the circuit holds what it
     holds in the counterfactual prompt; one that is reads the stream as it then is. An edge that is not in
@@ -185,7 +185,7 @@ def faithfulness(
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Minimality(Result):
-    """What every head or edge of a circuit is worth in it.
+    """How much each head or edge of a circuit contributes to it.
 
     Attributes:
         frame: one row per head or edge, the worthiest first: ``head`` or ``edge``; ``without``, the
@@ -203,7 +203,7 @@ class Minimality(Result):
 def minimality(
     model: AttentionOnlyModel, task: Task, circuit: Any, *, max_bytes: int = MAX_BYTES
 ) -> Minimality:
-    """Leave every head or edge out of a circuit, one at a time.
+    """Remove each head or edge from a circuit, one at a time.
 
     Args:
         model: the converted model.

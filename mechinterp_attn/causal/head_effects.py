@@ -39,7 +39,7 @@ Group = Sequence[str | Head]
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Effects(Result):
-    """What the metric loses (noising) or regains (denoising) when a head is patched.
+    """How much the metric falls (noising) or recovers (denoising) when a head is patched.
 
     Attributes:
         frame: one row per head, virtual head, edge or group, and position where they were asked for
@@ -104,7 +104,7 @@ def effects(
     seed: int = 0,
     max_bytes: int = MAX_BYTES,
 ) -> Effects:
-    """What a behaviour loses when heads are patched, attention heads and neurons in one table.
+    """Measure how much a behaviour depends on each head, attention head or neuron, by patching it.
 
     The estimate is attribution patching (Nanda 2023), ``(z - patch) . dm/dz`` summed over positions, for
     all heads from one forward and backward pass per prompt. The exact effect runs the model with the

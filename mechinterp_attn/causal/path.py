@@ -37,7 +37,7 @@ from mechinterp_attn.model.heads import HeadBank
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class PathEffects(Result):
-    """What the metric loses (noising) or regains (denoising) along single paths.
+    """How much the metric falls (noising) or recovers (denoising) when single paths are patched.
 
     Attributes:
         frame: one row per path: ``path``; ``effect``, exact, a mean over the prompts in the metric's unit;

@@ -34,7 +34,7 @@ class Example:
 
 
 def induction(model: AttentionOnlyModel, n: int = 32, seed: int = 0) -> Task:
-    """Random tokens, the last few of them said again: the next token is the one that followed before.
+    """Random tokens, the last few repeating earlier ones: the next token is the one that followed before.
 
     The counterfactual swaps the token before the answer with one elsewhere, in the first pass only: the
     tokens to copy stay where they are, and only what stands before them tells which is right. So what

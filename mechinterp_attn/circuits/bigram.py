@@ -29,7 +29,7 @@ MIN_COUNT = 5  # how often a token must stand in a text for its row to be compar
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Bigrams(Result):
-    """The strongest followers of every token on the direct path.
+    """The most likely next tokens of every token on the direct path.
 
     Attributes:
         frame: ``source, source_id, token, token_id, value`` (logit), ``rank`` (from 1, per source).

@@ -33,7 +33,7 @@ REACH = 64  # tokens between source and destination within which a text's trigra
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class FactoringBugs(Result):
-    """Pairs of good trigrams of one source whose crossings a head implies as well.
+    """Pairs of good skip-trigrams with the same source, whose crossed versions the head implies as well.
 
     Attributes:
         frame: one row per pair: ``source, destination, token, other_destination, other_token`` and
@@ -63,7 +63,7 @@ def factoring_bugs(
     special_tokens: bool = False,
     max_bytes: int = MAX_BYTES,
 ) -> FactoringBugs:
-    """Crossings of good skip-trigrams that a head implies although they are not good themselves.
+    """Find a head's "bugs": crossings of good skip-trigrams that it implies though they are not good.
 
     For a source, every pair of its strong destinations and outputs gets the product of the halves.
     Of two trigrams ``source ... d1 -> o1`` and ``source ... d2 -> o2`` that something else supports,

@@ -71,7 +71,7 @@ def virtual_heads(
     top_k: int = 20,
     max_bytes: int = MAX_BYTES,
 ) -> VirtualHeads:
-    """Rank chains of heads by the size of what they move together (Elhage et al. 2021).
+    """Rank chains of heads by the norm of their combined OV circuit (Elhage et al. 2021).
 
     Chains of three are found exactly without trying all: a pair is lengthened only while its norm
     times the largest singular value of any later head beats the weakest chain on the list.

@@ -50,7 +50,7 @@ class TokenBlock(Result):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class CircuitStatistics(Result):
-    """Numbers about a whole circuit.
+    """Summary statistics of a whole circuit.
 
     Attributes:
         head: its label.
@@ -72,7 +72,7 @@ class CircuitStatistics(Result):
 
 @dataclass(frozen=True, eq=False)
 class VocabularyCircuit:
-    """A head's circuit over the vocabulary, never multiplied out.
+    """A head's circuit over the vocabulary, kept as factors and never computed as a whole.
 
     Attributes:
         model, head: what it was made from.

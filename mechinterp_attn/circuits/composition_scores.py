@@ -48,7 +48,7 @@ MAX_PAIRS = 2_000_000  # that are listed one by one without ``top_k``
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class CompositionScores(Result):
-    """Composition of heads with later heads.
+    """Composition scores of heads with later heads.
 
     Attributes:
         kind: "Q", "K" or "V".

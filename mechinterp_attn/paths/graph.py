@@ -50,7 +50,7 @@ from mechinterp_attn.paths.graph_tables import Tables
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AttributionGraph(Explanation):
-    """Where a logit comes from: a graph of tokens, heads and neurons at positions.
+    """A graph that explains a logit: tokens, heads and neurons at positions, and what flows between them.
 
     Attributes:
         runs: the target in the three runs behind ``faithfulness``, and what was patched in; None if it was
@@ -215,7 +215,7 @@ def attribution_graph(
     corrupt: str | Tensor | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> AttributionGraph:
-    """Trace a logit back to tokens through heads and neurons, and keep what matters.
+    """Trace a logit back through heads and neurons to the tokens, and keep the parts that matter most.
 
     Candidates are the heads and neurons at positions with the largest contribution to the target, over
     all paths through them, and pools of all others, one per bank and position. The ``max_nodes`` most

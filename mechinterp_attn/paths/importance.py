@@ -40,8 +40,7 @@ HEAD_ORDERS = 2  # single heads are told apart up to this order
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class TermImportance(Result):
-    """What each order, layer and head is worth: changes of the mean next-token loss in nats, or of a task's
-    metric.
+    """How much each order, layer and head changes the mean next-token loss (nats), or the metric of a task.
 
     A negative change of a loss is a gain. ``alone`` adds the terms to all lower orders; ``given_others`` is
     what they add on top of the other terms of the same order as well.
@@ -108,7 +107,7 @@ def term_importance(
     max_bytes: int = MAX_BYTES,
     progress: bool = True,
 ) -> TermImportance:
-    """Measure what each order of paths is worth, per order, per layer and per head.
+    """Measure how much each order of paths changes the loss: per order, per layer and per head.
 
     Args:
         model: the converted model.

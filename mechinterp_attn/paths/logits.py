@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LogitAttribution(Explanation):
-    """A logit (or a logit difference) as a sum over everything that writes to it.
+    """A logit (or a logit difference) as a sum of direct contributions.
 
     Attributes:
         total, target, against, position, about: what is explained, as in ``Explanation``.
@@ -69,7 +69,7 @@ def logit_attribution(
     task: Behaviour | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> LogitAttribution:
-    """Split one logit into what the embedding, every head and neuron, and the biases write to it.
+    """Split a logit into the direct contributions of the embedding, every head and neuron, and the biases.
 
     Args:
         frozen: the frozen prompt, from ``paths.freeze``.

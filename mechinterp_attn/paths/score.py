@@ -37,7 +37,7 @@ Contrast = Literal["others"] | int | None
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ScoreExpansion(Result):
-    """A head's score at one (query, key) as a sum of query-side times key-side terms.
+    """A head's attention score at one query and key, as a sum of products of query- and key-side terms.
 
     Attributes:
         total: the score itself (before a soft cap; with the softmax scale), or its excess over the
@@ -104,7 +104,7 @@ def expand_score(
     keep: int = 64,
     max_bytes: int = MAX_BYTES,
 ) -> ScoreExpansion:
-    """Expand a head's score into what the query side and the key side are made of.
+    """Expand an attention score into products of query-side and key-side terms.
 
     Softmax does not see what all keys of a query share, so a raw score says little about why this
     key rather than another: ``against="others"`` expands the score minus its mean over the other keys

@@ -28,7 +28,7 @@ from mechinterp_attn.model.index import One
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class VirtualTerm(Result):
-    """What a virtual head attends to and writes on a prompt.
+    """What a virtual head attends to on a prompt, and what it writes.
 
     Attributes:
         heads: the labels, earliest first.
@@ -79,7 +79,7 @@ def virtual_head(
     task: Behaviour | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> VirtualTerm:
-    """The term of the path expansion that goes from the embeddings through these very heads.
+    """Compute the term of the path expansion that leads from the embeddings through exactly these heads.
 
     Args:
         frozen: the frozen prompt, from ``paths.freeze``.

@@ -47,7 +47,7 @@ def card(name: str) -> dict[str, object]:
 
 
 def source_model(name: str, *, dtype: torch.dtype | None = None) -> TransformerBridge:
-    """A bundled model as it was trained: a native TransformerBridge, MLPs and all.
+    """A bundled model in its original form: a native TransformerBridge with its MLPs.
 
     Args:
         name: of a bundled model.
