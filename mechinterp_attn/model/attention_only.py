@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import TransformerBridgeConfig
 from transformer_lens.hook_points import HookPoint
@@ -30,7 +30,7 @@ from mechinterp_attn.model.renamed import Renamed
 from mechinterp_attn.model.rotary import rotaries_of
 from mechinterp_attn.model.saved import save as write_model
 from mechinterp_attn.model.spec import Spec
-from mechinterp_attn.model.step import KeyValueCache, Step
+from mechinterp_attn.model.step import KeyValueCache, Step, real_tokens
 from mechinterp_attn.model.tokens import TokenDoor
 from mechinterp_attn.model.weights import NamedWeights
 
@@ -249,7 +249,7 @@ class AttentionOnlyModel(TokenDoor, Generates, NamedWeights, Hooked):
                 f"{n_past} cached and {n_new} new tokens are more than this model's context of "
                 f"{self.spec.n_ctx}"
             )
-        real = self._real_tokens(tokens, mask, past)
+        real = real_tokens(tokens, mask, past)
         every = torch.arange(n_past + n_new, device=tokens.device)[None]
         length = n_past + n_new
         if real is not None and self.spec.causal:  # positions count the real tokens
@@ -259,27 +259,6 @@ class AttentionOnlyModel(TokenDoor, Generates, NamedWeights, Hooked):
         rotations = tuple(rotary.tables(positions, dtype, length) for rotary in self._rotaries)
         step = Step(n_new, tokens.device, positions=every, real=real, rotations=rotations, cache=past)
         return step, positions
-
-    def _real_tokens(
-        self, tokens: Tensor, mask: Tensor | None, past: KeyValueCache | None
-    ) -> Bool[Tensor, "batch key"] | None:
-        """Which tokens, cached ones first, are no padding; None where all are real."""
-        n_past, (batch, n_new) = 0 if past is None else len(past), tokens.shape
-        known = None if past is None else past.real
-        if mask is None and known is None:
-            return None
-        new = torch.ones(batch, n_new) if mask is None else torch.as_tensor(mask)
-        new = new.to(tokens.device).bool()
-        if new.shape not in ((batch, n_new), (batch, n_past + n_new)):
-            raise MechInterpError(
-                f"attention_mask has shape {tuple(new.shape)}, expected {(batch, n_past + n_new)}"
-            )
-        if new.shape[1] == n_new and n_past:
-            old = torch.ones(batch, n_past, dtype=torch.bool, device=tokens.device)
-            new = torch.cat([old if known is None else known, new], 1)
-        if past is not None:
-            past.real = new
-        return None if bool(new.all()) else new
 
     def loss_fn(
         self,

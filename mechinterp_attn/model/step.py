@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.model.rotary import Rotation
 
 
@@ -88,3 +89,34 @@ class Step:
                 mask = (mask & self._real[:, None, None, :]) | (q == k)
             self._masks[key] = mask
         return self._masks[key]
+
+
+def real_tokens(
+    tokens: Tensor, mask: Tensor | None, past: KeyValueCache | None
+) -> Bool[Tensor, "batch key"] | None:
+    """Which tokens, cached ones first, are not padding; None if none is.
+
+    Args:
+        tokens: the new ones.
+        mask: of the new tokens or of all, 0 on padding; None if no new one is padding.
+        past: the cache, which takes note of the new ones.
+
+    Raises:
+        MechInterpError: a mask of another shape.
+    """
+    n_past, (batch, n_new) = 0 if past is None else len(past), tokens.shape
+    known = None if past is None else past.real
+    if mask is None and known is None:
+        return None
+    new = torch.ones(batch, n_new) if mask is None else torch.as_tensor(mask)
+    new = new.to(tokens.device).bool()
+    if new.shape not in ((batch, n_new), (batch, n_past + n_new)):
+        raise MechInterpError(
+            f"attention_mask has shape {tuple(new.shape)}, expected {(batch, n_past + n_new)}"
+        )
+    if new.shape[1] == n_new and n_past:
+        old = torch.ones(batch, n_past, dtype=torch.bool, device=tokens.device)
+        new = torch.cat([old if known is None else known, new], 1)
+    if past is not None:
+        past.real = new
+    return None if bool(new.all()) else new
