@@ -25,7 +25,7 @@ from mechinterp_attn.cli.common import (
 # the report's own.
 Preset = Literal["overview", "induction", "prediction", "large"]
 SECTIONS = (
-    "story", "summary", "provenance", "fidelity", "orders", "importance", "heads", "patterns",
+    "story", "circuit", "summary", "provenance", "fidelity", "orders", "importance", "heads", "patterns",
     "composition", "vocabulary", "paths", "graph", "neurons", "glossary",
 )  # fmt: skip
 Mode = Literal["exact", "silu", "mixture"]

@@ -139,7 +139,9 @@ def test_every_figure_downloads_as_svg_and_png(saved, watched):
     pictures = page.locator("main svg:not(.narrow)").count()  # one of those in two widths
     for name, start in (("SVG", b"<svg"), ("PNG", b"\x89PNG")):
         buttons = page.get_by_label(f"Download as {name}:").all()
-        assert len(buttons) == pictures == 10  # the prompt, 3 charts, 2 patterns, 3 heatmaps, 1 graph
+        assert (
+            len(buttons) == pictures == 11
+        )  # the prompt, a circuit, 3 charts, 2 patterns, 3 heatmaps, 1 graph
         for button in buttons:
             with page.expect_download() as caught:
                 button.click()

@@ -184,7 +184,7 @@ def test_a_failed_check_is_on_the_front(report):
 def test_presets_choose_sections(model):
     page = mia.report(model, PROMPT, preset="induction", progress=False)
     ids = [s["id"] for s in page.data["sections"]]
-    assert ids[:5] == ["story", "summary", "heads", "patterns", "composition"]
+    assert ids[:5] == ["story", "circuit", "summary", "heads", "patterns"]
     assert "graph" not in ids
 
 
@@ -399,7 +399,7 @@ def test_numbers_that_json_has_no_name_for():
         (PROMPT, {"target": " two words here"}, "tokens, not one"),
         (PROMPT, {"position": 99}, "outside the prompt"),
         (PROMPT, {"preset": "everything"}, "no preset 'everything'; there are overview"),
-        (PROMPT, {"sections": ["hedas"]}, "no section .*hedas.* story, summary"),
+        (PROMPT, {"sections": ["hedas"]}, "no section .*hedas.* story, circuit"),
     ],
 )
 def test_bad_input_is_named(model, prompt, options, message):

@@ -120,6 +120,8 @@ def hostile_report(report):
         "title": texts[0],
     }
     blocks += [
+        {"type": "circuit", "id": "wires", "caption": texts[2], "rows": [texts[:2], texts[2:4]],
+         "edges": [{"from": texts[0], "to": texts[2], "mode": "K", "weight": 1.0, "title": texts[3]}]},
         {"type": "story", "id": "told", "sentences": told},
         {"type": "arcs", "id": "arcs", "caption": texts[2], "tokens": texts, "position": n - 1,
          "answer": texts[0], "p": texts[3], "arcs": [arc]},

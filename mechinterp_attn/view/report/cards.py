@@ -61,6 +61,8 @@ def _in_block(block: Block) -> list[str]:
         return [name for sentence in block["sentences"] for name in _in_spans(sentence["spans"])]
     if block["type"] == "patterns":
         return [head["head"] for group in block["groups"] for head in group["heads"]]
+    if block["type"] == "circuit":
+        return [name for row in block["rows"] for name in row]
     if block["type"] == "graph":
         nodes = [node for node in block["graph"]["nodes"] if node["kind"] in KINDS]
         return [node["label"] for node in nodes]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -165,6 +166,27 @@ class Causes:
             for i, nats in enumerate(loss.double().tolist()):
                 out.append(Outcome(math.exp(-nats), tuple(float(seen[look][i]) for look in watch)))
         return out
+
+    @torch.no_grad()
+    def patterns_without(self, label: str) -> dict[str, np.ndarray]:
+        """Every attention head's pattern with one head cut everywhere, ``[query, key + bias]`` by label."""
+        model, bound = self.frozen.model, self._bound
+        seen: dict[str, Tensor] = {}
+
+        def hook_of(path: str) -> Callable[..., None]:
+            def hook(pattern: Tensor, hook: object) -> None:
+                seen[path] = pattern[0].detach()
+
+            return hook
+
+        banks = [bank for bank in model.banks if bank.mixes_positions]
+        watching = [(bank.hook("pattern"), hook_of(bank.path)) for bank in banks]
+        run(model, bound, bound.clean, [*cutting(model, [self._cut([label], None)], self._fill), *watching])
+        return {
+            own: bank.dense_pattern(seen[bank.path], i).double().cpu().numpy()
+            for bank in banks
+            for i, own in enumerate(bank.labels())
+        }
 
     def blinded(self, looks: Sequence[Look]) -> float:
         """The answer's probability with looks taken away."""

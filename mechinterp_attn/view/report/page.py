@@ -18,6 +18,7 @@ from markupsafe import Markup
 from mechinterp_attn.core.text import inert_json
 from mechinterp_attn.view import circuitsvis
 from mechinterp_attn.view.report.arcs import arcs
+from mechinterp_attn.view.report.diagram import diagram
 from mechinterp_attn.view.report.svg import svg
 
 _SCRIPTS = (
@@ -70,6 +71,7 @@ def _template() -> jinja2.Template:
     )
     environment.filters["svg"] = svg
     environment.filters["arcs"] = arcs
+    environment.filters["diagram"] = diagram
     return environment.from_string(source)
 
 

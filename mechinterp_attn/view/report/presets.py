@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from mechinterp_attn.view.report import (
     sections_about,
+    sections_circuit,
     sections_glossary,
     sections_heads,
     sections_pairs,
@@ -17,6 +18,7 @@ from mechinterp_attn.view.report.study import Study
 
 SECTIONS: dict[str, Callable[[Study], Block | None]] = {
     "story": sections_story.story,
+    "circuit": sections_circuit.circuit,
     "summary": sections_about.summary,
     "provenance": sections_about.provenance,
     "fidelity": sections_about.fidelity,
@@ -35,7 +37,17 @@ SECTIONS: dict[str, Callable[[Study], Block | None]] = {
 _HOW = ("provenance", "fidelity", "glossary")
 PRESETS: dict[str, tuple[str, ...]] = {
     "overview": tuple(SECTIONS),
-    "induction": ("story", "summary", "heads", "patterns", "composition", "vocabulary", "orders", *_HOW),
+    "induction": (
+        "story",
+        "circuit",
+        "summary",
+        "heads",
+        "patterns",
+        "composition",
+        "vocabulary",
+        "orders",
+        *_HOW,
+    ),
     "prediction": ("story", "summary", "neurons", "paths", "graph", "patterns", *_HOW),
     "large": ("heads", "patterns", "neurons", "graph", *_HOW),
 }
