@@ -12,7 +12,7 @@ from torch import Tensor
 from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.circuit import Circuit
 from mechinterp_attn.causal.edges import edge_cost, edge_scores
-from mechinterp_attn.causal.gradients import Backward, backward
+from mechinterp_attn.causal.gradients import Backward, graph
 from mechinterp_attn.causal.head_effects import effects
 from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of, some
 from mechinterp_attn.causal.pooled_edges import pooled_edge_scores
@@ -20,6 +20,7 @@ from mechinterp_attn.causal.rules import FROZEN, RELP, SECANT, TRUE, Rules
 from mechinterp_attn.causal.runs import (
     MAX_BYTES,
     Standing,
+    head_rows,
     plan_prompts,
     ready,
     rows_at_once,
@@ -221,12 +222,7 @@ def discover(
         )  # fmt: skip
     each = positions == "each"
     scores, inputs = _head_scores(model, bound, fill, rules, name, steps, each, max_bytes)
-    frame = model.heads.frame[["head", "layer", "index", "kind"]]
-    if each:
-        width = bound.clean.tokens.shape[1]
-        frame = frame.loc[frame.index.repeat(width)].reset_index(drop=True)
-        frame["position"] = list(range(width)) * (len(frame) // width)
-    frame["score"] = scores.flatten().numpy()
+    frame = head_rows(model, bound if each else None).assign(score=scores.flatten().numpy())
     checks = _complete(model, state, rules, patch, inputs, notes)
     return Discovery(
         frame=_sorted(frame), receipt=Receipt(checks, notes), standing=state, task=task, units=units,
@@ -356,14 +352,14 @@ def _passes(
     """The backward passes whose mean gradient is the method's; the first has the clean run's ``z``."""
     if rules.paired:
         assert fill.other is not None
-        yield backward(model, part, base, rules, other=some(fill.other, at, part))
+        yield graph(model, part, base, rules, other=some(fill.other, at, part)).backward()
     elif method == "eap-ig":
         assert fill.other is not None
         yield from interpolated(model, part, base, some(fill.other, at, part), rules, steps)
     elif method == "eap-ig-activations":
         yield from _between_activations(model, part, base, fill.of(model, at, part), rules, steps)
     else:
-        yield backward(model, part, base, rules)
+        yield graph(model, part, base, rules).backward()
 
 
 def interpolated(
@@ -378,7 +374,7 @@ def interpolated(
         share = (step + 0.5) / steps
         middle = two + share * (one - two)
         hooks = [("hook_embed", lambda x, hook, middle=middle: middle.clone().requires_grad_())]
-        passed = backward(model, part, base, rules, hooks=hooks)
+        passed = graph(model, part, base, rules, hooks=hooks).backward()
         yield Backward(passed.metric, z, passed.gradient, one, passed.embed_gradient)
 
 
@@ -392,6 +388,6 @@ def _between_activations(
             share = (step + 0.5) / steps
             middle = other[bank.path] + share * (z[bank.path] - other[bank.path])
             hook = (bank.hook("z"), lambda x, hook, middle=middle: middle + 0 * x)
-            passed = backward(model, part, base, rules, hooks=[hook])
+            passed = graph(model, part, base, rules, hooks=[hook]).backward()
             own = {bank.path: passed.gradient[bank.path]}
             yield Backward(passed.metric, z, own, embed, passed.embed_gradient)

@@ -63,6 +63,26 @@ class Graph:
         found = torch.autograd.grad(out, list(wanted), seed, allow_unused=True, retain_graph=True)
         return [torch.zeros_like(x) if g is None else g for g, x in zip(found, wanted, strict=True)]
 
+    def backward(self) -> Backward:
+        """The gradient of the metric at the embedding and at what every head holds."""
+        of_embed, *rest = self.gradients([self.embed, *self.held.values()])
+        gradients = dict(zip(self.held, rest, strict=True))
+        held = {path: z.detach() for path, z in self.held.items()}
+        metric, embed = self.metric.detach(), self.embed.detach()
+        if not self.paired:
+            return Backward(metric, held, gradients, embed, of_embed)
+        n = len(metric) // 2  # the counterfactuals stand behind the prompts
+        return Backward(
+            metric[:n],
+            {path: z[:n] for path, z in held.items()},
+            {path: g[:n] for path, g in gradients.items()},
+            embed[:n],
+            of_embed[:n],
+            metric[n:],
+            {path: z[n:] for path, z in held.items()},
+            embed[n:],
+        )
+
 
 def graph(
     model: AttentionOnlyModel,
@@ -106,36 +126,6 @@ def graph(
             "a smooth one such as 'logit_diff', or method='exact'"
         )
     return Graph(metric, logits, held, seen["embed"], rules.paired)
-
-
-def backward(
-    model: AttentionOnlyModel,
-    part: Bound,
-    batch: Batch,
-    rules: Rules = TRUE,
-    *,
-    hooks: Sequence[Hook] = (),
-    other: Batch | None = None,
-) -> Backward:
-    """The gradient of the metric at what every head holds; arguments and errors as for ``graph``."""
-    n = len(part)
-    found = graph(model, part, batch, rules, hooks=hooks, other=other)
-    gradients = found.gradients([found.embed, *found.held.values()])
-    grads = dict(zip(found.held, gradients[1:], strict=True))
-    held = {path: z.detach() for path, z in found.held.items()}
-    metric, embed = found.metric.detach(), found.embed.detach()
-    if not rules.paired:
-        return Backward(metric, held, grads, embed, gradients[0])
-    return Backward(
-        metric[:n],
-        {path: z[:n] for path, z in held.items()},
-        {path: g[:n] for path, g in grads.items()},
-        embed[:n],
-        gradients[0][:n],
-        metric[n:],
-        {path: z[n:] for path, z in held.items()},
-        embed[n:],
-    )
 
 
 def _seed(metric: Tensor, logits: Tensor) -> Tensor:

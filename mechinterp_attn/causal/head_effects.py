@@ -13,11 +13,12 @@ from torch import Tensor
 
 from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.cuts import Cut, Target, cut_of, cut_of_all, targets_of
-from mechinterp_attn.causal.gradients import backward
+from mechinterp_attn.causal.gradients import graph
 from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of, some
 from mechinterp_attn.causal.runs import (
     MAX_BYTES,
     Standing,
+    head_rows,
     patched,
     plan_prompts,
     ready,
@@ -147,12 +148,7 @@ def effects(
         named = [targets_of(model, [item]) if isinstance(item, str | Head) else [item] for item in given]
         heads = [one for some_heads in named for one in some_heads]
     estimates = _estimates(model, bound, fill, each, max_bytes, direction)
-    frame = model.heads.frame[["head", "layer", "index", "kind"]]
-    if each:
-        width = bound.clean.tokens.shape[1]
-        frame = frame.loc[frame.index.repeat(width)].reset_index(drop=True)
-        frame["position"] = list(range(width)) * (len(frame) // width)
-    frame["estimate"] = estimates.flatten().numpy()
+    frame = head_rows(model, bound if each else None).assign(estimate=estimates.flatten().numpy())
     order = frame["estimate"].abs().fillna(-1).sort_values(ascending=False, kind="stable").index
     frame = frame.loc[order].reset_index(drop=True)
     if heads is not None:
@@ -207,7 +203,7 @@ def _estimates(
     sign = 1.0 if direction == "noising" else -1.0
     for at, part in bound.split(rows):
         base = some(fill.base, at, part)
-        passed = backward(model, part, base)
+        passed = graph(model, part, base).backward()
         other = fill.of(model, at, part)
         one = 0
         for bank in model.banks:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import comb
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -281,3 +282,13 @@ def watched(
 
     run(model, part, batch, [*(keep(name) for name in names), *keeping(model, held)])
     return seen, held
+
+
+def head_rows(model: AttentionOnlyModel, by_position: Bound | None = None) -> pd.DataFrame:
+    """``head, layer, index, kind`` of every head; given prompts, a row for each of their positions too."""
+    frame = model.heads.frame[["head", "layer", "index", "kind"]]
+    if by_position is None:
+        return frame
+    width = by_position.clean.tokens.shape[1]
+    frame = frame.loc[frame.index.repeat(width)].reset_index(drop=True)
+    return frame.assign(position=list(range(width)) * (len(frame) // width))

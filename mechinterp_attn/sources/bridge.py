@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechinterp_attn.core.errors import UnsupportedModelError
+from mechinterp_attn.model.config import common_fields
 from mechinterp_attn.sources.checkpoint import Checkpoint
 from mechinterp_attn.sources.families.read import config_of, norms_stream, tensors_of
 from mechinterp_attn.sources.tokenizer import as_before_booting
@@ -180,25 +181,12 @@ def to_bridge(checkpoint: Checkpoint) -> TransformerBridge:
     if reasons:
         raise UnsupportedModelError(f"{checkpoint.name}, made a native bridge,", reasons)
     cfg = TransformerBridgeConfig(
-        d_model=spec.d_model,
-        d_head=spec.d_head,
-        n_heads=spec.n_heads,
-        n_layers=spec.n_layers,
-        n_ctx=spec.n_ctx,
-        d_vocab=spec.d_vocab,
-        d_vocab_out=spec.d_vocab_out,
-        d_mlp=spec.d_mlp or None,
+        **common_fields(spec),
         n_key_value_heads=spec.n_kv_heads,
-        act_fn=spec.act_fn or "relu",
-        attn_only=spec.attn_only,
-        gated_mlp=spec.gated,
         normalization_type=spec.norm,
-        final_rms=spec.final_norm == "RMS",
-        eps=spec.eps,
         positional_embedding_type=spec.positions or "rotary",  # without layers there is nothing to turn
         rotary_dim=spec.rotary_dim or None,
         rotary_base=spec.rotary_base,
-        attention_dir="causal" if spec.causal else "bidirectional",
         attn_scale=-1.0 if standard_scale else spec.attn_scale,
         init_weights=spec.n_layers > 0,  # it divides by the number of layers
         seed=0,
