@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.batch import Batch as Batch
 from mechinterp_attn.model.cost import plan_runs
 
-Input = str | list[str] | Tensor
+Input = str | Tensor | Sequence[Any]  # texts, ids, or a list of rows of ids
 
 
 def as_batch(model: AttentionOnlyModel, input: Input) -> Batch:

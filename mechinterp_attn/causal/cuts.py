@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ class Cut:
         parts: what is taken out of a head's ``z`` and nothing else, ``[batch, pos, d_head]``, by
             path and index: what a virtual head brings there.
         positions: the only position where whole heads are replaced; None: everywhere.
+        targets: what was asked for.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Cut:
     whole: Mapping[str, list[int]] = field(default_factory=dict)
     parts: Mapping[tuple[str, int], Float[Tensor, "batch pos d_head"]] = field(default_factory=dict)
     positions: slice | None = None
+    targets: Sequence[Target] = ()
 
     def at(self, path: str) -> bool:
         return path in self.whole or any(own == path for own, _ in self.parts)
@@ -70,6 +72,9 @@ def targets_of(model: AttentionOnlyModel, heads: Heads | Iterable[Target]) -> li
 def cut_of(model: AttentionOnlyModel, target: Target, batch: Batch) -> Cut:
     """The cut that a head, a chain of heads (a virtual head) or an edge stands for.
 
+    Args:
+        batch: where it is made. Without a row (``no_rows``) it is checked and named, and nothing is run.
+
     Raises:
         MechInterpError: unknown labels, or a chain or edge in which a head cannot read the one before.
     """
@@ -87,10 +92,21 @@ def cut_of(model: AttentionOnlyModel, target: Target, batch: Batch) -> Cut:
         chain = [model.heads.find(one.label) for one in head.chain]
         last, index = chain[-1]
         if len(chain) == 1:
-            return Cut(head.label, last.kind, last.layer, index, whole={last.path: [index]})
+            whole = {last.path: [index]}
+            return Cut(head.label, last.kind, last.layer, index, whole=whole, targets=(target,))
         part = brought(model, chain, batch)
         name, kind = head.label, "virtual"
-    return Cut(name, kind, last.layer, index, parts={(last.path, index): part})
+    return Cut(name, kind, last.layer, index, parts={(last.path, index): part}, targets=(target,))
+
+
+def remade(model: AttentionOnlyModel, cut: Cut, batch: Batch) -> Cut:
+    """A cut for other sequences, where what its chains and edges bring is another thing."""
+    return replace(cut, parts=cut_of_all(model, cut.targets, batch).parts) if cut.parts else cut
+
+
+def no_rows(batch: Batch) -> Batch:
+    """A batch of the same length with nothing in it."""
+    return Batch(batch.tokens[:0], batch.real[:0])
 
 
 def cut_of_all(model: AttentionOnlyModel, targets: Sequence[Target], batch: Batch) -> Cut:
@@ -117,7 +133,7 @@ def cut_of_all(model: AttentionOnlyModel, targets: Sequence[Target], batch: Batc
             whole.setdefault(path, []).extend(indices)
         for key, part in cut.parts.items():
             parts[key] = parts[key] + part if key in parts else part
-    return Cut(" + ".join(names), whole=whole, parts=parts)
+    return Cut(" + ".join(names), whole=whole, parts=parts, targets=tuple(targets))
 
 
 @torch.no_grad()
@@ -167,7 +183,7 @@ def brought(
         z = frozen.held_at(places[0])
         for place, reader in pairwise(places):
             z = frozen.read_at(reader, frozen.write_at(place, z), place.depth)
-        out[row, : len(z)] = z
+        out[row, real] = z
     return out
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.causal.bound import Bound
-from mechinterp_attn.causal.cuts import Cut, Target, cut_of, cut_of_all, targets_of
+from mechinterp_attn.causal.cuts import Cut, Target, cut_of, cut_of_all, no_rows, remade, targets_of
 from mechinterp_attn.causal.gradients import graph
 from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of, some
 from mechinterp_attn.causal.runs import (
@@ -219,9 +219,9 @@ def _estimates(
 
 def _cut(model: AttentionOnlyModel, bound: Bound, target: Any, position: int | None = None) -> Cut:
     cut = (
-        cut_of_all(model, list(target), bound.clean)
+        cut_of_all(model, list(target), no_rows(bound.clean))
         if isinstance(target, list)
-        else cut_of(model, target, bound.clean)
+        else cut_of(model, target, no_rows(bound.clean))
     )
     return cut if position is None else replace(cut, positions=slice(int(position), int(position) + 1))
 
@@ -246,16 +246,11 @@ def _exact(
         for at, part in bound.split(rows):
             base, other = some(fill.base, at, part), fill.of(model, at, part)
             for start in range(0, len(runs), at_a_time):
-                chosen = [_rows(cut, at, part) for cut in runs[start : start + at_a_time]]
+                chosen = [remade(model, cut, part.clean) for cut in runs[start : start + at_a_time]]
                 out[start : start + len(chosen), at] = patched(model, part, base, chosen, other).double()
                 progress.update(len(chosen) * len(part))
     change = out[0] - out[1:]
     return (change if direction == "noising" else -change), out[0]
-
-
-def _rows(cut: Cut, at: slice, part: Bound) -> Cut:
-    width = part.clean.tokens.shape[1]
-    return replace(cut, parts={key: z[at, :width] for key, z in cut.parts.items()})
 
 
 def _joined(

@@ -18,10 +18,8 @@ from mechinterp_attn.causal.batches import (
     as_batch,
     plan_sequences,
     rows_within,
-    sequence_bytes,
 )
 from mechinterp_attn.causal.cuts import (
-    EDGE,
     Cut,
     Replace,
     Target,
@@ -30,6 +28,8 @@ from mechinterp_attn.causal.cuts import (
     loss_dtype,
     mean_z,
     next_token,
+    no_rows,
+    remade,
     run_cuts,
     saved_patterns,
     targets_of,
@@ -39,6 +39,7 @@ from mechinterp_attn.causal.task import Task
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plan, plans, within
 from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.core.renamed import renamed_arguments
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.estimates import estimated_changes, rank_correlation
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -81,22 +82,16 @@ def _plan(
     logits of all of them are kept, and again while their means are taken.
     """
     batch = as_batch(model, tokens)
-    chosen: list[Target] = [] if heads is None else targets_of(model, heads)
-    cuts = max(exact, 0) if heads is None else 1 if together else len(chosen)
+    cuts = max(exact, 0) if heads is None else 1 if together else len(targets_of(model, heads))
     kept = 4 * 5 * (cuts + 1) * batch.tokens.numel() + 3 * CELL * TABLE * (model.n_heads + cuts)
-    made = plan_sequences(
+    return plan_sequences(
         model, f"{cuts:,} cuts", batch, max_bytes, runs=cuts + 4, result=kept, together=cuts + 1
     )
-    if any(isinstance(target, str) and EDGE.fullmatch(target) for target in chosen):
-        # What an edge brings is found on all sequences together.
-        whole = len(batch) * sequence_bytes(model, batch.tokens.shape[1])
-        made = replace_fields(made, bytes=kept + max(whole, made.bytes - kept))
-    return made
 
 
 def _plan_of_either(
     model: AttentionOnlyModel,
-    tokens: Input | Task | None,
+    prompts: Input | Task | None,
     heads: Heads | None,
     task: Task | None,
     target: Any,
@@ -106,20 +101,20 @@ def _plan_of_either(
     max_bytes: int,
 ) -> Plan:
     """On tokens, or on a behaviour, where ``causal.effects`` has it."""
-    if isinstance(tokens, Task) or task is not None or target is not None:
-        behaviour = _behaviour(tokens, task, target, position)
+    if isinstance(prompts, Task) or task is not None or target is not None:
+        behaviour = _behaviour(prompts, task, target, position)
         groups: Any = [list(targets_of(model, heads))] if together and heads is not None else heads
         options: dict[str, Any] = {"exact": exact if heads is None else None, "max_bytes": max_bytes}
         return plan(effects, model, behaviour, groups, **options)
-    if tokens is None:
-        raise MechInterpError("there is nothing to ablate heads on; give tokens, a text or task=")
-    return _plan(model, tokens, heads, together, exact, max_bytes)
+    if prompts is None:
+        raise MechInterpError("there is nothing to ablate heads on; give prompts or task=")
+    return _plan(model, prompts, heads, together, exact, max_bytes)
 
 
 @overload
 def ablate(
     model: AttentionOnlyModel,
-    tokens: Input,
+    prompts: Input,
     heads: Heads | None = ...,
     *,
     task: None = ...,
@@ -131,7 +126,7 @@ def ablate(
 @overload
 def ablate(
     model: AttentionOnlyModel,
-    tokens: Input | Task | None = ...,
+    prompts: Input | Task | None = ...,
     heads: Heads | None = ...,
     *,
     task: Task | None = ...,
@@ -140,10 +135,11 @@ def ablate(
 ) -> Effects: ...
 
 
+@renamed_arguments(tokens="prompts")
 @plans(_plan_of_either)
 def ablate(
     model: AttentionOnlyModel,
-    tokens: Input | Task | None = None,
+    prompts: Input | Task | None = None,
     heads: Heads | None = None,
     *,
     task: Task | None = None,
@@ -167,12 +163,12 @@ def ablate(
 
     Args:
         model: the converted model.
-        tokens: tokens ``[pos]`` or ``[batch, pos]``, a text, or texts of any lengths.
+        prompts: tokens ``[pos]`` or ``[batch, pos]``, a text, or texts or rows of tokens of any lengths.
         heads: heads or labels, chains of them, and edges, each cut in a run of its own. None: all
             heads by the estimate, and the ``exact`` ones with the largest estimates by cutting.
-        task: a behaviour, in place of ``tokens`` (or on them, instead of its own prompts): its metric is
+        task: a behaviour, in place of ``prompts`` (or on them, instead of its own prompts): its metric is
             measured instead of every token's loss, by ``causal.effects``, of which the result is.
-        target: the same for the logit of one token (text or id) behind ``tokens``: one for all prompts
+        target: the same for the logit of one token (text or id) behind ``prompts``: one for all prompts
             or one for each.
         position: where the target is read; negative counts from the end. The last token by default.
         together: cut all of ``heads`` in one run.
@@ -189,26 +185,26 @@ def ablate(
             not predict next tokens and no task or target, options that say nothing about a task or
             target.
     """
-    if isinstance(tokens, Task) or task is not None or target is not None:
+    if isinstance(prompts, Task) or task is not None or target is not None:
         without = {"reference": reference, "where": where, "keep_patterns": keep_patterns or None}
         _only_tokens(without)
-        behaviour = _behaviour(tokens, task, target, position)
+        behaviour = _behaviour(prompts, task, target, position)
         groups = [list(targets_of(model, heads))] if together and heads is not None else heads
         return effects(
             model, behaviour, cast(Any, groups), replace, max_bytes=max_bytes,
             exact=exact if heads is None else None,
         )  # fmt: skip
-    if tokens is None:
-        raise MechInterpError("there is nothing to ablate heads on; give tokens, a text or task=")
+    if prompts is None:
+        raise MechInterpError("there is nothing to ablate heads on; give prompts or task=")
     if position is not None:
         raise MechInterpError(f"position={position} is where a target is read; give target= too")
     model.heads.required()
     model.spec.need_next_tokens("ablation")
-    batch = as_batch(model, tokens)
+    batch = as_batch(model, prompts)
     counted = _counted(batch, where)
     if replace not in ("zero", "mean"):
         raise MechInterpError(f"replace={replace!r}; expected 'zero' or 'mean'")
-    made = within(_plan(model, tokens, heads, together, exact, max_bytes), max_bytes, "fewer heads")
+    made = within(_plan(model, prompts, heads, together, exact, max_bytes), max_bytes, "fewer heads")
     max_bytes -= made.result
     rows = min(rows_within(model, batch.tokens.shape[1], max_bytes), len(batch))
     replacement = None
@@ -222,9 +218,9 @@ def ablate(
     else:
         chosen = targets_of(model, heads)
     if together and len(chosen) > 1:
-        cuts = [cut_of_all(model, chosen, batch)]
+        cuts = [cut_of_all(model, chosen, no_rows(batch))]
     else:
-        cuts = [cut_of(model, target, batch) for target in chosen]
+        cuts = [cut_of(model, target, no_rows(batch)) for target in chosen]
     losses, logits = _exact(model, batch, cuts, rows, max_bytes, replacement, keep_patterns)
     changes, logit_changes = losses[1:] - losses[0], logits[1:] - logits[0]
     n = counted.sum()
@@ -316,7 +312,9 @@ def _exact(
     replacement: dict[str, Tensor] | None,
     keep_patterns: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Losses and logits ``[1 + cut, batch, pos - 1]``, the first with nothing cut."""
+    """Losses and logits ``[1 + cut, batch, pos - 1]``, the first with nothing cut. What chains and edges
+    bring is found for each part of the batch.
+    """
     runs = [Cut("nothing"), *cuts]
     at_a_time = max(1, rows_within(model, batch.tokens.shape[1], max_bytes) // rows)
     losses = torch.zeros(
@@ -328,16 +326,12 @@ def _exact(
             patterns = saved_patterns(model, part) if keep_patterns else None
             end, width = at + len(part), part.tokens.shape[1]
             for start in range(0, len(runs), at_a_time):
-                some = [_rows(cut, at, end, width) for cut in runs[start : start + at_a_time]]
+                some = [remade(model, cut, part) for cut in runs[start : start + at_a_time]]
                 loss, logit = run_cuts(model, part, some, replacement=replacement, patterns=patterns)
                 losses[start : start + len(some), at:end, : width - 1] = loss.cpu()
                 logits[start : start + len(some), at:end, : width - 1] = logit.cpu()
                 progress.update(len(some) * len(part))
     return losses, logits
-
-
-def _rows(cut: Cut, start: int, end: int, width: int) -> Cut:
-    return replace_fields(cut, parts={key: part[start:end, :width] for key, part in cut.parts.items()})
 
 
 def _estimates(

@@ -38,6 +38,12 @@ CALLS = {
     "offsets": lambda m, t, k: (mia.detect.offsets, (m,), {"tokens": t}),
     "match": lambda m, t, k: (mia.detect.match, (m, t, "induction"), {}),
     "ablate": lambda m, t, k: (mia.detect.ablate, (m, t), {"exact": 4}),
+    "ablate edges": lambda m, t, k: (
+        mia.detect.ablate,
+        (m, t, [f"L0H{i} -{side}-> L1H{j}" for i in range(4) for j in range(4) for side in "QKV"]),
+        {},
+    ),
+    "ablate chains": lambda m, t, k: (mia.detect.ablate, (m, t, ["L0H0 > L1H1", "L0N3 > L1N4"]), {}),
     "ablate heads": lambda m, t, k: (mia.detect.ablate, (m, t, "attention"), {}),
     "losses": lambda m, t, k: (mia.detect.in_context_learning, (m, t), {}),
     "weights": lambda m, t, k: (mia.detect.score_weights, (m,), {}),
@@ -62,7 +68,7 @@ CALLS = {
 }
 
 
-ALSO_ALL_AT_ONCE = ("score_heads", "ablate heads", "effects", "discover")
+ALSO_ALL_AT_ONCE = ("score_heads", "ablate edges", "ablate heads", "effects", "discover")
 
 
 @pytest.mark.parametrize("name", CALLS)

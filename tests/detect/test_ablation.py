@@ -271,14 +271,42 @@ def test_virtual_heads_by_label_chain_or_object(model):
 
 def test_batches_and_bounds_change_nothing(model):
     tokens = random_tokens(model, batch=3)
-    heads = ["L0H1", "L1N3", ("L0H1", "L1H2")]
-    for options in ({}, dict(keep_patterns=True), dict(replace="mean")):
+    heads = ["L0H1", "L1N3", ("L0H1", "L1H2"), "L0H1 -K-> L1H2", "L0N3 -V-> L1H0"]
+    for options in ({}, dict(keep_patterns=True), dict(replace="mean"), dict(together=True)):
         whole = mia.detect.ablate(model, tokens, heads=heads, **options)
         bounded = mia.detect.ablate(model, tokens, heads=heads, max_bytes=100_000, **options)
         assert (whole.loss_changes - bounded.loss_changes).abs().max() < 1e-6
         assert whole.frame["estimate"].tolist() == pytest.approx(
             bounded.frame["estimate"].tolist(), nan_ok=True
         )
+
+
+def test_padding_changes_nothing(model):
+    """Rows of 12, 5 and 8 tokens cut together are those rows cut alone, for heads of every kind."""
+    rows = [random_tokens(model, 1, n, seed=n)[0] for n in (12, 5, 8)]
+    heads = ["L0H1", "L1N3", "L0H1 > L1H2", "L0H1 -Q-> L1H2", "L0N3 -V-> L1N4"]
+    for options in ({}, dict(together=True), dict(keep_patterns=True)):
+        found = mia.detect.ablate(model, rows, heads, **options)
+        for i, row in enumerate(rows):
+            alone = mia.detect.ablate(model, row, heads, **options)
+            n = len(row) - 1
+            assert (found.loss_changes[:, i, :n] - alone.loss_changes[:, 0]).abs().max() < 1e-10
+            assert (found.logit_changes[:, i, :n] - alone.logit_changes[:, 0]).abs().max() < 1e-10
+            assert (found.loss_changes[:, i, n:] == 0).all()
+        counted = sum(len(row) - 1 for row in rows)
+        mean = found.loss_changes.sum((1, 2)) / counted
+        assert found.frame["loss_change"].to_numpy() == pytest.approx(mean.numpy(), abs=1e-12)
+    task = mia.detect.ablate(model, [row.tolist() for row in rows], heads, target=3)
+    for i, row in enumerate(rows):
+        alone = mia.detect.ablate(model, row, heads, target=3)
+        assert (task.effects[:, i] - alone.effects[:, 0]).abs().max() < 1e-10
+
+
+def test_prompts_had_another_name(model):
+    tokens = random_tokens(model)
+    with pytest.warns(FutureWarning, match=r"ablate\(tokens=\) is called prompts= now"):
+        old = mia.detect.ablate(model, tokens=tokens, heads=["L0H1"])
+    assert old.frame.equals(mia.detect.ablate(model, prompts=tokens, heads=["L0H1"]).frame)
 
 
 def test_the_model_is_left_as_it_was(model):

@@ -1,120 +1,159 @@
 """Mutation testing: does a small slip in the package break a test?
 
 Makes each slip in a copy of the project, never in the project itself, and runs the tests that should notice
-it. ``make mutants`` runs those written down in ``by_hand.py`` and writes the table in ``docs/mutants.md``.
+it: for those in ``by_hand.py`` the tests named there, for those drawn at random all tests of the room that
+call the function with the slip, quickest first. ``docs/mutants.md`` has what came of it.
 
-    python -m tests.mutants.run                  those by hand
-    python -m tests.mutants.run --only gain      those by hand whose name holds a word
-    python -m tests.mutants.run --random 20      20 slips drawn at random in the rooms of ``ROOMS``
+    python -m tests.mutants.run                            those by hand
+    python -m tests.mutants.run --only gain                those by hand whose name holds a word
+    python -m tests.mutants.run --random 10 --seed 1       10 drawn at random in every room of ``draw.py``
+    python -m tests.mutants.run --random 10 --room paths   in one room
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import copy
 import importlib
+import json
 import multiprocessing
 import os
-import random
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.mutants.by_hand import MUTANTS, Mutant
+from tests.mutants.draw import ROOMS, ROOT, Slip, drawn, files_of
+from tests.mutants.equivalent import is_equivalent
 
-ROOT = Path(__file__).resolve().parents[2]
 BROKEN = 70  # exit code of a child in which pytest did not even start
 LIMIT = 300  # seconds for the tests of one mutant; a slip that never ends is noticed, too
-# Files in which slips are drawn, and the tests that should notice them.
-ROOMS = {
-    "circuits/null.py": "tests/circuits/test_composition.py tests/test_guards.py",
-    "circuits/chance.py": "tests/circuits/test_composition.py",
-    "circuits/ends.py": "tests/circuits tests/test_invariance.py",
-    "circuits/copying.py": "tests/circuits tests/test_guards.py",
-    "circuits/rank_one.py": "tests/circuits",
-    "detect/measures.py": "tests/detect/test_scores.py tests/detect/test_receipts.py",
-    "detect/null.py": "tests/detect/test_induction.py tests/test_guards.py tests/test_invariance.py",
-    "detect/weights.py": "tests/detect/test_weights.py tests/test_guards.py",
-    "core/results.py": "tests/core tests/view/test_results.py",
-    "model/norm.py": "tests/conversion/test_families.py tests/test_model.py",
-    "model/gates.py": "tests/conversion/test_modes.py",
-    "paths/best_first.py": "tests/paths tests/test_guards.py",
-}
-SWAPS: dict[type[ast.AST], type[ast.AST]] = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.And: ast.Or, ast.Or: ast.And,
-}  # fmt: skip
+NOTICED = ("noticed", "timed out")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", default="", help="a word in the names, or the file, of mutants")
-    parser.add_argument("--random", type=int, default=0, metavar="N", help="draw N slips instead")
+    parser.add_argument("--only", default="", help="a word in the names of mutants by hand")
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="draw N slips a room instead")
+    parser.add_argument("--room", choices=ROOMS, help="draw in this room alone")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--table", type=Path, help="where to write the table")
     given = parser.parse_args()
-    chosen = (
-        drawn(given.random, given.seed) if given.random else [m for m in MUTANTS if given.only in m.name]
-    )
+    chosen = [m for m in MUTANTS if given.only in m.name]
     if wrong := [f"{m.name}: {n} times in {m.file}: {m.old!r}" for m in chosen if (n := found(m)) != 1]:
         print("The text that a mutant changes must stand in its file once:", *wrong, sep="\n  ")
         return 2
     _warm_up()
-    rows, passing = [], dict[str, bool]()
+    rows = list[tuple[str, str, str]]()
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("mechinterp_attn", "tests", "docs", "pyproject.toml", "README.md"):
-            from_, to = ROOT / name, Path(folder) / name
-            if from_.is_dir():
-                shutil.copytree(from_, to, ignore=shutil.ignore_patterns("__pycache__", "_build"))
-            else:
-                shutil.copy(from_, to)
-        for mutant in chosen:
+        copy_of_project(Path(folder))
+        if given.random:
+            tries = at_random(drawn(given.random, given.seed, given.room), Path(folder))
+        else:
+            tries = by_hand(chosen, Path(folder))
+        start = time.monotonic()
+        for name, file, became in tries:
+            print(f"{became:10} {file} {name} ({time.monotonic() - start:.0f} s)", flush=True)
+            rows.append((name, file, became))
             start = time.monotonic()
-            noticed = tried(mutant, Path(folder), passing)
-            seconds = time.monotonic() - start
-            print(f"{noticed:9} {mutant.name} ({mutant.file}, {seconds:.0f} s)", flush=True)
-            rows.append((mutant, noticed))
-    killed = sum(noticed in ("noticed", "timed out") for _, noticed in rows)
-    print(f"{killed} of {len(rows)} noticed")
+    killed = sum(became in NOTICED for *_, became in rows)
+    equal = sum(became == "equivalent" for *_, became in rows)
+    print(f"{killed} of {len(rows) - equal} noticed, {equal} equivalent")
     if given.table:
-        given.table.write_text(table(rows), encoding="utf-8")
-    return 0 if killed == len(rows) else 1
+        lines = [f"| {name} | `{file}` | {became} |" for name, file, became in rows]
+        given.table.write_text(
+            "\n".join(["| slip | file | |", "|---|---|---|", *lines, ""]), encoding="utf-8"
+        )
+    return 0 if killed + equal == len(rows) else 1
+
+
+def copy_of_project(folder: Path) -> None:
+    for name in ("mechinterp_attn", "tests", "docs", "pyproject.toml", "README.md"):
+        from_, to = ROOT / name, folder / name
+        if from_.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "_build", "node_modules")
+            shutil.copytree(from_, to, ignore=ignored)
+        else:
+            shutil.copy(from_, to)
 
 
 def found(mutant: Mutant) -> int:
     return (ROOT / "mechinterp_attn" / mutant.file).read_text(encoding="utf-8").count(mutant.old)
 
 
-def tried(mutant: Mutant, folder: Path, passing: dict[str, bool]) -> str:
-    """Make the slip in the copy, run its tests there, and take it back.
+def by_hand(mutants: Sequence[Mutant], folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Name, file and what became of each; each is made only where its tests pass without it."""
+    passing = dict[str, bool]()
+    for mutant in mutants:
+        if mutant.tests not in passing:
+            passing[mutant.tests] = pytest_on(_arguments(mutant.tests), folder) == 0
+        if not passing[mutant.tests]:
+            yield mutant.name, mutant.file, "NO TEST"  # what fails anyhow, or is not there, notices nothing
+            continue
+        right = (folder / "mechinterp_attn" / mutant.file).read_text(encoding="utf-8")
+        slipped = right.replace(mutant.old, mutant.new)
+        yield mutant.name, mutant.file, tried(mutant.file, slipped, _arguments(mutant.tests), folder)
+
+
+def at_random(mutants: Sequence[Slip], folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Name, file and what became of each; the tests of its room must pass without it."""
+    reached = dict[str, dict[str, Any]]()
+    for slip in mutants:
+        if is_equivalent(slip):
+            yield slip.name, slip.file, "equivalent"
+            continue
+        if slip.room not in reached:
+            out = folder / f"reached-{slip.room}.json"
+            tests = ROOMS[slip.room][1].split()
+            if pytest_on(tests, folder, watch=(files_of(slip.room), out)) != 0:
+                raise SystemExit(f"the tests of {slip.room} fail without any slip")
+            reached[slip.room] = json.loads(out.read_text())
+        tests = those_that_call(slip, reached[slip.room])
+        became = tried(slip.file, slip.whole, tests, folder) if tests else "NO TEST"
+        yield slip.name, slip.file, became
+
+
+def those_that_call(slip: Slip, reached: dict[str, Any]) -> list[str]:
+    """The tests that call the function of a slip, all where it is outside of functions: the quickest file
+    first, and in it the quickest test. Files stay together, since their tests share models.
+    """
+    key, seconds = [slip.file, slip.function], reached["seconds"]
+    tests = [test for test, calls in reached["calls"].items() if not slip.function or key in calls]
+    of_file = dict[str, float]()
+    for test in tests:
+        file = test.split("::")[0]
+        of_file[file] = of_file.get(file, 0) + seconds[test]
+    return sorted(tests, key=lambda test: (of_file[test.split("::")[0]], seconds[test]))
+
+
+def tried(file: str, slipped: str, tests: list[str], folder: Path) -> str:
+    """Make the slip in the copy, run tests there, and take it back."""
+    path = folder / "mechinterp_attn" / file
+    right = path.read_text(encoding="utf-8")
+    path.write_text(slipped, encoding="utf-8")
+    code = pytest_on(tests, folder)
+    path.write_text(right, encoding="utf-8")
+    became = {0: "SURVIVED", 1: "noticed", 2: "noticed", None: "timed out"}  # 2: it cannot be imported
+    return became.get(code, f"BROKEN ({code})")
+
+
+Watch = tuple[list[str], Path]
+
+
+def pytest_on(arguments: list[str], folder: Path, watch: Watch | None = None) -> int | None:
+    """Exit code of pytest, in a child of this process; None where it took longer than ``LIMIT``.
 
     Args:
-        mutant: the slip.
-        folder: the copy.
-        passing: which tests were seen to pass without any slip; those that are not in it are run.
+        arguments: files or tests.
+        folder: of the copy.
+        watch: the files whose functions are watched, and where to write which test calls which.
     """
-    if mutant.tests not in passing:
-        passing[mutant.tests] = _exit_code(mutant.tests, folder) == 0
-    if not passing[mutant.tests]:
-        return "NO TEST"  # tests that fail anyhow, or are not there, notice nothing
-    path = folder / "mechinterp_attn" / mutant.file
-    right = path.read_text(encoding="utf-8")
-    path.write_text(right.replace(mutant.old, mutant.new), encoding="utf-8")
-    code = _exit_code(mutant.tests, folder)
-    path.write_text(right, encoding="utf-8")
-    return {0: "SURVIVED", 1: "noticed", None: "timed out"}.get(code, f"BROKEN ({code})")
-
-
-def _exit_code(tests: str, folder: Path) -> int | None:
-    """Of pytest, in a child of this process; None where it took longer than ``LIMIT``."""
-    child = multiprocessing.get_context("fork").Process(target=_tests, args=(tests, str(folder)))
+    child = multiprocessing.get_context("fork").Process(target=_tests, args=(arguments, str(folder), watch))
     child.start()
-    child.join(LIMIT)
+    child.join(None if watch else LIMIT)
     if child.exitcode is None:
         child.kill()
         child.join()
@@ -129,7 +168,12 @@ def _warm_up() -> None:
     assert "mechinterp_attn" not in sys.modules
 
 
-def _tests(tests: str, folder: str) -> None:
+def _arguments(tests: str) -> list[str]:
+    files, chosen, expression = tests.partition(" -k ")
+    return [*files.split(), "-k", expression] if chosen else files.split()
+
+
+def _tests(arguments: list[str], folder: str, watch: Watch | None) -> None:
     import pytest
 
     for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
@@ -140,58 +184,18 @@ def _tests(tests: str, folder: str) -> None:
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
-    files, chosen, expression = tests.partition(" -k ")
-    options = [
-        "-x",
-        "-q",
-        "-o",
-        "addopts=",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore::pytest.PytestAssertRewriteWarning",
-    ]
-    options += ["-k", expression] if chosen else []
+    options = ["-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    plugins = []
+    if watch is not None:
+        from tests.mutants.reach import Reach
+
+        plugins = [Reach(Path(folder) / "mechinterp_attn", *watch)]
     code = BROKEN
     try:
-        code = int(pytest.main([*options, *files.split()]))
+        code = int(pytest.main([*options, *arguments], plugins))
     finally:
         os._exit(code)
-
-
-def drawn(n: int, seed: int) -> list[Mutant]:
-    """Slips at random: an operator, a comparison or a number changed."""
-    every = [mutant for file, tests in ROOMS.items() for mutant in slips(file, tests)]
-    return random.Random(seed).sample(every, min(n, len(every)))
-
-
-def slips(file: str, tests: str) -> Iterator[Mutant]:
-    """All slips of one file whose text stands there once."""
-    source = (ROOT / "mechinterp_attn" / file).read_text(encoding="utf-8")
-    for node in ast.walk(ast.parse(source)):
-        other = copy.deepcopy(node)
-        if isinstance(other, ast.BinOp | ast.BoolOp) and type(other.op) in SWAPS:
-            other.op = SWAPS[type(other.op)]()  # type: ignore[assignment]
-        elif isinstance(other, ast.Compare) and type(other.ops[0]) in SWAPS:
-            other.ops[0] = SWAPS[type(other.ops[0])]()  # type: ignore[call-overload]
-        elif isinstance(other, ast.Constant) and type(other.value) in (int, float):
-            other.value = other.value + 1
-        else:
-            continue
-        old = ast.get_source_segment(source, node) or ""
-        line = source.splitlines()[node.lineno - 1]  # type: ignore[attr-defined]
-        if "|" in old or "\n" in old or source.count(line) != 1 or line.count(old) != 1:
-            continue
-        new = line.replace(old, f"({ast.unparse(other)})")
-        yield Mutant(f"line {node.lineno}: {new.strip()}", file, line, new, tests)  # type: ignore[attr-defined]
-
-
-def table(rows: list[tuple[Mutant, str]]) -> str:
-    lines = ["| slip | file | tests | |", "|---|---|---|---|"]
-    lines += [
-        f"| {mutant.name} | `{mutant.file}` | `{mutant.tests}` | {noticed} |" for mutant, noticed in rows
-    ]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
