@@ -59,7 +59,7 @@ def circuits(model: mia.AttentionOnlyModel, prompts: int, tasks: list[str]) -> N
             neurons = ranking.frame[ranking.frame["kind"] == "mlp"].head(10)["head"].tolist()
             left = []
             for patch in ("corrupt", "zero"):
-                cut = mia.causal.effects(model, held_out, [neurons], patch, exact=0)  # type: ignore[arg-type]
+                cut = mia.causal.effects(model, held_out, [neurons], patch, exact=0)
                 left.append(1 - float(cut.frame["effect"][0]) / float(cut.standing.clean.mean()))
             rows.append(
                 {

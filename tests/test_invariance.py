@@ -100,6 +100,9 @@ RUNS: dict[str, Callable[[Version], pd.DataFrame]] = {
     "corpus": lambda v: D.over_corpus(v.model, TOKENS.tolist(), heads=[v("L0H1"), v("L1N2")]).frame,
     "effects": lambda v: mia.causal.effects(v.model, _task(v.model)).frame,
     "discover": lambda v: mia.causal.discover(v.model, _task(v.model)).frame,
+    "loadings": lambda v: mia.causal.head_loadings(
+        v.model, TOKENS[0], v("L1H1"), 5, 2, against="others"
+    ).frame,
     "logit attribution": lambda v: P.logit_attribution(_frozen(v), target=3, against=7).frame,
     "orders": lambda v: P.orders(_frozen(v)).frame,
     "term importance": lambda v: P.term_importance(v.model, TOKENS, progress=False).frame,

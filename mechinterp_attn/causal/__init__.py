@@ -6,6 +6,7 @@ from mechinterp_attn.causal.differences import Diff, diff
 from mechinterp_attn.causal.discovery import Discovery, discover
 from mechinterp_attn.causal.evaluation import Faithfulness, Minimality, faithfulness, minimality
 from mechinterp_attn.causal.head_effects import Effects, effects
+from mechinterp_attn.causal.loadings import HeadLoadings, head_loadings
 from mechinterp_attn.causal.path import PathEffects, path_patch
 from mechinterp_attn.causal.rules import Rules
 from mechinterp_attn.causal.task import Task
@@ -16,6 +17,7 @@ __all__ = [
     "Discovery",
     "Effects",
     "Faithfulness",
+    "HeadLoadings",
     "Minimality",
     "PathEffects",
     "Rules",
@@ -24,6 +26,7 @@ __all__ = [
     "discover",
     "effects",
     "faithfulness",
+    "head_loadings",
     "minimality",
     "path_patch",
     "tasks",

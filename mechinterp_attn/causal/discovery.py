@@ -36,6 +36,7 @@ from mechinterp_attn.core.plan import CELL, TABLE, Plan, plan, plans, within
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.index import Heads
 
 METHODS: dict[str, Rules] = {
     "secant": SECANT,
@@ -63,7 +64,7 @@ class Discovery(Result):
         task: the prompts it was found on.
         units: "heads" or "edges".
         method: how.
-        total: how many heads or edges there are, also where ``frame`` holds the top ones only.
+        total: how many heads or edges were ranked, also where ``frame`` holds the top ones only.
     """
 
     title: ClassVar[str] = "What the behaviour goes through"
@@ -140,6 +141,7 @@ def discover(
     method: Method | Rules = "secant",
     units: Literal["heads", "edges"] = "heads",
     *,
+    heads: Heads | None = None,
     positions: Literal["all", "each"] = "all",
     pools: bool = False,
     patch: Patch = "corrupt",
@@ -170,6 +172,8 @@ def discover(
             - "exact": every head patched in a run of its own (heads only).
             - or ``causal.Rules`` of your own.
         units: "heads", or "edges" with their mode Q, K or V.
+        heads: rank these only (labels, heads, a kind, a pattern such as ``"L1H*"``), or the edges between
+            them, the embedding and the logits; all by default.
         positions: "each" gives every position a score of its own (heads; prompts of one length).
         pools: of edges: all neurons of an MLP are one end, ``L3N*``, as in MIB: far fewer edges.
         patch: what heads would hold instead; "corrupt" needs counterfactuals, as "secant" and "eap-ig" do.
@@ -188,11 +192,14 @@ def discover(
     made = _plan(model, task, method, units, positions, steps, top_k, pools, max_bytes)
     whole, max_bytes = max_bytes, within(made, max_bytes, "fewer prompts").left(max_bytes)
     bound = ready(model, task.bind(model), max_bytes)
+    chosen = None if heads is None else model.heads.labels(heads)
+    if chosen is not None and (virtual := sorted(set(chosen) - set(model.heads))):
+        raise MechInterpError(f"{', '.join(virtual[:3])}: virtual heads are not ranked; see causal.effects")
     if method == "exact":
+        places = bound.clean.tokens.shape[1] if positions == "each" else 1
         found = effects(
-            model, task, patch=patch, positions=positions, value_bias=value_bias, seed=seed,
-            exact=len(model.heads) * (bound.clean.tokens.shape[1] if positions == "each" else 1),
-            max_bytes=whole,
+            model, task, chosen, patch, positions=positions, value_bias=value_bias, seed=seed,
+            exact=None if chosen is not None else len(model.heads) * places, max_bytes=whole,
         )  # fmt: skip
         frame = found.frame.drop(columns="estimate").rename(columns={"effect": "score"})
         return Discovery(
@@ -208,7 +215,7 @@ def discover(
     notes["dtype"] = str(model.W_E.dtype).removeprefix("torch.")
     if units == "edges":
         made_of: dict[str, Any] = {"steps": steps if method == "eap-ig" else 1, "fill": fill}
-        made_of["max_bytes"] = max_bytes
+        made_of |= {"heads": chosen, "max_bytes": max_bytes}
         if pools:
             frame, total, into = pooled_edge_scores(model, bound, rules, top_k=top_k, **made_of)
         else:
@@ -223,6 +230,8 @@ def discover(
     each = positions == "each"
     scores, inputs = _head_scores(model, bound, fill, rules, name, steps, each, max_bytes)
     frame = head_rows(model, bound if each else None).assign(score=scores.flatten().numpy())
+    if chosen is not None:
+        frame = frame[frame["head"].isin(chosen)]
     checks = _complete(model, state, rules, patch, inputs, notes)
     return Discovery(
         frame=_sorted(frame), receipt=Receipt(checks, notes), standing=state, task=task, units=units,

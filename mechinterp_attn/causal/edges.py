@@ -9,7 +9,7 @@ scores with all heads of a bank are two matrix products, and no head's output is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from mechinterp_attn.causal.patches import Fill, some
 from mechinterp_attn.causal.rules import Hook, Rules
 from mechinterp_attn.causal.runs import rows_at_once, watched, wide
 from mechinterp_attn.causal.wires import EMBED, LOGITS, Edges, edge_name
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.heads import HeadBank
@@ -91,10 +92,14 @@ def edge_scores(
     steps: int,
     fill: Fill,
     top_k: int,
+    heads: Collection[str] | None = None,
     max_bytes: int,
 ) -> tuple[pd.DataFrame, int, float]:
     """The edges with the largest scores, ``src, dst, mode, edge, score``; how many there are; and the sum
     of the scores of all edges out of the embedding.
+
+    Args:
+        heads: labels of the only heads between which edges are wanted, beside the embedding and the logits.
 
     Raises:
         MechInterpError: a model with norms behind its sublayers.
@@ -103,7 +108,7 @@ def edge_scores(
     got = collect(model, bound, rules, steps, fill, max_bytes - edge_cost(model, bound, steps)[0])
     count = len(bound) * steps
     edges = Edges.of(model)
-    best, banks = Best(top_k), list(model.banks)
+    best, banks = Best(top_k, chosen_ends(edges, heads)), list(model.banks)
     with Progress(desc="scoring edges", total=len(banks) + 1) as progress:
         for number, bank in enumerate(banks):
             earlier = [i for i, other in enumerate(banks) if other.step < bank.step]
@@ -151,23 +156,54 @@ def _writes(bank: HeadBank) -> Tensor:
     return bank.stacked("O")
 
 
+def chosen_ends(edges: Edges, heads: Collection[str] | None) -> list[Tensor] | None:
+    """Of every bank, the numbers of the ends that some heads are, or that they are all of; None: all ends.
+
+    Raises:
+        MechInterpError: some, but not all neurons of an MLP that is one end.
+    """
+    if heads is None:
+        return None
+    own, found = set(heads), []
+    for number, bank in enumerate(edges.banks):
+        labels = bank.labels()
+        inside = [i for i, label in enumerate(labels) if label in own]
+        if edges.pooled(number) and inside:
+            if len(inside) < len(labels):
+                raise MechInterpError(
+                    f"heads has {len(inside):,} of the {len(labels):,} neurons of layer {bank.layer}, and "
+                    f"with pools=True they are one end, L{bank.layer}N*: give all of them, or pools=False"
+                )
+            inside = [0]
+        found.append(torch.tensor(inside, dtype=torch.long))
+    return found
+
+
 class Best:
     """The edges with the largest scores seen so far."""
 
-    def __init__(self, k: int):
+    def __init__(self, k: int, chosen: list[Tensor] | None = None):
         self.k, self.total = k, 0
+        self.chosen = chosen  # of every bank, the ends that are wanted
         self.inputs = 0.0  # scores of the edges out of the embedding
         self.rows = torch.zeros(0, 5, dtype=torch.long)  # src bank, src head, dst bank, dst head, mode
         self.scores = torch.zeros(0)
 
     def add(self, scores: Tensor, src: int | None, dst: int | None, mode: str) -> None:
-        self.total += scores.numel()
         self.inputs += float(scores.double().sum()) if src is None else 0.0
+        own = [
+            torch.arange(n) if self.chosen is None or bank is None else self.chosen[bank]
+            for n, bank in zip(scores.shape, (src, dst), strict=True)
+        ]
+        scores = scores[own[0]][:, own[1]]
+        self.total += scores.numel()
+        if not scores.numel():
+            return
         flat = scores.flatten()
         at = flat.abs().topk(min(self.k, len(flat))).indices
         rows = torch.zeros(len(at), 5, dtype=torch.long)
         rows[:, 0], rows[:, 2] = (-1 if i is None else i for i in (src, dst))
-        rows[:, 1], rows[:, 3] = (at // scores.shape[1]).cpu(), (at % scores.shape[1]).cpu()
+        rows[:, 1], rows[:, 3] = own[0][(at // scores.shape[1]).cpu()], own[1][(at % scores.shape[1]).cpu()]
         rows[:, 4] = " QKV".index(mode or " ")
         self.rows = torch.cat([self.rows, rows])
         self.scores = torch.cat([self.scores, flat[at].float().cpu()])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pandas as pd
 import torch
 from torch import Tensor
 
 from mechinterp_attn.causal.bound import Bound
-from mechinterp_attn.causal.edges import Best, collect
+from mechinterp_attn.causal.edges import Best, chosen_ends, collect
 from mechinterp_attn.causal.flow import splits
 from mechinterp_attn.causal.patches import Fill, some
 from mechinterp_attn.causal.rules import Rules
@@ -24,6 +26,7 @@ def pooled_edge_scores(
     steps: int,
     fill: Fill,
     top_k: int | None,
+    heads: Collection[str] | None = None,
     max_bytes: int,
 ) -> tuple[pd.DataFrame, int, float]:
     """As ``edge_scores``, with the neurons of an MLP as one end, whose scores are the sums of theirs.
@@ -32,18 +35,20 @@ def pooled_edge_scores(
 
     Args:
         top_k: how many are kept; None: all.
+        heads: labels of the only heads between which edges are wanted, as for ``edge_scores``.
 
     Raises:
-        MechInterpError: a model with norms behind its sublayers.
+        MechInterpError: a model with norms behind its sublayers; a part of an MLP's neurons.
     """
     splits(model)
     edges = Edges.of(model, pools=True)
+    chosen = chosen_ends(edges, heads)
     total: dict[tuple[int, str], Tensor] = {}  # by bank and mode, [source, reader]
     rows = max(1, max_bytes // (2 * steps * pool_bytes(model, bound.clean.tokens.shape[1])))
     for at, part in bound.split(rows):
         for key, scores in _of_part(model, part, edges, rules, steps, _rows(fill, at, part), max_bytes):
             total[key] = total.get(key, 0) + scores / (len(bound) * steps)
-    best = Best(len(edges) if top_k is None else top_k)
+    best = Best(len(edges) if top_k is None else top_k, chosen)
     first = Written(edges, torch.zeros(0, 0)).first
     for (number, mode), scores in total.items():
         dst = None if number < 0 else number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, cast
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from mechinterp_attn.causal.batches import Batch, as_batch, look, pad, plan_sequences, sequence_bytes
 from mechinterp_attn.causal.cuts import EDGE, cut_of
+from mechinterp_attn.causal.head_effects import effects
+from mechinterp_attn.causal.patches import Patch
+from mechinterp_attn.causal.task import Task
 from mechinterp_attn.core.errors import MechInterpError, listing
 from mechinterp_attn.core.plan import MAX_BYTES, Plan, joined, plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
@@ -43,16 +47,20 @@ class CircuitCheck(Result):
         return bool(self.frame["ok"].all())
 
 
-def _plan(model: AttentionOnlyModel, spec: Spec, seed: int, draws: int, max_bytes: int) -> Plan:
+def _plan(
+    model: AttentionOnlyModel, spec: Spec, task: Task | None, seed: int, draws: int, max_bytes: int
+) -> Plan:
     """Scores for the roles, seven runs for an edge, and three cuts for the behaviour."""
-    circuit = read_spec(spec)
+    circuit = read_spec(spec, shown=task is not None)
     _heads(model, circuit)
-    batch, _ = _behaviour(model, circuit.behaviour, seed=seed, draws=draws)
+    batch, _ = _shown(model, circuit.behaviour, task, seed=seed, draws=draws)
     parts = [plan_sequences(model, "edges", batch, max_bytes, runs=7 * len(circuit.edges))]
     if circuit.edges:  # which are found on all sequences together
         parts[0] = replace(parts[0], bytes=len(batch) * sequence_bytes(model, batch.tokens.shape[1]))
     parts.append(plan(score_heads, model, seed=seed, draws=draws, max_bytes=max_bytes))
-    if circuit.behaviour is not None:
+    if task is not None:
+        parts += 3 * [plan(effects, model, task, [list(model.heads)], exact=0, max_bytes=max_bytes)]
+    elif circuit.behaviour is not None:
         cuts = {"heads": list(model.heads), "together": True, "max_bytes": max_bytes}
         parts += 3 * [plan(ablate, model, batch.tokens, **cuts)]
     made = joined(f"a check of {len(circuit.heads)} heads and {len(circuit.edges)} edges", parts)
@@ -65,6 +73,7 @@ def assert_circuit(
     spec: Spec,
     tolerance: float = 0.05,
     *,
+    task: Task | None = None,
     seed: int = 0,
     draws: int = 10,
     max_bytes: int = MAX_BYTES,
@@ -97,6 +106,9 @@ def assert_circuit(
         model: the converted model.
         spec: a mapping, YAML text, or the path of a YAML file.
         tolerance: how far below its number a measured score or share may be.
+        task: the behaviour that the circuit carries, where its metric says so rather than a loss: edges are
+            looked at where it is read, and heads outside are held to its counterfactuals (to their means
+            where it has none). The spec's behaviour then gives the numbers only: ``{carries: 0.8}``.
         seed, draws: of the random tokens.
         max_bytes: memory beyond the model's that may be used, the result included.
 
@@ -107,7 +119,7 @@ def assert_circuit(
         AssertionError: claims that do not hold, all of them, with what was measured.
         MechInterpError: the spec cannot be read; lists everything that is wrong.
     """
-    result = check_circuit(model, spec, tolerance, seed=seed, draws=draws, max_bytes=max_bytes)
+    result = check_circuit(model, spec, tolerance, task=task, seed=seed, draws=draws, max_bytes=max_bytes)
     failed = result.frame[~result.frame["ok"]]
     if len(failed):
         lines = [
@@ -128,6 +140,7 @@ def check_circuit(
     spec: Spec,
     tolerance: float = 0.05,
     *,
+    task: Task | None = None,
     seed: int = 0,
     draws: int = 10,
     max_bytes: int = MAX_BYTES,
@@ -138,12 +151,13 @@ def check_circuit(
         model: the converted model.
         spec: a file, a dictionary or YAML text: what the circuit is claimed to be.
         tolerance: how far a number may be from its claim.
+        task: the behaviour that the circuit carries, instead of one about losses.
         seed: of the random draws.
         draws: how many random sequences.
         max_bytes: memory beyond the model's that may be used, the result included.
     """
-    circuit = read_spec(spec)
-    within(_plan(model, spec, seed, draws, max_bytes), max_bytes, "fewer draws")
+    circuit = read_spec(spec, shown=task is not None)
+    within(_plan(model, spec, task, seed, draws, max_bytes), max_bytes, "fewer draws")
     members, roles = _heads(model, circuit)
     claims: list[tuple[str, float, float]] = []
     checks: list[Check] = []
@@ -153,13 +167,14 @@ def check_circuit(
         scores = scored.frame.set_index("head")
         for head, role, least in roles:
             claims.append((f"{head} {role}", float(scores[role][head]), least - tolerance))
-    batch, where = _behaviour(model, circuit.behaviour, seed=seed, draws=draws)
+    batch, where = _shown(model, circuit.behaviour, task, seed=seed, draws=draws)
     for edge, least in circuit.edges:
         measured, check = _dependence(model, edge, batch, where)
         claims.append((edge, measured, least - tolerance))
         checks.append(check)
-    if circuit.behaviour is not None:
-        more, own = _carried(model, circuit.behaviour, members, batch, where, tolerance, max_bytes)
+    if circuit.behaviour is not None or task is not None:
+        worth_of = _by_task(model, task, max_bytes) if task else _by_loss(model, batch, where, max_bytes)
+        more, own = _carried(model, circuit.behaviour or {}, members, worth_of, tolerance)
         claims += more
         checks += own
     frame = pd.DataFrame(claims, columns=["claim", "measured", "at_least"])
@@ -170,12 +185,12 @@ def check_circuit(
 
 def _dependence(model: AttentionOnlyModel, edge: str, batch: Batch, where: Tensor) -> tuple[float, Check]:
     """How much of what an edge's second head holds changes without the edge, as a share of its norm,
-    where the next token is counted; and the last sequence's change again, on its own.
+    where the behaviour is shown; and the last sequence's change again, on its own.
     """
     (((path, index), part),) = cut_of(model, edge, batch).parts.items()
     bank = cast(HeadBank, model.get_submodule(path))
     z = look(model, batch, ("z",))[bank.hook("z")][:, :, index].reshape(part.shape)
-    change, whole = (x[:, :-1][where].double().norm() for x in (part, z))
+    change, whole = (x[where].double().norm() for x in (part, z))
     error = (part[-1][batch.real[-1]] - _alone(model, edge, batch)).norm() / z[-1].norm().clamp_min(1e-30)
     check = Check(f"{edge} on one sequence without padding", float(error), TOLERANCE[model.W_E.dtype] * 10)
     return (float(change / whole) if whole > 0 else 0.0), check
@@ -203,32 +218,48 @@ def _alone(model: AttentionOnlyModel, edge: str, batch: Batch) -> Tensor:
     return (whole - cut)[0, :, index].reshape(tokens.shape[1], -1)
 
 
+Worth = Callable[[list[str]], tuple[float, tuple[Check, ...]]]  # what is lost when heads are replaced
+
+
+def _by_loss(model: AttentionOnlyModel, batch: Batch, where: Tensor, max_bytes: int) -> Worth:
+    """The loss of the tokens behind some positions; replaced heads hold their means."""
+
+    def worth(heads: list[str]) -> tuple[float, tuple[Check, ...]]:
+        counted = where[:, :-1].cpu()
+        cut = ablate(
+            model, batch.tokens, heads, together=True, replace="mean", where=counted, max_bytes=max_bytes
+        )
+        return float(cut.frame["loss_change"][0]), cut.receipt.checks
+
+    return worth
+
+
+def _by_task(model: AttentionOnlyModel, task: Task, max_bytes: int) -> Worth:
+    """A task's metric; replaced heads hold its counterfactuals, or their means where it has none."""
+    patch: Patch = "mean" if task.corrupt is None else "corrupt"
+    sign = -1 if task.metric in ("loss", "kl") else 1  # which are the larger, the worse
+
+    def worth(heads: list[str]) -> tuple[float, tuple[Check, ...]]:
+        found = effects(model, task, [heads], patch, exact=0, max_bytes=max_bytes)
+        return sign * float(found.frame["effect"][0]), found.receipt.checks
+
+    return worth
+
+
 def _carried(
-    model: AttentionOnlyModel,
-    stated: Behaviour,
-    members: list[str],
-    batch: Batch,
-    where: Tensor,
-    tolerance: float,
-    max_bytes: int,
+    model: AttentionOnlyModel, stated: Behaviour, members: list[str], worth_of: Worth, tolerance: float
 ) -> tuple[list[tuple[str, float, float]], list[Check]]:
     everything = list(model.heads)
     outside = sorted(set(everything) - set(members))
     change = {}
     checks: list[Check] = []
     for name, heads in (("none", everything), ("circuit", outside), ("rest", members)):
-        if heads:
-            cut = ablate(
-                model, batch.tokens, heads, together=True, replace="mean", where=where, max_bytes=max_bytes
-            )
-            change[name] = float(cut.frame["loss_change"][0])
-            checks += cut.receipt.checks
-        else:
-            change[name] = 0.0
+        change[name], own = worth_of(heads) if heads else (0.0, ())
+        checks += own
     worth = change["none"]
     if worth <= 0:
         raise MechInterpError(
-            f"ablating the heads costs {worth:.3f} nats on this behaviour: the model does not have it, so "
+            f"ablating the heads costs {worth:.3f} on this behaviour: the model does not have it, so "
             "no circuit can carry it"
         )
     claims = []
@@ -238,6 +269,21 @@ def _carried(
     if "needed" in stated:
         claims.append(("needed for the behaviour", change["rest"] / worth, stated["needed"] - tolerance))
     return claims, checks
+
+
+def _shown(
+    model: AttentionOnlyModel, stated: Behaviour | None, task: Task | None, *, seed: int, draws: int
+) -> tuple[Batch, Tensor]:
+    """The prompts, and the positions where the behaviour is shown, ``[batch, pos]``."""
+    if task is None:
+        batch, predicted = _behaviour(model, stated, seed=seed, draws=draws)
+        return batch, torch.nn.functional.pad(predicted, (0, 1))
+    bound = task.bind(model)
+    if not bound.at_position:
+        return bound.clean, bound.clean.real
+    where = torch.zeros_like(bound.clean.real)
+    where[torch.arange(len(bound), device=where.device), bound.position] = True
+    return bound.clean, where
 
 
 def _behaviour(

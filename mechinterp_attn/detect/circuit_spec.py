@@ -67,11 +67,12 @@ class Written:
     behaviour: Behaviour | None
 
 
-def read_spec(spec: Spec) -> Written:
+def read_spec(spec: Spec, *, shown: bool = False) -> Written:
     """A circuit as its author wrote it.
 
     Args:
         spec: a mapping, YAML text, or the path of a YAML file.
+        shown: a task beside it shows the behaviour, so that the spec has no more than numbers for it.
 
     Raises:
         MechInterpError: with every mistake: unknown keys, keys that stand twice, values of the wrong type.
@@ -98,7 +99,9 @@ def read_spec(spec: Spec) -> Written:
         ]
     if not wrong and "behaviour" in whole:
         asked = [name for name in ("task", "texts", "prompts") if name in whole["behaviour"]]
-        if len(asked) != 1:
+        if shown and asked:
+            wrong.append(f"behaviour has {' and '.join(asked)}, and a task was given too; leave one out")
+        elif len(asked) != 1 and not shown:
             said = " and ".join(asked) or "nothing to look at"
             wrong.append(f"behaviour has {said}; expected task: induction, or texts, or prompts")
     if wrong:

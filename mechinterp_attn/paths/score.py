@@ -130,7 +130,7 @@ def expand_score(
     sublayer, bank, index = place.depth, frozen.bank_at(place), place.head
     x = frozen.residuals[sublayer]
     sides = bank.score_sides(index, x)
-    k = _resolve_key(frozen, sides, head, q, key)
+    k = resolve_key(frozen, sides, head, q, key)
     weights = key_weights(sides, head, q, k, None if against is None else against, frozen)
     if keep < 0:
         raise MechInterpError(f"keep={keep}; expected 0 or more")
@@ -264,7 +264,12 @@ def _sources(
     return [*moved, ("... > ", others)] if bool(others.any()) else moved
 
 
-def _resolve_key(frozen: Frozen, sides: ScoreSides, head: str, q: int, key: int | None) -> int:
+def resolve_key(frozen: Frozen, sides: ScoreSides, head: str, q: int, key: int | None) -> int:
+    """The key's position, counted from the start; a neuron's own token.
+
+    Raises:
+        MechInterpError: an attention head without a key, a key outside the prompt or behind the mask.
+    """
     seen = sides.allowed[q].nonzero()[:, 0].tolist()
     if key is None:
         if len(seen) > 1:
@@ -296,7 +301,7 @@ def key_weights(
         return weights - others.to(weights.dtype) / others.sum()
     if isinstance(against, str):
         raise MechInterpError(f"against={against!r}; expected None, 'others' or a key position")
-    other = _resolve_key(frozen, sides, head, q, against)
+    other = resolve_key(frozen, sides, head, q, against)
     if other == k:
         raise MechInterpError(f"key and against are both position {k}; their difference is 0")
     weights[other] -= 1

@@ -223,6 +223,26 @@ def test_induction_of_a_real_small_model(data):
     assert edges["edge"].head(3).tolist().count("L0H0 -K-> L1H0") == 1
 
 
+def test_some_heads_only():
+    """What is ranked among some heads has the scores that it has among all."""
+    model = tiny()
+    task = pairs(model)
+    for options in ({}, {"method": "exact"}, {"positions": "each"}):
+        every = mia.causal.discover(model, task, **options).frame
+        some = mia.causal.discover(model, task, heads=["L0H*", "L1N3"], **options)
+        expected = every[every["head"].isin(["L1N3", *(f"L0H{i}" for i in range(4))])]
+        assert some.frame["head"].tolist() == expected["head"].tolist()
+        assert some.frame["score"].tolist() == pytest.approx(expected["score"].tolist(), abs=1e-9)
+    every = mia.causal.discover(model, task, units="edges", top_k=10**6).frame
+    ends = {"L0H1", "L1H2", "L1N3", "embed", "logits"}
+    expected = every[every["src"].isin(ends) & every["dst"].isin(ends)]
+    some = mia.causal.discover(model, task, units="edges", heads=["L0H1", "L1H2", "L1N3"])
+    assert sorted(some.frame["edge"]) == sorted(expected["edge"])
+    assert some.total == len(expected)
+    whole = mia.causal.discover(model, task, units="edges", pools=True, heads=["L0H1", "L1N*"])
+    assert set(whole.frame["src"]) | set(whole.frame["dst"]) == {"embed", "L0H1", "L1N*", "logits"}
+
+
 @pytest.mark.usefixtures("as_users_run_it")
 def test_refusals():
     model = tiny()
@@ -233,5 +253,11 @@ def test_refusals():
         mia.causal.discover(model, task, "secant", patch="zero")
     with pytest.raises(mia.MechInterpError, match="'accuracy' is a step"):
         mia.causal.discover(model, mia.Task(task.clean, corrupt=task.corrupt, answer=1, metric="accuracy"))
+    with pytest.raises(mia.MechInterpError, match=r"1 of the 24 neurons of layer 0.*give all of them"):
+        mia.causal.discover(model, task, units="edges", pools=True, heads=["L0N1"])
+    with pytest.raises(mia.MechInterpError, match="virtual heads are not ranked"):
+        mia.causal.discover(model, task, heads=["L0H1 > L1H2"])
+    with pytest.raises(mia.MechInterpError, match="pools=True is for units='edges'"):
+        mia.causal.discover(model, task, pools=True)
     with pytest.raises(mia.MechInterpError, match=r"n=0; this table has .* heads"):
         mia.causal.discover(model, task).circuit(0)

@@ -1,10 +1,11 @@
 """Circuits written down, and checked against models that have them or do not."""
 
 import pytest
+import torch
 
 import mechinterp_attn as mia
 from mechinterp_attn.core.errors import MechInterpError
-from tests.conftest import tiny_bridge
+from tests.conftest import random_tokens, tiny_bridge
 from tests.detect.constructed import FIRES_ON, PLANTED, SPEAKS_FOR, known_heads
 from tests.detect.test_scores import Words
 
@@ -166,6 +167,47 @@ def test_a_file_that_is_not_there_is_said(model, tmp_path):
     for wrong, message in ((tmp_path / "none.yaml", "No such file"), (tmp_path, "not a regular file")):
         with pytest.raises(MechInterpError, match=message):
             mia.detect.assert_circuit(model, wrong)
+
+
+def test_a_circuit_for_a_task():
+    """Shares of the task's metric, by hand: everything but the circuit held to the counterfactual."""
+    model = mia.convert(tiny_bridge())
+    clean, corrupt = random_tokens(model, 6, 7), random_tokens(model, 6, 7, seed=1)
+    answer = model(clean)[:, -1].argmax(-1).tolist()
+    task = mia.Task(clean, corrupt=corrupt, answer=answer, metric="logit")
+    _, other = model.run_with_cache(corrupt)
+
+    def metric(replaced):
+        def held(bank):
+            def hook(z, hook):
+                z = z.clone()
+                own = [i for i, label in enumerate(bank.labels()) if label in replaced]
+                z[:, :, own] = other[bank.hook("z")][:, :, own]
+                return z
+
+            return bank.hook("z"), hook
+
+        logits = model.run_with_hooks(clean, fwd_hooks=[held(bank) for bank in model.banks])[:, -1]
+        return float(logits[torch.arange(6), answer].mean())
+
+    circuit = {"L0H1", "L1H0", *(f"L0N{i}" for i in range(24))}
+    every = set(model.heads)
+    none, whole = metric(every), metric(set())
+    spec = {"heads": {"L0H1": "member", "L1H0": "member", "L0N*": "member"}, "edges": ["L0H1 -K-> L1H0"]}
+    spec["behaviour"] = {"carries": -9.0, "needed": -9.0}
+    assert whole > none  # the answers are what the whole model says
+    found = mia.detect.check_circuit(model, spec, task=task)
+    measured = found.frame.set_index("claim")["measured"]
+    expected = (metric(every - circuit) - none) / (whole - none)
+    assert measured["carries the behaviour"] == pytest.approx(expected, abs=1e-6)
+    expected = (whole - metric(circuit)) / (whole - none)
+    assert measured["needed for the behaviour"] == pytest.approx(expected, abs=1e-6)
+    assert "L0H1 -K-> L1H0" in measured
+    assert found.receipt.ok
+    with pytest.raises(AssertionError, match="carries the behaviour"):
+        mia.detect.assert_circuit(model, {**spec, "behaviour": {"carries": 9.0}}, task=task)
+    with pytest.raises(MechInterpError, match="behaviour has task, and a task was given too"):
+        mia.detect.check_circuit(model, {**spec, "behaviour": "induction"}, task=task)
 
 
 def test_a_model_without_the_behaviour():

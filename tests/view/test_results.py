@@ -58,6 +58,7 @@ def results(model) -> dict[str, Result]:
         mia.causal.discover(model, behaviour),
         mia.causal.effects(model, behaviour, exact=2),
         mia.causal.faithfulness(model, behaviour, ["L0H1", "L1H2"], sizes=[1, 2], draws=1),
+        mia.causal.head_loadings(model, behaviour, "L1H2"),
         mia.causal.minimality(model, behaviour, ["L0H1", "L1H2"]),
         mia.causal.path_patch(model, behaviour, "L0H* -> L1H2 -> logits"),
         detect.ablate(model, PROMPT),
