@@ -14,6 +14,7 @@ from mechinterp_attn.cli.common import (
     Seed,
     Top,
     load,
+    one_head,
     remark,
 )
 
@@ -30,6 +31,7 @@ class Analysis(StrEnum):
     discover = "discover"
     faithfulness = "faithfulness"
     path = "path"
+    loadings = "loadings"
 
 
 def register(app: typer.Typer) -> None:
@@ -44,7 +46,8 @@ def causal(
         typer.Argument(
             help="effects: what the behaviour loses when heads are patched; discover: heads or edges "
             "ranked by what it goes through; faithfulness: what circuits of growing size carry alone, on "
-            "prompts held out; path: patches along single paths.",
+            "prompts held out; path: patches along single paths; loadings: what makes up a "
+            "head's score over its other keys.",
             metavar="|".join(Analysis),
             show_default=False,
         ),
@@ -60,7 +63,8 @@ def causal(
     heads: Annotated[
         list[str] | None,
         typer.Argument(
-            help="For effects, heads to patch exactly; for path, paths such as 'L0H2 -K-> L1H3 -> logits'.",
+            help="For effects, heads to patch exactly; for path, paths such as 'L0H2 -K-> L1H3 -> "
+            "logits'; for loadings, one head.",
             metavar="HEADS",
         ),
     ] = None,
@@ -93,7 +97,7 @@ def causal(
     behaviour = _task(opened, task, prompts, seed)
     chosen: dict[str, Any] = {"patch": patch, "seed": seed}
     result: Result
-    if analysis in (Analysis.effects, Analysis.path):
+    if analysis in (Analysis.effects, Analysis.path, Analysis.loadings):
         result = answer.run(_patching(opened, behaviour, analysis, heads, chosen))
     else:
         chosen |= {"method": method, "units": units, "pools": pools}
@@ -156,6 +160,12 @@ def _patching(
 
     if analysis == Analysis.effects:
         return own.effects, (model, task, heads or None), chosen
+    if analysis == Analysis.loadings:
+        return (
+            own.head_loadings,
+            (model, task, one_head(heads, "causal ... loadings")),
+            {"against": "others"},
+        )
     if not heads:
         raise MechInterpError("path takes paths; give one such as 'L0H2 -K-> L1H3 -> logits'")
     return own.path_patch, (model, task, heads), chosen

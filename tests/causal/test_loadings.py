@@ -66,9 +66,9 @@ def test_loadings_sum_to_the_score(family):
         task = mia.Task(tokens, answer=1)
         found = mia.causal.head_loadings(model, task, "L1H1", 5, 1, against=against)
         expected = [mia.paths.expand_score(f, "L1H1", 5, 1, against=against).total for f in frozen]
-        assert found.total == pytest.approx(sum(expected) / 3, abs=1e-5)  # float32 or 64
+        assert found.total == pytest.approx(sum(expected) / 3, abs=1e-9)
         assert found.frame.groupby("side")["value"].sum().tolist() == pytest.approx(
-            [found.total] * 2, abs=1e-5
+            [found.total] * 2, abs=1e-9
         )
         assert found.receipt.ok
 
