@@ -80,3 +80,18 @@ def test_rows_stand_by_layer_and_edges_in_their_colours():
     assert "mode-V" in svg
     assert "</script>" not in svg
     assert "<b>" not in svg
+
+
+def test_chains_stand_before_single_paths_and_the_graph_says_what_it_holds():
+    model = mia.load("gelu-2l")
+    page = mia.report(model, PROMPT, sections=["paths", "graph"], progress=False)
+    paths, graph = page.data["sections"]
+    frozen = mia.paths.freeze(model, PROMPT)
+    found = mia.paths.top_circuits(frozen, top_k=20, progress=False)
+    assert paths["blocks"][0]["id"] == "top-circuits"
+    shown = paths["blocks"][0]["data"]["contribution"]
+    np.testing.assert_allclose(shown, found.frame["contribution"], rtol=1e-4)  # six digits of float32
+    made = mia.paths.attribution_graph(frozen)
+    words = graph["lead"][1][0]
+    assert f"{made.inside:.0%} of the target runs on paths inside the graph" in words
+    assert f"{made.faithfulness:.0%} of the way" in words

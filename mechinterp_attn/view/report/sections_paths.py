@@ -122,13 +122,19 @@ def top_paths(study: Study) -> Block:
     )
     logit: Spans = ["the logit of ", token(study.token(result.target))]
     together = f"{signed(result.explained)} of {result.total:.2f}"
-    finding: Spans = [f"The {len(result.frame)} strongest add up to {together}"]
-    receipts = {"paths": result.receipt}
+    circuits = study.top_circuits
+    n = len(circuits.frame)
+    listed = "The strongest chain adds" if n == 1 else f"The {n} strongest chains of heads add"
+    finding: Spans = [f"{listed} up to "]
+    finding += [f"{signed(circuits.explained)} of {result.total:.2f}"]
+    receipts = {"circuits": circuits.receipt, "paths": result.receipt}
     if abs(result.explained) < LEAST * abs(result.total):
         lead = [[f"The {len(result.frame)} strongest single paths to ", *logit, f" add up to {together}, "
                  "which is too little to tell anything by: the logit is a sum over very many small ones. "
                  "They are not listed; mia.paths.top_paths lists them."]]  # fmt: skip
-        return section("paths", "Top paths", lead, [], receipts, finding=[*finding, ": too little to list"])
+        return section(
+            "paths", "Top paths", [_pooled(study), *lead], [_chains(study)], receipts, finding=finding
+        )
     lead = [
         [
             "The strongest single paths from a token through heads to ",
@@ -145,7 +151,44 @@ def top_paths(study: Study) -> Block:
         *([] if study.near_zero else [column("share", "Share")]),
     ]
     block = table("top-paths", "The strongest paths", result.frame, columns, rows=15)
-    return section("paths", "Top paths", lead, [block], receipts, finding=finding)
+    blocks = [_chains(study), block]
+    return section("paths", "Top paths", [_pooled(study), *lead], blocks, receipts, finding=finding)
+
+
+def _pooled(study: Study) -> Spans:
+    """What chains with neurons pooled explain."""
+    result = study.top_circuits
+    return [
+        "First, chains of attention heads, each reading the one before as its values, directly or "
+        f"through any number of neurons: those listed add up to {signed(result.explained)} of "
+        f"{result.total:.2f}, others that were found to {signed(result.others)}, those not looked at to "
+        f"{signed(result.unopened)}."
+    ]
+
+
+def _chains(study: Study) -> Block:
+    columns = [
+        column("circuit", "Chain", "text"),
+        column("heads", "Heads on it", "id"),
+        column("contribution", "Contribution (logits)", "signed"),
+        *([] if study.near_zero else [column("share", "Share")]),
+    ]
+    frame = study.top_circuits.frame
+    return table("top-circuits", "The strongest chains of heads, neurons pooled", frame, columns, rows=10)
+
+
+def _explains(study: Study) -> str:
+    """How much of the prediction the graph holds, frozen and with patterns free."""
+    result = study.graph
+    inside = (
+        "" if study.near_zero else f"{result.inside:.0%} of the target runs on paths inside the graph. "
+    )
+    if math.isnan(result.faithfulness):
+        return inside
+    return (
+        f"{inside}With everything outside it patched in the running model, {result.faithfulness:.0%} of "
+        "the way from no heads to the whole model is left (faithfulness)."
+    )
 
 
 def _cancel(study: Study) -> bool:
@@ -163,7 +206,8 @@ def graph(study: Study) -> Block | None:
             f"{drawn['title']}. Tokens stand across, layers upwards. Choose a node to see what "
             "comes into it "
             f"and where it goes. {drawn['note'][0].upper()}{drawn['note'][1:]}."
-        ]
+        ],
+        [_explains(study)],
     ]
     columns = [
         column("label", "Node", "text"),
@@ -193,6 +237,6 @@ def graph(study: Study) -> Block | None:
             rows=10,
         ),
     ]
-    finding: Spans = [f"{len(nodes):,} nodes; {len(drawn['nodes']):,} of them drawn"]
+    finding: Spans = [f"{len(nodes):,} nodes. {_explains(study)}"]
     receipts = {"graph": result.receipt}
     return section("graph", "Attribution graph", lead, blocks, receipts, finding=finding)

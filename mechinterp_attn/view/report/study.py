@@ -96,6 +96,13 @@ class Study:
         )
 
     @cached_property
+    def top_circuits(self) -> paths.TopCircuits:
+        """Chains of attention heads, neurons pooled."""
+        return paths.top_circuits(
+            self.frozen, target=self.target, position=self.position, top_k=20, progress=False
+        )
+
+    @cached_property
     def graph(self) -> paths.AttributionGraph:
         return paths.attribution_graph(self.frozen, target=self.target, position=self.position)
 
