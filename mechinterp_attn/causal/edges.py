@@ -298,7 +298,7 @@ def _of_part(
     wanted: dict[str, Tensor] = {last: seen[last]}
     for bank in model.banks:
         wanted[bank.hook("z")] = run.held[bank.path]
-        names = ["q", "attn_scores"] if bank.mixes_positions else ["q", "v"]
+        names = ["q", "attn_scores"] if bank.mixes_positions else [mode.lower() for mode in bank.reads]
         wanted |= {bank.hook(name): seen[bank.hook(name)] for name in names}
     gradients = dict(zip(wanted, run.gradients(list(wanted.values())), strict=True))
 
@@ -318,15 +318,16 @@ def _of_part(
         own = run.held[at].detach()[:n] if z is None else z[at]
         less = run.held[at].detach()[n:] if rules.paired else patch[at].to(own.dtype)
         change[at] = tokens(wide(own - less))
-        reads[at, "Q"] = tokens(wide(one(gradients[bank.hook("q")])))
         if bank.mixes_positions:
+            reads[at, "Q"] = tokens(one(gradients[bank.hook("q")]))
             for mode, behind in (("K", "attn_scores"), ("V", "z")):
                 source, axis = (seen[bank.hook("attn_scores")], 1) if mode == "K" else (run.held[at], 2)
                 side = seen[bank.hook(mode.lower())]
                 found_grad = _per_head(source, gradients[bank.hook(behind)], side, axis, bank.n_heads)
                 reads[at, mode] = tokens(one(found_grad))
         else:
-            reads[at, "V"] = tokens(wide(one(gradients[bank.hook("v")])))
+            for mode in bank.reads:
+                reads[at, mode] = tokens(wide(one(gradients[bank.hook(mode.lower())])))
         norm, _ = model.norm_of(bank)
         norms[at] = _pull(norm, seen[model.stream_of(bank)].detach(), rules, real)
     if start is None:

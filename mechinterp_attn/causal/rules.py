@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.block import PredictionHead
 from mechinterp_attn.model.heads import HeadBank
-from mechinterp_attn.model.neurons import NeuronBank
 from mechinterp_attn.model.norm import Norm
 
 Hook = tuple[str, Callable[..., Any]]
@@ -69,7 +68,14 @@ def applied(model: AttentionOnlyModel, rules: Rules) -> Iterator[list[Hook]]:
     """
     hooks: list[Hook] = []
     for bank in model.banks:
-        hooks += _pattern(bank, rules.pattern) if bank.mixes_positions else _gate(model, bank, rules.gate)
+        if bank.mixes_positions:
+            hooks += _pattern(bank, rules.pattern)
+        elif bank.has_gate:
+            hooks += _gate(bank, rules.gate)
+        elif not bank.has_circuit and rules.gate == "fixed":  # nothing of it is linear
+            hooks.append((bank.hook("z"), lambda z, hook: z.detach().requires_grad_()))
+    for inside in model.inside:
+        hooks += _gate(inside, rules.gate)
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if isinstance(module, Norm) and module.kind is not None:
@@ -134,13 +140,13 @@ def _pattern(bank: HeadBank, rule: str) -> list[Hook]:
     return []
 
 
-def _gate(model: AttentionOnlyModel, bank: HeadBank, rule: str) -> list[Hook]:
+def _gate(bank: Any, rule: str) -> list[Hook]:
     if rule == "fixed":
         return [(bank.hook("pattern"), lambda pattern, hook: pattern.detach())]
     if rule == "true":
         return []
     seen: dict[str, Tensor] = {}
-    gated = model.spec.gated
+    gated = bank.gated
 
     def query(q: Tensor, hook: Any) -> Tensor:
         q = averaged(q) if rule == "secant" else q.view_as(q)
@@ -150,7 +156,7 @@ def _gate(model: AttentionOnlyModel, bank: HeadBank, rule: str) -> list[Hook]:
     def pattern(p: Tensor, hook: Any) -> Tensor:
         q = seen.pop("q")
         if rule == "secant":
-            return averaged(p if _over_neurons(model) else _gate_chord(bank, q, p))
+            return averaged(p if bank.over_others else _gate_chord(bank, q, p))
         if not gated:  # act(z) = (act(z) / z) z: the gate is the chord's slope
             return p.detach()
         slope = torch.where(q.abs() > 1e-6, p / q, torch.zeros_like(p)).detach()
@@ -162,15 +168,6 @@ def _gate(model: AttentionOnlyModel, bank: HeadBank, rule: str) -> list[Hook]:
     elif gated:
         hooks.append((bank.hook("z"), _half))
     return hooks
-
-
-def _over_neurons(model: AttentionOnlyModel) -> bool:
-    """Whether a neuron's weight depends on other readings too (the other neurons', a router's), so that it
-    has no chord of its own.
-    """
-    if model.spec.experts:
-        return True
-    return str(model.spec.act_fn).startswith("solu") and not model.spec.mixtures
 
 
 def _with_sink(bank: HeadBank, scores: Tensor, pattern: Tensor) -> Tensor:
@@ -200,15 +197,11 @@ def _softmax_chord(scores: Tensor, pattern: Tensor) -> Tensor:
     return pattern.detach() + mean * (change - shift)
 
 
-def _gate_chord(bank: HeadBank, q: Tensor, p: Tensor) -> Tensor:
+def _gate_chord(bank: Any, q: Tensor, p: Tensor) -> Tensor:
     one, two = q.detach().unflatten(0, (2, -1))
     p_one, p_two = p.detach().unflatten(0, (2, -1))
-    slope = _chord(one, two, p_one, p_two, _weight(bank))
+    slope = _chord(one, two, p_one, p_two, bank.rule.weight)
     return p.detach() + _both(slope) * (q - q.detach())
-
-
-def _weight(bank: HeadBank) -> Callable[[Tensor], Tensor]:
-    return cast(NeuronBank, bank).rule.weight
 
 
 def _chord(x: Tensor, y: Tensor, fx: Tensor, fy: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:

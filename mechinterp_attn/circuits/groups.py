@@ -218,9 +218,11 @@ def groups_of(model: AttentionOnlyModel, select: Select) -> list[HeadGroup]:
     """
     model.heads.required()
     kind = "all" if select is None else select
-    if isinstance(kind, str) and kind in KINDS and (banks := model.heads.of(kind).banks):
-        return [_group(bank, slice(None)) for bank in banks]
-    heads = model.heads.select(kind)
+    if isinstance(kind, str) and kind in KINDS:
+        banks = [bank for bank in model.heads.of(kind).banks if bank.has_circuit]
+        if banks:
+            return [_group(bank, slice(None)) for bank in banks]
+    heads = [_with_circuit(head) for head in model.heads.select(kind)]
     plain: dict[HeadBank, set[int]] = {}
     groups = []
     for head in heads:
@@ -257,9 +259,22 @@ def finite_head(model: AttentionOnlyModel, head: str | Head) -> Head:
     Raises:
         MechInterpError: no such head, or weights that are not finite.
     """
-    one = resolve_head(model, head)
+    one = _with_circuit(resolve_head(model, head))
     refuse_non_finite(model, (part.bank for part in one.chain))
     return one
+
+
+def _with_circuit(head: Head) -> Head:
+    """Raises:
+    MechInterpError: the head, or one of its chain, writes what is not linear in what it reads.
+    """
+    for part in head.chain:
+        if not part.bank.has_circuit:
+            raise MechInterpError(
+                f"{part.label} is what a dictionary leaves out; it has no OV or QK circuit. "
+                "mia.causal.effects and mia.paths measure what it does"
+            )
+    return head
 
 
 def _group(bank: HeadBank, heads: slice | Tensor) -> HeadGroup:

@@ -64,6 +64,14 @@ def _shapes(spec: Spec) -> tuple[Shapes, Shapes]:
     needed = {name for name in optional if ".b_" in name or "_norm.w" in name or name == "prediction.b"}
     required |= {name: optional[name] for name in needed}
 
+    for one in spec.dictionaries:
+        at = f"blocks.{one.layer}"
+        features = {"W_in": (spec.d_model, one.n), "b_in": (one.n,), "threshold": (one.n,)}
+        features |= {"W_out": (one.n, spec.d_model), "b_out": (spec.d_model,)}
+        required |= {f"{at}.features.{name}": shape for name, shape in features.items()}
+        if one.skip:
+            required[f"{at}.skip.W_skip"] = (spec.d_model, spec.d_model)
+
     def renamed(shapes: Shapes) -> Shapes:
         return {name.replace(".mlp.", ".neurons."): shape for name, shape in shapes.items()}
 

@@ -21,7 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import mechinterp_attn.frozen.attention
-import mechinterp_attn.frozen.neurons  # noqa: F401  (both tell freeze_bank about their kind)
+import mechinterp_attn.frozen.neurons
+import mechinterp_attn.frozen.wide  # noqa: F401  (they tell freeze_bank about their kinds)
 from mechinterp_attn.frozen.bank import FrozenBank, freeze_bank
 from mechinterp_attn.model.block import Sublayer
 from mechinterp_attn.model.heads import Cache

@@ -298,6 +298,14 @@ class AttentionOnlyModel(TokenDoor, Generates, NamedWeights, Hooked):
         """Every bank of heads, in the order in which the model runs them."""
         return tuple(bank for block in self.blocks for bank in cast(Block, block).banks)
 
+    @property
+    def inside(self) -> tuple[Any, ...]:
+        """Banks that are parts of an error: the neurons that a dictionary stands in for, and its features
+        once more. They have the gates and hooks of heads; what they write is the error's.
+        """
+        blocks = [cast(Block, block) for block in self.blocks]
+        return tuple(part for b in blocks if b.stand_ins for part in (b.neurons, b.error.features))
+
     def sublayer_of(self, bank: HeadBank) -> Sublayer:
         """The sublayer that a bank belongs to.
 
@@ -371,10 +379,14 @@ class AttentionOnlyModel(TokenDoor, Generates, NamedWeights, Hooked):
 
     def __repr__(self) -> str:
         s = self.spec
-        n_attention = sum(b.n_heads for b in self.banks if b.kind == "attention")
+        counts: dict[str, int] = {}
+        for bank in self.banks:
+            name = {"mlp": "MLP-derived"}.get(bank.kind, bank.kind)
+            counts[name] = counts.get(name, 0) + bank.n_heads
+        kinds = " + ".join(f"{n} {name}" for name, n in counts.items())
         return (
             f"AttentionOnlyModel({self.provenance.get('name', 'unnamed')}: {self.n_heads} heads = "
-            f"{n_attention} attention + {self.n_heads - n_attention} MLP-derived, {s.n_layers} layers, "
+            f"{kinds}, {s.n_layers} layers, "
             f"d_model {s.d_model}, vocabulary {s.d_vocab}, context {s.n_ctx}, mode {self.mode})"
         )
 

@@ -13,11 +13,13 @@ from transformer_lens.hook_points import HookPoint
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.model.attention import AttentionBank, ForkedInput
 from mechinterp_attn.model.experts import ExpertBank
+from mechinterp_attn.model.features import FeatureBank
 from mechinterp_attn.model.gates import Function, Rule
 from mechinterp_attn.model.half import HALF
 from mechinterp_attn.model.heads import HeadBank
 from mechinterp_attn.model.neurons import MLPNames, NeuronBank
 from mechinterp_attn.model.norm import Norm
+from mechinterp_attn.model.rest import ErrorBank, SkipBank
 from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.model.step import Step
 
@@ -151,6 +153,14 @@ class Block(nn.Module):
             self.mlp = MLPNames(self.neurons)
             self.ln2_post = post("ln2_post")
             self.hook_mlp_out = HookPoint()
+        self.stand_ins: tuple[HeadBank, ...] = ()  # in place of the neurons, which are then in the error
+        if (attached := spec.dictionary(layer)) is not None:
+            self.features = FeatureBank(spec, attached, weights["features"])
+            self.skip = SkipBank(spec, attached, weights["skip"]) if attached.skip else None
+            whole = self.mlp, self.ln2_post
+            self.error = ErrorBank(spec, attached, whole, self.features, self.skip)
+            beside = () if self.skip is None else (self.skip,)
+            self.stand_ins = (self.features, *beside, self.error)
         self.hook_resid_post = HookPoint()
         for sublayer in self.sublayers():
             for bank, (post, _) in zip(sublayer.banks, sublayer.posts, strict=True):
@@ -166,7 +176,7 @@ class Block(nn.Module):
             x = self.ln1(x + self.hook_attn_out(self.attn(x, step, self._forked(x, None))))
             if self.neurons is not None:
                 x = self.hook_resid_mid(x)
-                x = self.ln2(x + self.hook_mlp_out(self.neurons(self._mlp_in(x), self.mlp)))
+                x = self.ln2(x + self.hook_mlp_out(self._mlp(self._mlp_in(x))))
             return self.hook_resid_post(x)
         normed = self.ln1(x)
         attn = self.hook_attn_out(self.ln1_post(self.attn(normed, step, self._forked(x, self.ln1))))
@@ -177,8 +187,17 @@ class Block(nn.Module):
             normed, attn = self.ln2(self._mlp_in(x)), 0.0
         elif self.forks.mlp_in:
             normed = self.ln1.plain(self._mlp_in(x))
-        mlp = self.hook_mlp_out(self.ln2_post(self.neurons(normed, self.mlp)))
+        mlp = self.hook_mlp_out(self._mlp(normed))
         return self.hook_resid_post(x + attn + mlp)
+
+    def _mlp(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """What the neurons write, or those that stand in for them: the same unless a hook edits one."""
+        looked = (
+            point for bank in self.stand_ins for point in bank.modules() if isinstance(point, HookPoint)
+        )
+        if any(point.has_hooks() for point in looked):
+            return sum((bank(x) for bank in self.stand_ins), torch.zeros_like(x))
+        return self.ln2_post(self.mlp(x))
 
     def _forked(self, x: Float[Tensor, "batch pos d_model"], norm: Norm | None) -> ForkedInput | None:
         """A copy of the stream for every head's query, key and value, normed; None where nobody asked."""
@@ -205,7 +224,9 @@ class Block(nn.Module):
     @property
     def banks(self) -> tuple[HeadBank, ...]:
         """In order."""
-        return (self.attn,) if self.neurons is None else (self.attn, self.neurons)
+        if self.neurons is None:
+            return (self.attn,)
+        return (self.attn, *(self.stand_ins or (self.neurons,)))
 
     def sublayers(self) -> Iterator[Sublayer]:
         """The block's banks in order, with the norms around them."""
@@ -215,12 +236,17 @@ class Block(nn.Module):
         parts: list[tuple[tuple[HeadBank, ...], str, Located, tuple[Located, ...]]]
         if self.neurons is None:
             parts = [((self.attn,), pre, ln1, (post1,))]
-        elif self.parallel:
-            post2 = (self.ln2_post, f"{at}.ln2_post")
-            parts = [((self.attn, self.neurons), pre, ln1, (post1, post2))]
         else:
-            ln2, post2 = (self.ln2, f"{at}.ln2"), (self.ln2_post, f"{at}.ln2_post")
-            parts = [((self.attn,), pre, ln1, (post1,)), ((self.neurons,), mid, ln2, (post2,))]
+            _, *after = self.banks
+            behind = (
+                (Norm(None, 1.0), f"{at}.no_norm") if self.stand_ins else (self.ln2_post, f"{at}.ln2_post")
+            )
+            posts2 = (behind,) * len(after)
+            if self.parallel:
+                parts = [((self.attn, *after), pre, ln1, (post1, *posts2))]
+            else:
+                ln2 = (self.ln2, f"{at}.ln2")
+                parts = [((self.attn,), pre, ln1, (post1,)), (tuple(after), mid, ln2, posts2)]
         for banks, stream, norm, posts in parts:
             if self.out_norms:
                 yield Sublayer(banks, stream, (Norm(None, 1.0), f"{at}.no_norm"), posts, norm)

@@ -24,7 +24,7 @@ from mechinterp_attn.core.pictures import Page, draw
 from mechinterp_attn.model.low_rank import LowRank
 from mechinterp_attn.model.norm import Norm
 
-Kind = Literal["attention", "mlp", "virtual"]
+Kind = Literal["attention", "mlp", "feature", "skip", "error", "virtual"]
 Side = Literal["Q", "K", "V", "O"]
 
 
@@ -185,6 +185,9 @@ class HeadBank(nn.Module, ABC):
         parts: how many heads stand for one attention head or neuron of the source.
         sides: what the heads read from the stream; a neuron's key is constant.
         norms_behind: the norms that what the heads write passes before it is read (Gemma 2, BERT).
+        has_gate: the pattern is a function of the head's own score, its gate, as a neuron's.
+        has_circuit: what a head writes is linear in what it reads, once its pattern is frozen.
+        over_others: a gate that looks at other heads' scores as well (SoLU, a router, TopK).
         mean_unseen: nothing reads the mean of what they write: every norm of the model centres.
     """
 
@@ -201,6 +204,9 @@ class HeadBank(nn.Module, ABC):
     sides: ClassVar[tuple[Side, ...]] = ("Q", "V")
     norms_behind: tuple[Norm, ...] = ()
     mean_unseen: bool = False
+    has_gate: ClassVar[bool] = False
+    has_circuit: ClassVar[bool] = True
+    over_others: bool = False
 
     layer: int
     n_heads: int

@@ -20,7 +20,7 @@ from mechinterp_attn.model.virtual import JOIN, VirtualHead, compose
 One = str | Head | tuple[str | Head, ...]  # a tuple is a virtual head
 Heads = str | Head | Iterable[One]
 
-KINDS = ("all", "attention", "mlp")
+KINDS = ("all", "attention", "mlp", "feature", "skip", "error")
 _LABEL = re.compile(r"L(\d+)([A-Z])(\d+)(?:\.(\d+))?")
 _SOME = r"(\*|\d+(?:-\d+)?)"
 _PATTERN = re.compile(rf"L{_SOME}(?:\*|([A-Z]){_SOME}(?:\.(\*|\d+))?)")

@@ -36,6 +36,7 @@ class NeuronBank(HeadBank):
     part: ClassVar[str] = "neurons"
     place: ClassVar[int] = 1
     mixes_positions: ClassVar[bool] = False
+    has_gate: ClassVar[bool] = True
     # No filter of TransformerLens's ("endswith q", "pattern", ...) takes a neuron for an attention head.
     points: ClassVar[Mapping[str, str]] = {
         "q": "hook_score", "v": "hook_read", "pattern": "hook_weight", "z": "hook_act"
@@ -59,6 +60,7 @@ class NeuronBank(HeadBank):
         self.d_head = 1
         self.d_model = spec.d_model
         self.parallel = spec.parallel
+        self.over_others = bool(spec.experts) or (str(spec.act_fn).startswith("solu") and not spec.mixtures)
         names = ("W_in", "b_in", "W_out", "b_out", *(("W_gate", "b_gate") if self.gated else ()))
         for name in names:
             self.register_parameter(name, nn.Parameter(weights[name]))

@@ -45,6 +45,23 @@ class RotaryTable:
 
 
 @dataclass(frozen=True)
+class Attached:
+    """A dictionary whose features stand in for a part of the model.
+
+    Attributes:
+        layer: the block.
+        n: features.
+        k: how many are active at a token (TopK); 0 where each has its own threshold.
+        skip: whether it has a linear part.
+    """
+
+    layer: int
+    n: int
+    k: int = 0
+    skip: bool = False
+
+
+@dataclass(frozen=True)
 class Spec:
     """Shapes and rules of a transformer; ``n`` counts, ``d`` dimensions.
 
@@ -87,6 +104,7 @@ class Spec:
         rotary_of: which of the tables each layer uses, None where it does not turn; empty: all the first.
         mixtures: the softmax heads that stand in for every neuron of each layer; empty: one head
             with the activation's own gate.
+        dictionaries: the transcoders whose features are heads, with an error, in place of neurons.
         float32_inside: the source computes parts of itself in float32 even when it runs in float64.
     """
 
@@ -138,6 +156,11 @@ class Spec:
     d_expert: int = 0
     router_renormed: bool = False
     shared_gate: bool = False
+    dictionaries: tuple[Attached, ...] = ()
+
+    def dictionary(self, layer: int) -> Attached | None:
+        """What is attached at a layer."""
+        return next((one for one in self.dictionaries if one.layer == layer), None)
 
     @property
     def mean_unseen(self) -> bool:
@@ -202,7 +225,8 @@ class Spec:
         wrong = wrong_fields(cls, plain)
         if not wrong:
             tables = tuple(RotaryTable(**table) for table in plain.get("rotaries", ()))
-            read = cls(**plain | {"rotaries": tables})
+            attached = tuple(Attached(**one) for one in plain.get("dictionaries", ()))
+            read = cls(**plain | {"rotaries": tables, "dictionaries": attached})
             wrong = read.contradictions()
         if wrong:
             raise MechInterpError(listing("the model's spec cannot be read", wrong))
@@ -258,6 +282,18 @@ class Spec:
             )
         if self.experts and (not self.gated or self.mixtures):
             wrong.append("experts that are not gated, or in a mode other than 'exact'")
+        layers = [one.layer for one in self.dictionaries]
+        if (
+            (self.attn_only and layers)
+            or len(set(layers)) != len(layers)
+            or set(layers) - {*range(self.n_layers)}
+        ):
+            wrong.append(f"dictionaries in layers {layers}, expected one per layer that has an MLP")
+        wrong += [
+            f"a dictionary of {one.n} features, {one.k} of them active, expected at least 1"
+            for one in self.dictionaries
+            if not (0 < one.n <= LARGEST["d_mlp"] and 0 <= one.k <= one.n)
+        ]
         if not self.attn_only and self.act_fn is None:
             wrong.append("neurons without an activation (act_fn)")
         return wrong
