@@ -7,8 +7,6 @@ from .causal import tasks as tasks
 from .causal.differences import diff as diff
 from .causal.task import Task as Task
 from .conversion.attach import attach as attach
-from .conversion.convert import convert as convert
-from .conversion.convert import load as load
 from .conversion.dictionary import Dictionary as Dictionary
 from .conversion.fidelity import Fidelity as Fidelity
 from .conversion.fidelity import verify as verify
