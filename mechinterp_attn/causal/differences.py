@@ -23,7 +23,7 @@ from mechinterp_attn.causal.same import need_same
 from mechinterp_attn.causal.task import Prompts, Task
 from mechinterp_attn.circuits.changes import other_changes, rounded, weight_changes
 from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.core.plan import CELL, TABLE, Plan, plans, within
+from mechinterp_attn.core.plan import CELL, TABLE, Plan, joined, plan, plans, within
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -31,6 +31,7 @@ from mechinterp_attn.model.heads import HeadBank
 
 EXACT = 16  # heads put into the other model one by one where nobody says how many
 DRAWS = 3  # rounded copies that changes are compared with
+EDGES = 1000  # that are compared, of each model
 EDGES_UP_TO = 2500  # heads of a model whose edges are compared unless asked otherwise
 MEASURES = ("OV", "QK", "output")
 
@@ -88,17 +89,26 @@ def _plan(
     tuned: AttentionOnlyModel,
     task: Task | Prompts,
     exact: int,
+    edges: int | None,
     draws: int,
     max_bytes: int,
 ) -> Plan:
-    """Both models side by side, forward and backward, for each direction and each rounded copy."""
-    bound = _task(task).bind(base)
+    """Both models side by side, forward and backward, for each direction and each rounded copy; the edges
+    of each.
+    """
+    behaviour = _task(task)
+    bound = behaviour.bind(base)
     copied = sum(p.numel() * p.element_size() for bank in base.banks for p in bank.parameters())
     runs = 2 * (exact + len(_sizes(base.n_heads, exact))) + 12 + draws
-    return plan_prompts(
+    made = plan_prompts(
         base, bound, "what changed", max_bytes, runs=2 * runs, backward=True, times=3,
         result=CELL * 3 * TABLE * base.n_heads, kept=2 * copied,
     )  # fmt: skip
+    wanted = _edges_of(base, edges)
+    if not wanted:
+        return made
+    found = plan(discover, base, behaviour, **_edge_options(behaviour, wanted), max_bytes=max_bytes)
+    return joined(made.what, [made, found, found])
 
 
 @plans(_plan)
@@ -143,7 +153,7 @@ def diff(
     if draws < 2 or exact < 0:
         raise MechInterpError(f"draws={draws}, exact={exact}; expected at least 2 draws, and exact >= 0")
     behaviour = _task(task)
-    made = _plan(base, tuned, behaviour, exact, draws, max_bytes)
+    made = _plan(base, tuned, behaviour, exact, edges, draws, max_bytes)
     whole, max_bytes = max_bytes, within(made, max_bytes, "fewer prompts").left(max_bytes)
     bound = ready(base, behaviour.bind(base), max_bytes)
     rows = max(1, rows_at_once(base, bound, max_bytes, backward=True) // 3)
@@ -185,7 +195,7 @@ def diff(
     names = ["heads", "gained", "lost", "gained_share", "lost_share"]
     others = pd.DataFrame(other_changes(base, tuned).items(), columns=["part", "change"])
     others = others.sort_values("change", ascending=False, kind="stable", ignore_index=True)
-    wanted = (1000 if base.n_heads <= EDGES_UP_TO else 0) if edges is None else edges
+    wanted = _edges_of(base, edges)
     circuits = _circuits(base, tuned, behaviour, wanted, whole) if wanted else None
     named = str(rounding).removeprefix("torch.")
     notes: dict[str, Any] = {
@@ -394,15 +404,24 @@ def _swapped(
     return out[0], out[1]
 
 
+def _edges_of(model: AttentionOnlyModel, edges: int | None) -> int:
+    """How many edges are compared, where nobody says so: none in large models."""
+    if edges is not None:
+        return edges
+    return EDGES if model.n_heads <= EDGES_UP_TO else 0
+
+
+def _edge_options(task: Task, edges: int) -> dict[str, Any]:
+    how: dict[str, Any] = {} if task.corrupt is not None else {"method": "gradient", "patch": "mean"}
+    return {"units": "edges", "top_k": edges, **how}
+
+
 def _circuits(
     base: AttentionOnlyModel, tuned: AttentionOnlyModel, task: Task, edges: int, max_bytes: int
 ) -> tuple[Discovery, Discovery]:
-    how: dict[str, Any] = {} if task.corrupt is not None else {"method": "gradient", "patch": "mean"}
-    found = [
-        discover(model, task, units="edges", top_k=edges, max_bytes=max_bytes, **how)
-        for model in (base, tuned)
-    ]
-    return found[0], found[1]
+    options = _edge_options(task, edges)
+    first, second = (discover(model, task, max_bytes=max_bytes, **options) for model in (base, tuned))
+    return first, second
 
 
 def _edges(circuits: tuple[Discovery, Discovery] | None) -> pd.DataFrame:

@@ -20,6 +20,7 @@ from mechinterp_attn.circuits.positions import (
 )
 from mechinterp_attn.circuits.rank_one import ReadsAndWrites, reads_and_writes
 from mechinterp_attn.circuits.spectrum import SingularDirections, singular_directions
+from mechinterp_attn.circuits.token_pairs import TokenComposition, token_composition
 from mechinterp_attn.circuits.trigrams import SkipTrigrams, skip_trigrams
 from mechinterp_attn.circuits.vocabulary import TokenPairs, ov_top, qk_top
 from mechinterp_attn.core.plan import Plan
@@ -38,6 +39,7 @@ __all__ = [
     "SingularDirections",
     "SkipTrigrams",
     "TokenBlock",
+    "TokenComposition",
     "TokenPairs",
     "TokenPositions",
     "VirtualHead",
@@ -56,6 +58,7 @@ __all__ = [
     "resolve_head",
     "singular_directions",
     "skip_trigrams",
+    "token_composition",
     "token_positions",
     "virtual_head",
     "virtual_heads",

@@ -1,5 +1,7 @@
 """What a plan says is enough: against the bytes of all tensors alive, and against a process's memory."""
 
+import copy
+
 import jaxtyping
 import pytest
 
@@ -64,6 +66,9 @@ CALLS = {
         {"draws": 1},
     ),
     "minimality": lambda m, t, k: (mia.causal.minimality, (m, k, ["L1H0", "L0H0"]), {}),
+    "diff": lambda m, t, k: (mia.diff, (m, copy.deepcopy(m), k), {"exact": 2, "draws": 2, "edges": 0}),
+    "diff edges": lambda m, t, k: (mia.diff, (m, copy.deepcopy(m), k), {"exact": 0, "edges": 100}),
+    "token composition": lambda m, t, k: (mia.circuits.token_composition, (m,), {}),
     "paths": lambda m, t, k: (mia.causal.path_patch, (m, k, "L0H0 -K-> L1H0 -> logits"), {}),
 }
 

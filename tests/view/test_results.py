@@ -52,6 +52,7 @@ def results(model) -> dict[str, Result]:
         own.reads_and_writes(model, ["L0N1", "L1N2"], top_k=3),
         own.singular_directions(model, "L0H1", top_k=3),
         own.skip_trigrams(model, "L1H2", top_k=5),
+        own.token_composition(model),
         own.token_positions(model, "L0H1", top_k=3),
         own.virtual_heads(model, src="attention", dst="attention", top_k=5),
         mia.causal.diff(model, changed, behaviour, exact=2, draws=2),
