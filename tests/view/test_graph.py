@@ -47,3 +47,17 @@ def test_the_slider_hides_small_edges(saved, watched):
     page.locator("input[type=range]").fill("60")
     assert page.locator(".graph-edge:not(.hidden)").count() < everything
     watched.assert_quiet()
+
+
+def test_strong_nodes_are_named_and_a_name_is_found(saved, graph, watched):
+    page = watched.open(saved)
+    inner = graph.nodes[graph.nodes["kind"].isin(["attention", "mlp"])]
+    strongest = inner.loc[inner["influence"].nlargest(60).index]
+    label = str(strongest.loc[strongest["value"].abs().idxmax(), "label"])
+    assert label in page.locator(".graph-name").all_text_contents()
+    page.get_by_label("find a node").fill(label.lower())
+    assert page.locator(".graph-panel h3").inner_text().startswith(label)
+    assert page.locator(".graph-node.found").count() >= 1
+    page.get_by_label("find a node").fill("")
+    assert page.locator(".graph-node.found").count() == 0
+    watched.assert_quiet()

@@ -3,7 +3,7 @@
 // Text from the model only ever becomes textContent or an attribute value.
 function drawAttributionGraph(host, data) {
   const SVG = "http://www.w3.org/2000/svg";
-  const SLOT = 17, PAD = 8, ROW = 46, LEFT = 64, ACROSS = 5;
+  const SLOT = 17, PAD = 8, ROW = 46, LEFT = 64, ACROSS = 5, NAMES = 12;
   const byId = new Map(data.nodes.map((n) => [n.id, n]));
   const drawn = data.nodes.filter((n) => n.kind !== "score");
   const edges = data.edges.filter((e) => e.kind === "value" && byId.has(e.source) && byId.has(e.target));
@@ -62,6 +62,9 @@ function drawAttributionGraph(host, data) {
   const label = make("label", {}, bar, "Hide edges below ");
   const slider = make("input", { type: "range", min: "0", max: "100", value: "0", "aria-label": "smallest edge shown" }, label);
   const shownAt = make("span", {}, label, "");
+  const finder = make("label", {}, bar, "Find ");
+  const search = make("input", { type: "search", placeholder: "such as L1H3", "aria-label": "find a node" }, finder);
+  const matches = make("span", { role: "status" }, finder, "");
   make("span", { class: "graph-key" }, bar, "\u25cf attention head  \u25c6 MLP-derived head  \u25a0 token or bias; blue adds, red and dashed takes away; arrow keys walk");
   const stage = make("div", { class: "graph-stage" }, host);
   const scroll = make("div", { class: "graph-scroll" }, stage);
@@ -110,6 +113,23 @@ function drawAttributionGraph(host, data) {
       if (next) { select(next.id); next.el.focus(); }
     });
   }
+  // Names on the strongest nodes, where no stronger name stands yet; they are in the file that is saved too.
+  const named = [];
+  const heads = drawn.filter((n) => n.kind === "attention" || n.kind === "mlp");
+  for (const n of heads.sort((a, b) => Math.abs(b.value) - Math.abs(a.value))) {
+    if (named.length >= NAMES) break;
+    const half = 3.2 * n.label.length;
+    if (named.some((m) => Math.abs(m.y - n.y) < 12 && Math.abs(m.x - n.x) < m.half + half)) continue;
+    named.push({ x: n.x, y: n.y, half });
+    make("text", { x: n.x, y: n.y - 12, class: "graph-name" }, svg, n.label);
+  }
+  search.addEventListener("input", () => {
+    const wanted = search.value.trim().toLowerCase();
+    const found = wanted === "" ? [] : drawn.filter((n) => n.label.toLowerCase().includes(wanted));
+    for (const n of drawn) n.el.classList.toggle("found", found.includes(n));
+    matches.textContent = wanted === "" ? "" : ` ${found.length} found`;
+    if (found.length) select(found.find((n) => n.label.toLowerCase() === wanted)?.id || found[0].id);
+  });
   // The closest node that way; what stands off the line counts three times as far.
   function nearest(n, [right, down]) {
     let best = null, least = Infinity;
