@@ -11,7 +11,7 @@ PROMPT ?= Mr. Dorling was a tall man. I had never seen Mr. Dor
 REPORT ?= demo-report.html
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench mutants real docs linkcheck notebooks clean
+.PHONY: help demo test lint format bench mutants gpu real docs linkcheck notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -25,6 +25,9 @@ test: lint  ## lint, then run all tests
 
 mutants: $(VENV)/.installed-test  ## make small slips in a copy of the package: each must break a test
 	$(ONE_THREAD) $(BIN)/python -m tests.mutants.run $(MUTANTS)
+
+gpu: $(VENV)/.installed-test  ## run the tests that need a GPU; without one they are skipped, and say so
+	$(ONE_THREAD) $(BIN)/python -m pytest -m gpu -rs
 
 lint: $(VENV)/.installed-test  ## ruff, mypy, docstrings and, where node is, biome
 	$(BIN)/ruff check .

@@ -9,12 +9,14 @@ bfloat16, written shard by shard to a temporary folder and loaded with ``dtype=t
 has 64 tokens.
 
 Peaks are the process's resident memory, sampled every five milliseconds: of loading, beyond what the
-imported packages take; of the other steps, beyond the loaded model.
+imported packages take; of the other steps, beyond the loaded model. A run with ``--models`` or ``--steps``
+renews its rows of the published table and leaves the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -174,7 +176,19 @@ def main() -> None:
                     }
                 )
                 print(rows[-1], file=sys.stderr, flush=True)
+    measured = {(row["model"], row["step"]) for row in rows}
+    kept = [row for row in earlier() if (row["model"], row["step"]) not in measured]
+    place = {name: i for i, name in enumerate([*NAMES.values(), "load", *steps()])}
+    rows = sorted([*kept, *rows], key=lambda row: (place[row["model"]], place[row["step"]]))
     publish("sizes", rows)
+
+
+def earlier() -> list[dict[str, str]]:
+    """The table as it is: a run measures some rows, and the others stay."""
+    file = Path(os.environ.get("BENCH_TABLES", "")) / "sizes.csv"
+    if "BENCH_TABLES" not in os.environ or not file.exists():
+        return []
+    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
 
 
 if __name__ == "__main__":

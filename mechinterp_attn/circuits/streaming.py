@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -86,13 +86,29 @@ def plan_product(
 
 @contextmanager
 def matmul_precision(precision: Precision) -> Iterator[None]:
-    """TF32 only where it was asked for, whatever the caller's global setting; restored afterwards."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    """TF32 only where it was asked for, whatever the caller's global setting; restored afterwards.
+
+    By backend where torch can (2.9), since it refuses to read its global setting where a caller has set a
+    backend's own.
+    """
+    torch_backends: Any = torch.backends
+    if not hasattr(torch_backends.cuda.matmul, "fp32_precision"):
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    backends = torch_backends.cuda.matmul, torch_backends.mkldnn.matmul
+    own = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, value in zip(backends, own, strict=True):
+            backend.fp32_precision = value
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

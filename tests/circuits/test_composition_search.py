@@ -66,6 +66,26 @@ def test_float32_search_over_several_blocks_and_units():
     )
 
 
+@pytest.mark.parametrize("way", ["global", "legacy", "by backend"])
+def test_a_callers_own_precision_is_left_as_it_was(way):
+    """Torch has three ways to set it, and refuses to read one where another was used."""
+    model, cuda = random_model(d_model=64, n_heads=4).float(), torch.backends.cuda.matmul
+    before = cuda.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        if way == "global":
+            torch.set_float32_matmul_precision("high")
+        elif way == "legacy":
+            cuda.allow_tf32 = True
+        else:
+            cuda.fp32_precision = "tf32"
+        own = cuda.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+        assert C.composition(model, "V", top_k=5).receipt.ok
+        assert (cuda.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision) == own
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        cuda.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
 def test_coarser_arithmetic_only_where_it_is_asked_for(precision):
     """The search is coarser, the receipt says so, and what is listed is float64 all the same."""

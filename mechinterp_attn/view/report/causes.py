@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FEW = 4  # tokens; below, the average over a prompt is the prompt
 NEURONS = 24  # measured by cutting, by the size of their estimates
-LEAST_HEADS = 32  # attention heads measured by cutting, however large the model
+LEAST = 8  # heads of each kind measured by cutting, however large the model
 FLOPS = 5e11  # of all those runs together: seconds
 
 
@@ -95,7 +95,8 @@ class Causes:
         model = self.frozen.model
         rough = effects(model, self.task, patch=self.patch, exact=0).frame
         cost = 2 * sum(p.numel() for p in model.parameters()) * len(self.frozen.tokens)
-        most = {"attention": max(LEAST_HEADS, int(FLOPS / cost)), "mlp": NEURONS}
+        affordable = max(LEAST, int(FLOPS / cost))
+        most = {"attention": affordable, "mlp": min(NEURONS, affordable)}
         chosen = [label for kind, k in most.items() for label in rough["head"][rough["kind"] == kind][:k]]
         return effects(model, self.task, patch=self.patch, exact=chosen)
 
