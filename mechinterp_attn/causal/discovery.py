@@ -267,7 +267,9 @@ def _complete(
 def _approximate(model: AttentionOnlyModel) -> bool:
     """Whether the model has an operation whose chord is only approximated (by the mean of two slopes)."""
     spec = model.spec
-    return spec.score_cap is not None or spec.logit_cap is not None or str(spec.act_fn).startswith("solu")
+    capped = spec.score_cap is not None or spec.logit_cap is not None
+    top_k = any(one.k for one in spec.dictionaries)
+    return capped or top_k or str(spec.act_fn).startswith("solu")
 
 
 def _rules(method: Any, units: str, positions: str, patch: str, steps: int, pools: bool) -> Rules:
