@@ -16,7 +16,7 @@ from mechinterp_attn.causal.cuts import mean_z, next_token
 from mechinterp_attn.circuits import copying
 from mechinterp_attn.conversion.modes import gate_bound
 from mechinterp_attn.detect import induction_circuit
-from mechinterp_attn.detect.weights import score_weights
+from mechinterp_attn.detect.weights import NULL_DRAWS, score_weights
 from mechinterp_attn.paths import best_first
 from tests.circuits.test_composition import random_model
 from tests.conftest import random_tokens, tiny_bridge
@@ -87,6 +87,29 @@ def test_a_trace_is_counted_in_deviations_of_turned_heads(model):
         row = pairs.loc[(src, dst)]
         assert float(traces.mean()) == pytest.approx(0, abs=4 * float(traces.std()) / 3000**0.5)
         assert row["trace"] / row["trace_z"] == pytest.approx(float(traces.std()), rel=0.05)
+
+
+def test_matching_is_counted_in_deviations_of_random_heads(model):
+    """``matching_z`` against 400 random heads in the place of the earlier one, written out densely: to 4
+    standard errors of 100 and of 400 draws.
+    """
+    pairs = score_weights(model, draws=1).pairs.set_index(["src", "dst"])
+    E = model.W_E.detach().double()
+    E = E - E.mean(0)
+    seen = torch.eye(16, dtype=torch.float64) - 1 / 16
+    generator, drawn = torch.Generator().manual_seed(1), []
+    QK = model["L1H2"].W_Q.double() @ model["L1H2"].W_K.double().T
+    for _ in range(400):
+        read, write = torch.randn(2, 16, 4, generator=generator, dtype=torch.float64)
+        circuit = E.T @ E @ QK @ seen @ write @ read.T @ seen
+        values = torch.linalg.eigvals(circuit)
+        drawn.append(float(values.sum().real / values.abs().sum()))
+    mean, spread = float(torch.tensor(drawn).mean()), float(torch.tensor(drawn).std())
+    one, other = pairs.loc[("L0H1", "L1H2")], pairs.loc[("L0H0", "L1H2")]
+    deviation = (one["matching"] - other["matching"]) / (one["matching_z"] - other["matching_z"])
+    assert deviation == pytest.approx(spread, rel=4 * (0.5 / NULL_DRAWS + 0.5 / 400) ** 0.5)
+    middle = one["matching"] - deviation * one["matching_z"]
+    assert middle == pytest.approx(mean, abs=4 * spread * (1 / NULL_DRAWS + 1 / 400) ** 0.5)
 
 
 @pytest.mark.parametrize(("above", "named"), [(4.5, False), (5.5, True)])

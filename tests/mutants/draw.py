@@ -76,7 +76,7 @@ class Slip:
 
     Attributes:
         file: inside ``mechinterp_attn/``.
-        line: where it is.
+        line, text: where it is, and the whole line.
         old, new: the text that changes, and what it becomes.
         function: the innermost function around it; "" outside of all.
         room: whose tests should notice it.
@@ -85,6 +85,7 @@ class Slip:
 
     file: str
     line: int
+    text: str
     old: str
     new: str
     function: str
@@ -126,7 +127,10 @@ def slips(file: str, room: str) -> Iterator[Slip]:
             text = whole.encode()
             old, new = text[begin:end].decode(), ast.unparse(other)
             slipped = text[:begin] + f"({new})".encode() + text[end:]
-            yield Slip(file, node.lineno, " ".join(old.split()), new, function, room, slipped.decode())
+            line = whole.splitlines()[node.lineno - 1].strip()
+            yield Slip(
+                file, node.lineno, line, " ".join(old.split()), new, function, room, slipped.decode()
+            )
 
 
 def _expressions(node: ast.AST, function: str) -> Iterator[tuple[ast.expr, str]]:
