@@ -17,10 +17,11 @@ def widened(model: AttentionOnlyModel) -> AttentionOnlyModel:
     """
     if model.W_E.dtype not in HALF:
         return model
+    shared = "blocks." if not model.spec.dictionaries else ()  # an error is taken outside its block
     return AttentionOnlyModel(
         model.spec,
         {
-            name: weight.detach() if name.startswith("blocks.") else weight.detach().float()
+            name: weight.detach() if name.startswith(shared) else weight.detach().float()
             for name, weight in model.state_dict().items()
         },
         tokenizer=model.tokenizer,
