@@ -13,10 +13,12 @@ from .conversion.fidelity import verify as verify
 from .conversion.modes import mixtures as mixtures
 from .conversion.pipeline import convert as convert
 from .conversion.pipeline import load as load
+from .core.comparison import compare as compare
 from .core.errors import FailedCheckWarning as FailedCheckWarning
 from .core.errors import MechInterpError as MechInterpError
 from .core.plan import Plan as Plan
 from .core.plan import plan as plan
+from .core.stored import load_result as load_result
 from .model.attention_only import AttentionOnlyModel as AttentionOnlyModel
 from .model.heads import Head as Head
 from .sources.checkpoint import Checkpoint as Checkpoint

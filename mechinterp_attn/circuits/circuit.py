@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -65,9 +65,10 @@ class CircuitStatistics(Result):
     head: str
     circuit: Which
 
-    def __getitem__(self, statistic: str) -> float:
+    def __getitem__(self, name: str) -> Any:
+        """The value of a statistic, or a column of ``frame``."""
         values = dict(zip(self.frame["statistic"], self.frame["value"], strict=True))
-        return float(values[statistic])
+        return float(values[name]) if name in values else super().__getitem__(name)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import html
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
@@ -115,6 +117,32 @@ class Result:
             raise KeyError(f"no column {by!r}; there are {list(self.frame.columns)}")
         order = self.frame[by].abs().sort_values(ascending=False, kind="stable").index
         return self.frame.loc[order[:k]].reset_index(drop=True)
+
+    def __getitem__(self, column: str) -> pd.Series:
+        """A column of ``frame``.
+
+        Raises:
+            KeyError: no such column; the message lists them.
+        """
+        if column not in self.frame:
+            raise KeyError(f"no column {column!r}; there are {list(self.frame.columns)}")
+        return self.frame[column]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the table with its receipt and single values; ``mia.load_result`` reads it.
+
+        Args:
+            path: of the file: ``.json``, or ``.parquet``.
+
+        Returns:
+            the path.
+
+        Raises:
+            MechInterpError: another ending, or a file that cannot be written.
+        """
+        from mechinterp_attn.core.stored import save_result
+
+        return save_result(self, path)
 
     def plot(self) -> Figure:
         """A plotly figure: by default the first rows of ``frame``, ranked, as signed bars."""
