@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -23,6 +23,9 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import Page, draw
 from mechinterp_attn.model.low_rank import LowRank
 from mechinterp_attn.model.norm import Norm
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 Kind = Literal["attention", "mlp", "feature", "skip", "error", "virtual"]
 Side = Literal["Q", "K", "V", "O"]
@@ -160,12 +163,27 @@ class Head:
             MechInterpError: the head was taken from a bank and not from a model, an unusable prompt,
                 or too many tokens to show.
         """
+        self._runs("show")
+        return draw(self, prompt, form="page", positions=positions)
+
+    def plot(self, prompt: str | list[int] | Tensor) -> Figure:
+        """The head's pattern on a prompt as a plotly figure.
+
+        Args:
+            prompt: a text, or token ids ``[pos]``.
+
+        Raises:
+            MechInterpError: the head was taken from a bank and not from a model, or an unusable prompt.
+        """
+        self._runs("plot")
+        return draw(self, prompt)
+
+    def _runs(self, method: str) -> None:
         if self.model is None:
             raise MechInterpError(
                 f"this {self.label} was taken from a bank, which cannot run a prompt; take it from the "
-                f"model: model[{self.label!r}].show(prompt)"
+                f"model: model[{self.label!r}].{method}(prompt)"
             )
-        return draw(self, prompt, form="page", positions=positions)
 
 
 class HeadBank(nn.Module, ABC):

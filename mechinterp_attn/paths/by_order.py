@@ -22,6 +22,7 @@ from mechinterp_attn.core.plan import MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank
 from mechinterp_attn.frozen.behaviour import Behaviour, OnPrompt, asked, next_tokens
+from mechinterp_attn.frozen.given import of_prompt
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.frozen.sublayer import ROWS
 from mechinterp_attn.model.cost import plan_runs
@@ -68,6 +69,7 @@ def _plan(frozen: Frozen, max_order: int | None, count: Count) -> Plan:
     )
 
 
+@of_prompt
 @plans(_plan)
 @torch.no_grad()
 def orders(
@@ -84,7 +86,7 @@ def orders(
     stream one order up. Cost: ``max_order + 2`` frozen passes, whatever the number of paths.
 
     Args:
-        frozen: the frozen prompt, from ``paths.freeze``.
+        frozen: the frozen prompt, from ``paths.freeze``; or the model, and the prompt after it.
         max_order: the highest order kept apart; by default all (the number of counted sublayers).
         count: "attention" counts attention heads only: paths may pass through any number of
             MLP-derived heads on the way. "mlp" is the reverse.

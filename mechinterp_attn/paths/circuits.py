@@ -24,6 +24,7 @@ from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plans, withi
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt
 from mechinterp_attn.frozen.behaviour import Behaviour
+from mechinterp_attn.frozen.given import of_prompt
 from mechinterp_attn.frozen.goals import Goal, Target, Token, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, Place, sum_tolerance
 from mechinterp_attn.model.cost import plan_runs
@@ -83,6 +84,7 @@ def _plan(frozen: Frozen, top_k: int, max_expansions: int) -> Plan:
     )
 
 
+@of_prompt
 @plans(_plan)
 @torch.no_grad()
 def top_circuits(
@@ -100,7 +102,7 @@ def top_circuits(
     """Find the strongest chains of attention heads from a token (or biases) to a logit, neurons pooled.
 
     Args:
-        frozen: the frozen prompt, from ``paths.freeze``.
+        frozen: the frozen prompt, from ``paths.freeze``; or the model, and the prompt after it.
         target: the next token (text of one token, or its id), or weights by token for any direction of
             logits; by default the model's own top one.
         position: where the prediction is made; negative counts from the end.

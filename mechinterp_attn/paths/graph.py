@@ -27,6 +27,7 @@ from mechinterp_attn.core.pictures import Page, draw
 from mechinterp_attn.core.plan import CELL, MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt
 from mechinterp_attn.frozen.behaviour import Behaviour
+from mechinterp_attn.frozen.given import of_prompt
 from mechinterp_attn.frozen.goals import Target, Token, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.model.cost import plan_runs
@@ -197,6 +198,7 @@ def _plan(frozen: Frozen, max_nodes: int, pools: bool) -> Plan:
     )
 
 
+@of_prompt
 @plans(_plan)
 @torch.no_grad()
 def attribution_graph(
@@ -222,7 +224,7 @@ def attribution_graph(
     influential candidates are kept; a head or neuron that is left out goes back into its pool.
 
     Args:
-        frozen: the prompt, from ``mia.paths.freeze``.
+        frozen: the frozen prompt, from ``paths.freeze``; or the model, and the prompt after it.
         target: the next token (text of one token, or its id), or weights by token for any direction of
             logits; by default the model's own top one.
         position: where the prediction is made; negative counts from the end.

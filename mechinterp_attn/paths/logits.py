@@ -12,6 +12,7 @@ from mechinterp_attn.core.pictures import draw
 from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt
 from mechinterp_attn.frozen.behaviour import Behaviour
+from mechinterp_attn.frozen.given import of_prompt
 from mechinterp_attn.frozen.goals import Target, Token, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.model.cost import plan_runs
@@ -58,6 +59,7 @@ def _plan(frozen: Frozen) -> Plan:
     )
 
 
+@of_prompt
 @plans(_plan)
 @torch.no_grad()
 def logit_attribution(
@@ -72,7 +74,7 @@ def logit_attribution(
     """Split a logit into the direct contributions of the embedding, every head and neuron, and the biases.
 
     Args:
-        frozen: the frozen prompt, from ``paths.freeze``.
+        frozen: the frozen prompt, from ``paths.freeze``; or the model, and the prompt after it.
         target: the next token (text of one token, or its id); by default the model's own top one.
         position: where the prediction is made; negative counts from the end.
         against: a second token: attribute ``logit(target) - logit(against)``.

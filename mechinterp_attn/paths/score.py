@@ -24,6 +24,7 @@ from mechinterp_attn.core.plan import CELL, MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.core.tolerance import TOLERANCE
 from mechinterp_attn.frozen.bank import FrozenBank, ScoreSides
+from mechinterp_attn.frozen.given import of_prompt
 from mechinterp_attn.frozen.goals import resolve_position
 from mechinterp_attn.frozen.prompt import Frozen
 from mechinterp_attn.model.cost import plan_runs
@@ -91,6 +92,7 @@ def _plan(frozen: Frozen, head: str | Head, by_source: bool, keep: int) -> Plan:
     )
 
 
+@of_prompt
 @plans(_plan)
 @torch.no_grad()
 def expand_score(
@@ -111,7 +113,7 @@ def expand_score(
     that the head may look at, and a position expands the difference to that key.
 
     Args:
-        frozen: the frozen prompt, from ``paths.freeze``.
+        frozen: the frozen prompt, from ``paths.freeze``; or the model, and the prompt after it.
         head: a label or head. For an MLP-derived head (``L1N7``) leave ``key`` out: it sees its own token.
         query, key: positions; negative counts from the end.
         against: None for the score itself, "others", or another key's position.

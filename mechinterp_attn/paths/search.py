@@ -18,6 +18,7 @@ from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.renamed import renamed_arguments
 from mechinterp_attn.core.results import Check, Receipt
 from mechinterp_attn.frozen.behaviour import Behaviour
+from mechinterp_attn.frozen.given import of_prompt
 from mechinterp_attn.frozen.goals import Target, Token, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.model.cost import plan_runs
@@ -98,6 +99,7 @@ def _plan(frozen: Frozen, top_k: int, positions: Positions, max_expansions: int)
 
 
 @renamed_arguments(k="top_k")
+@of_prompt
 @plans(_plan)
 @torch.no_grad()
 def top_paths(
@@ -116,7 +118,7 @@ def top_paths(
     """Find the ``top_k`` strongest paths from tokens (and biases) to a logit.
 
     Args:
-        frozen: the frozen prompt, from ``paths.freeze``.
+        frozen: the frozen prompt, from ``paths.freeze``; or the model, and the prompt after it.
         target: the next token (text of one token, or its id); by default the model's own top one.
         position: where the prediction is made; negative counts from the end.
         against: a second token: explain ``logit(target) - logit(against)``.

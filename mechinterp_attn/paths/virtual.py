@@ -20,6 +20,7 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import CELL, MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.behaviour import Behaviour
+from mechinterp_attn.frozen.given import of_prompt
 from mechinterp_attn.frozen.goals import Target, Token, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.model.cost import plan_runs
@@ -68,6 +69,7 @@ def _plan(frozen: Frozen, heads: Sequence[One]) -> Plan:
     )
 
 
+@of_prompt
 @plans(_plan)
 @torch.no_grad()
 def virtual_head(
@@ -82,7 +84,7 @@ def virtual_head(
     """Compute the term of the path expansion that leads from the embeddings through exactly these heads.
 
     Args:
-        frozen: the frozen prompt, from ``paths.freeze``.
+        frozen: the frozen prompt, from ``paths.freeze``; or the model, and the prompt after it.
         heads: labels or heads, earliest first, attention heads and neurons alike; or a virtual head
             such as ``"L0H3 > L1H0"``.
         target, position, against: the logit (difference) that ``frame`` breaks down by source

@@ -18,11 +18,11 @@ from mechinterp_attn.paths.search import TopPaths
 from mechinterp_attn.paths.virtual import VirtualTerm
 from mechinterp_attn.view.charts import largest_paths, largest_terms, loss_by_order, worth_of_orders
 from mechinterp_attn.view.figures.chart import plotly_chart
+from mechinterp_attn.view.figures.heads import pattern_heatmap
 from mechinterp_attn.view.figures.style import (
     KIND_COLOURS,
     NEGATIVE,
     POSITIVE,
-    SEQUENTIAL,
     figure,
     safe_text,
     signed_scale,
@@ -86,19 +86,7 @@ def score_terms(expansion: ScoreExpansion, k: int = 12) -> go.Figure:
 def virtual_pattern(term: VirtualTerm) -> go.Figure:
     """The composed attention pattern of a virtual head."""
     tokens = [f"{safe_text(token)} ({i})" for i, token in enumerate(term.frame["token"])]
-    title = f"Pattern of {' then '.join(term.heads)}"
-    fig = figure(title=title, x="key", y="query", height=160 + 22 * len(tokens))
-    fig.add_trace(
-        go.Heatmap(
-            z=term.pattern.double().cpu().numpy(),
-            x=tokens,
-            y=tokens,
-            colorscale=SEQUENTIAL,
-            zmin=0,
-            hovertemplate="%{y} from %{x}: %{z:.4f}<extra></extra>",
-        )
-    )
-    return fig.update_yaxes(autorange="reversed")
+    return pattern_heatmap(f"Pattern of {' then '.join(term.heads)}", term.pattern, tokens, tokens)
 
 
 @draws(AttributionGraph)
