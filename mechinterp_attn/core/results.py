@@ -140,9 +140,9 @@ class Result:
         Raises:
             MechInterpError: another ending, or a file that cannot be written.
         """
-        from mechinterp_attn.core.stored import save_result
+        from mechinterp_attn.core.written import write_result
 
-        return save_result(self, path)
+        return write_result(self, path)
 
     def plot(self) -> Figure:
         """A plotly figure: by default the first rows of ``frame``, ranked, as signed bars."""
