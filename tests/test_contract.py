@@ -87,3 +87,10 @@ def test_heads_are_named_in_every_way(model, task, heads):
     chosen = model["L0H1"] if heads == "a head" else heads
     assert len(mia.causal.effects(model, task, heads=chosen).frame) >= 1
     assert len(mia.detect.ablate(model, torch.tensor(task.clean), heads=chosen).frame)
+
+
+def test_two_models(model, task):
+    assert {"head", "z"} <= set(mia.diff(model, mia.convert(tiny_bridge(seed=1)), task).frame)
+    dictionary = mia.Dictionary
+    assert list(inspect.signature(mia.attach).parameters)[:4] == ["model", "dictionary", "layer", "at"]
+    assert callable(dictionary.load)

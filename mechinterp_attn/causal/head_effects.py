@@ -118,7 +118,8 @@ def effects(
             L1H2"``), edges (``"L0H1 -K-> L1H2"``), or groups: a list of them is patched together. None:
             all heads by the estimate, and some exactly.
         patch: what a head is given: "corrupt", what it holds in the counterfactual; "zero"; "mean", over
-            prompts and positions; "resample", what it holds in another prompt.
+            prompts and positions; "resample", what it holds in another prompt. What a chain or an edge
+            brings is taken out, whatever the patch: ``causal.path_patch`` puts the counterfactual's there.
         positions: patch a head everywhere, or at each position alone (prompts of one length only).
         exact: without ``heads``: how many with the largest estimates are measured (32; all heads of a model
             of up to 32), or which ones.
@@ -161,6 +162,12 @@ def effects(
         cuts = [_cut(model, bound, head, p) for head, p in zip(frame["head"].head(count), at, strict=True)]
     else:
         cuts = _cuts(model, bound, list(exact), each)
+    brought = any(cut.parts for cut in cuts)
+    if brought and direction == "denoising":
+        raise MechInterpError(
+            "what a chain or an edge brings can be taken out of the clean run, not put into the "
+            "counterfactual one; give direction='noising', or use causal.path_patch"
+        )
     measured, plain = _exact(model, bound, fill, cuts, max_bytes, direction)
     frame = _joined(frame, cuts, measured, every=heads is None, each=each)
     sign = "what the metric loses" if direction == "noising" else "what the metric regains"
@@ -168,6 +175,8 @@ def effects(
         "metric": bound.about, "effect": f"{sign}, mean over prompts", "patch": patch, **found.notes,
         "dtype": str(model.W_E.dtype).removeprefix("torch."),
     }  # fmt: skip
+    if brought and patch != "zero":
+        notes["chains and edges"] = "what they bring is taken out, not replaced: causal.path_patch does"
     if patch == "zero":
         notes["value bias"] = f"{value_bias} with the head"
     notes |= correlation(frame)

@@ -113,6 +113,13 @@ def test_groups_and_virtual_heads(model, task):
     assert found.frame["effect"][0] == pytest.approx(float(expected.mean()), abs=1e-5)
     assert list(found.frame["head"]) == ["L0H0 + L1N3", "L0H0 > L1H1", "L0H0 -K-> L1H1"]
     assert found.frame["effect"].abs().min() > 0
+    chain = ["L0H0 > L1H1"]
+    assert "taken out" in found.receipt.notes["chains and edges"]  # and so the patch makes no difference
+    same = mia.causal.effects(model, task, chain, "zero")
+    assert "chains and edges" not in same.receipt.notes
+    assert float(same["effect"][0]) == pytest.approx(found["effect"][1], abs=1e-6)
+    with pytest.raises(mia.MechInterpError, match="taken out of the clean run, not put into"):
+        mia.causal.effects(model, task, chain, direction="denoising")
 
 
 def test_resampling_puts_in_another_prompts_values(model, task):
