@@ -50,7 +50,7 @@ def test_a_circuit_comes_back_from_its_file(circuit, tmp_path, model):
     assert set(back.diff(circuit)["both"]) == set(circuit.diff(back)["both"])
     assert len(back) == 6
     assert back.diff(circuit)["only_self"] == back.diff(circuit)["only_other"] == []
-    with pytest.raises(mia.MechInterpError, match="knows no task"):
+    with pytest.raises(mia.MechInterpError, match="has no task"):
         back.faithfulness(model)
 
 

@@ -103,7 +103,7 @@ def test_coarser_arithmetic_only_where_it_is_asked_for(precision):
 
 def test_max_bytes_too_small_says_the_least_that_works(model):
     with pytest.raises(
-        mia.MechInterpError, match=r"max_bytes=1,000 is too small; [\d,]+ is the least"
+        mia.MechInterpError, match=r"max_bytes=1,000 is too small; [\d,]+ is the smallest"
     ) as error:
         C.composition(model, "V", top_k=5, max_bytes=1000)
     least = int(str(error.value).split("; ")[1].split()[0].replace(",", ""))
