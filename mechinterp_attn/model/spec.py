@@ -286,7 +286,7 @@ class Spec:
         if (
             (self.attn_only and layers)
             or len(set(layers)) != len(layers)
-            or set(layers) - {*range(self.n_layers)}
+            or not all(0 <= layer < self.n_layers for layer in layers)
         ):
             wrong.append(f"dictionaries in layers {layers}, expected one per layer that has an MLP")
         wrong += [
