@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,6 +84,9 @@ def circuits(
     dst: Annotated[str | None, typer.Option(help="composition, virtual: later heads, likewise.")] = None,
     length: Annotated[int, typer.Option(help="virtual: heads in a chain, 2 or 3.")] = 2,
     rank_by: Annotated[RankBy, typer.Option(help="composition: what the best are best by.")] = RankBy.score,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="Tables of tokens: list special tokens, padding too.")
+    ] = False,
     resume: Annotated[
         Path | None, typer.Option(help="Keep what was found here; the same command goes on from it.")
     ] = None,
@@ -106,10 +110,19 @@ def circuits(
         call = own.composition, (loaded, kind.value, earlier, _select(dst)), options
     else:
         call = _others(loaded, analysis, heads, tokens, top, src, dst, length)
-    result = answer.run(call)
+    result = answer.run(_listing_special(call, analysis) if special_tokens else call)
     ranked_here = analysis in (Analysis.copying, Analysis.positions)  # the others come as long as asked
     rows = result.top(top or 10) if ranked_here else result.frame
     answer.give(result, rows)
+
+
+def _listing_special(call: Call, analysis: Analysis) -> Call:
+    from mechinterp_attn.core.errors import MechInterpError
+
+    function, args, options = call
+    if "special_tokens" not in inspect.signature(function).parameters:
+        raise MechInterpError(f"circuits ... {analysis} lists no tokens; leave --special-tokens out")
+    return function, args, {**options, "special_tokens": True}
 
 
 def _others(

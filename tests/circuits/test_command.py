@@ -102,6 +102,7 @@ def test_a_table_its_json_and_its_csv_are_the_functions_own(run, folder, model, 
         (["composition", "--src", "L1H0", "--dst", "L0H0"], "src must come earlier"),
         (["skip-trigrams", "--top", "21"], "top_k=21 is out of range; expected 1 to 20"),
         (["factoring-bugs", "L0N1"], "sees only its own token"),
+        (["copying", "--special-tokens"], "circuits ... copying lists no tokens"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(run, folder, words, message):
@@ -109,6 +110,15 @@ def test_errors_are_one_line_and_exit_code_2(run, folder, words, message):
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert re.search(message, err), err
+
+
+def test_special_tokens_are_listed_when_asked_for(run):
+    def sources(*more):
+        code, out, _ = run("attn-1l", "bigrams", "--top", 1, "--json", *more)
+        assert code == 0
+        return {row["source"] for row in json.loads(out)}
+
+    assert sources("--special-tokens") - sources() == {"<|endoftext|>"}
 
 
 def test_weights_that_are_not_finite_are_named(run, folder, model, tmp_path):
