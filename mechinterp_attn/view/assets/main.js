@@ -68,11 +68,12 @@ for (const figure of document.querySelectorAll("[data-chart]")) {
 
 /* The section in view is marked in the table of contents. */
 const links = new Map([...document.querySelectorAll("nav a")].map((a) => [a.hash.slice(1), a]));
+const sections = [...document.querySelectorAll("main section")], inView = new Set();
 const spy = new IntersectionObserver((entries) => {
-  for (const entry of entries) {
-    if (!entry.isIntersecting) continue;
-    links.forEach((a) => a.removeAttribute("aria-current"));
-    links.get(entry.target.id).setAttribute("aria-current", "true");
-  }
-}, { rootMargin: "-10% 0px -80% 0px" });
-document.querySelectorAll("main section").forEach((section) => spy.observe(section));
+  for (const entry of entries) inView[entry.isIntersecting ? "add" : "delete"](entry.target);
+  const first = sections.find((section) => inView.has(section));
+  if (!first) return;
+  for (const a of links.values()) a.removeAttribute("aria-current");
+  links.get(first.id).setAttribute("aria-current", "true");
+}, { rootMargin: "-2% 0px -80% 0px" });
+for (const section of sections) spy.observe(section);
