@@ -71,6 +71,7 @@ WEIGHTS: dict[str, Callable[[Version], pd.DataFrame]] = {
     "copying": lambda v: C.copying_scores(v.model, diagonals=True).frame,
     **{f"composition {k}": lambda v, k=k: C.composition(v.model, k).frame for k in "QKV"},
     "composition, best": lambda v: C.composition(v.model, "V", top_k=10, rank_by="z").frame,
+    **{f"on tokens {k}": lambda v, k=k: C.token_composition(v.model, k).frame for k in "QK"},
     "weights": lambda v: D.score_weights(v.model, draws=2).frame,
     "pairs": lambda v: D.score_weights(v.model, draws=2).pairs,
     "virtual heads": lambda v: C.virtual_heads(v.model, top_k=6).frame,
@@ -118,7 +119,8 @@ SCORES = WEIGHTS | RUNS
 # Scores that are ratios, whatever the units of the stream and of logits, and their columns that are not.
 RATIOS = {
     "copying": ["eigenvalue", "size"], "weights": ["copying_size"], "pairs": ["trace"],
-    "virtual heads": ["norm"], "composition, best": [], **{f"composition {kind}": [] for kind in "QKV"},
+    "virtual heads": ["norm"], "composition, best": [],
+    "on tokens Q": [], "on tokens K": [], **{f"composition {kind}": [] for kind in "QKV"},
 }  # fmt: skip
 SIZES = RATIOS | {name: [] for name in RUNS} | {"corpus": ["written"]}
 
@@ -284,9 +286,10 @@ def test_ratios_have_no_units():
     unchanged("RMS", 0, [other_units_of_logits], RATIOS)
 
 
-# What only looks up or draws, and what is about a set or a path of heads that is given to it.
+# What only looks up or draws, what is about a set or a path of heads that is given to it, and what compares
+# two models (tests/causal/test_diff.py writes one of them in another basis).
 NO_SCORES = {
-    "assert_circuit", "check_circuit", "faithfulness", "freeze", "minimality", "path_patch",
+    "assert_circuit", "check_circuit", "diff", "faithfulness", "freeze", "minimality", "path_patch",
     "random_repeats", "resolve_head", "tasks", "virtual_head",
 }  # fmt: skip
 
