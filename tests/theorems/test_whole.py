@@ -114,7 +114,7 @@ def test_refusals(silu):
     with pytest.raises(MechInterpError, match="omega and tolerance are for masks='weights'"):
         attention_only(silu, omega=30.0)
     literal = attention_only(silu)
-    with pytest.raises(MechInterpError, match="takes no attention_mask"):
+    with pytest.raises(MechInterpError, match="does not accept attention_mask"):
         literal(random_tokens(silu), attention_mask=torch.ones(2, 12))
     with pytest.raises(MechInterpError, match="the literal form is not saved"):
         literal.save("anywhere")
