@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pandas as pd
@@ -18,7 +18,7 @@ class Comparison(Result):
     Attributes:
         frame: one row per name that both have: what names it (``head``, ``path``, ...), its value in
             either (columns called by ``names``) and ``change``, the second minus the first; the largest
-            change first.
+            change first. The receipt has the checks of both.
         column: the column that is compared.
         names: what the two results are called.
         rank_correlation: Spearman's, over all rows of ``frame``; NaN where one of them is constant.
@@ -91,9 +91,14 @@ def compare(
         f"only in {names[0]}": only[0],
         f"only in {names[1]}": only[1],
     }
+    checks = tuple(
+        replace(check, name=f"{name}: {check.name}")
+        for name, result in zip(names, (first, second), strict=True)
+        for check in result.receipt.checks
+    )
     return Comparison(
         frame=both.loc[order].reset_index(drop=True),
-        receipt=Receipt(notes=notes),
+        receipt=Receipt(checks, notes),
         column=column,
         names=names,
         rank_correlation=correlation,

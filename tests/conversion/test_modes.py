@@ -192,7 +192,7 @@ def test_more_heads_are_closer():
     [
         (dict(act_fn="silu", gated=True), dict(mlp="silu"), "grows at most linearly"),
         (dict(act_fn="relu2"), dict(mlp="mixture"), "not bounded"),
-        (dict(act_fn="gelu"), dict(mlp="mixture", components=5), "there are 1, 2, 3, 4, 6, 8"),
+        (dict(act_fn="gelu"), dict(mlp="mixture", components=5), "there are fits with 1, 2, 3, 4, 6, 8"),
         (dict(act_fn="gelu"), dict(mlp="softmax"), "use 'exact', 'silu', 'mixture'"),
         (dict(act_fn="gelu"), dict(mlp="mixture", components=0), "expected a positive integer"),
         (dict(act_fn="sigmoid"), dict(), "outside a gated MLP"),

@@ -126,7 +126,8 @@ def test_two_results_side_by_side():
     assert found.rank_correlation == pytest.approx(np.corrcoef(ranks[0], ranks[1][list(by_hand)])[0, 1])
     assert list(found.frame.columns) == ["head", "base", "tuned", "change"]
     assert len(found.plot().data) > 0
-    same = mia.compare(numbers(one), numbers(one))
+    same = mia.compare(numbers(one, 1e-7), numbers(one, 2e-7))
+    assert [check.name for check in same.receipt.checks] == ["first: check 0", "second: check 0"]
     assert same["change"].eq(0).all()
     assert same.rank_correlation == pytest.approx(1)
 

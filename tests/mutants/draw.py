@@ -127,9 +127,9 @@ def slips(file: str, room: str) -> Iterator[Slip]:
             text = whole.encode()
             old, new = text[begin:end].decode(), ast.unparse(other)
             slipped = text[:begin] + f"({new})".encode() + text[end:]
-            line = whole.splitlines()[node.lineno - 1].strip()
+            written = whole.splitlines()[node.lineno - 1].strip()
             yield Slip(
-                file, node.lineno, line, " ".join(old.split()), new, function, room, slipped.decode()
+                file, node.lineno, written, " ".join(old.split()), new, function, room, slipped.decode()
             )
 
 

@@ -30,7 +30,7 @@ def kinds(base: type = Result) -> set[type]:
 
 
 @pytest.fixture(scope="module")
-def results(model) -> dict[str, Result]:
+def results(model, tmp_path_factory) -> dict[str, Result]:
     """One of every kind, from small models of random weights."""
     tiny = mia.convert(tiny_bridge(torch.float64, act_fn="silu"))
     tokens = random_tokens(tiny, 2, 12)
@@ -40,7 +40,11 @@ def results(model) -> dict[str, Result]:
     behaviour = mia.tasks.induction(model, n=4)
     changed = copy.deepcopy(model)
     changed.blocks[0].attn.W_O.data[1] *= 2
+    scores = detect.score_heads(model)
+    file = scores.save(tmp_path_factory.mktemp("results") / "scores.json")
     made = [
+        mia.compare(scores, detect.score_heads(changed)),
+        mia.load_result(file),
         own.bigrams(model, top_k=2),
         own.composition(model),
         own.copying_scores(model, ["L0H1", "L1H2", "L0N3"]),
@@ -69,7 +73,7 @@ def results(model) -> dict[str, Result]:
         detect.match(model, PROMPT, "previous_token"),
         detect.offsets(model, up_to=3, draws=2),
         detect.over_corpus(model, [PROMPT, PROMPT + " end"]),
-        detect.score_heads(model),
+        scores,
         detect.score_weights(model),
         paths.attribution_graph(frozen),
         paths.expand_score(frozen, "L1H1", 5, 2),
