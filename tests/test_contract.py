@@ -91,6 +91,9 @@ def test_heads_are_named_in_every_way(model, task, heads):
 
 def test_two_models(model, task):
     assert {"head", "z"} <= set(mia.diff(model, mia.convert(tiny_bridge(seed=1)), task).frame)
-    dictionary = mia.Dictionary
-    assert list(inspect.signature(mia.attach).parameters)[:4] == ["model", "dictionary", "layer", "at"]
-    assert callable(dictionary.load)
+    read = torch.eye(model.spec.d_model)[:, :6]  # six features, each a direction of the stream
+    dictionary = mia.Dictionary(W_enc=read, b_enc=torch.zeros(6), W_dec=read.T, b_dec=read.sum(1))
+    attached = mia.attach(model, dictionary, layer=1, at="mlp")
+    tokens = random_tokens(model, 2, 8)
+    assert torch.equal(attached(tokens), model(tokens))
+    assert attached["L1F5"].kind == "feature"

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -16,10 +15,11 @@ from torch import Tensor
 
 from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.discovery import Discovery, discover
-from mechinterp_attn.causal.gradients import graph
-from mechinterp_attn.causal.grafts import Guests, beside, grafted, guests_of, writes
+from mechinterp_attn.causal.grafts import Guests, grafted, guests_of
+from mechinterp_attn.causal.head_effects import correlation
 from mechinterp_attn.causal.runs import MAX_BYTES, plan_prompts, ready, rows_at_once, run
 from mechinterp_attn.causal.same import need_same
+from mechinterp_attn.causal.streams import compare_streams
 from mechinterp_attn.causal.task import Prompts, Task
 from mechinterp_attn.circuits.changes import other_changes, rounded, weight_changes
 from mechinterp_attn.core.errors import MechInterpError
@@ -27,7 +27,6 @@ from mechinterp_attn.core.plan import CELL, TABLE, Plan, joined, plan, plans, wi
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-from mechinterp_attn.model.heads import HeadBank
 
 EXACT = 16  # heads put into the other model one by one where nobody says how many
 DRAWS = 3  # rounded copies that changes are compared with
@@ -159,9 +158,9 @@ def diff(
     rows = max(1, rows_at_once(base, bound, max_bytes, backward=True) // 3)
     steps = 2 + draws + 2 * (min(exact, base.n_heads) + len(_sizes(base.n_heads, exact)))
     with Progress(desc="comparing models", total=steps) as progress:
-        forth = _compare(base, guests_of(tuned), bound, rows, gradient=True)
+        forth = compare_streams(base, guests_of(tuned), bound, rows, gradient=True)
         progress.update()
-        back = _compare(tuned, guests_of(base), bound, rows, gradient=True)
+        back = compare_streams(tuned, guests_of(base), bound, rows, gradient=True)
         progress.update()
         frame = base.heads.frame[["head", "layer", "index", "kind"]]
         found = _weights(base, guests_of(tuned)) | {"output": forth.output}
@@ -169,7 +168,7 @@ def diff(
         for draw in range(draws):
             copies = _rounded_copies(base, rounding, seed * draws + draw)
             own = _weights(base, copies)
-            null.append(own | {"output": _compare(base, copies, bound, rows, gradient=False).output})
+            null.append(own | {"output": compare_streams(base, copies, bound, rows, gradient=False).output})
             progress.update()
         z, largest = _against(found, null, frame["kind"])
         columns = {name: values.numpy() for name, values in found.items()}
@@ -212,11 +211,7 @@ def diff(
         "dtype": str(base.W_E.dtype).removeprefix("torch."),
         "seed": seed,
     }
-    measured = frame.dropna(subset=["gained", "gained_estimate"])
-    if len(measured) > 2 and measured["gained"].std() > 0 and measured["gained_estimate"].std() > 0:
-        notes["correlation of estimate and exact"] = round(
-            float(measured["gained"].corr(measured["gained_estimate"])), 4
-        )
+    notes |= correlation(frame.rename(columns={"gained": "effect", "gained_estimate": "estimate"}))
     checks = tuple(
         Check(f"heads' changes add up to their sublayers' ({way})", part.error, 1e-4)
         for way, part in (("the second model's heads", forth), ("the first model's", back))
@@ -230,100 +225,6 @@ def diff(
 
 def _task(task: Task | Prompts) -> Task:
     return task if isinstance(task, Task) else Task(task, metric="loss")
-
-
-@dataclass(frozen=True, eq=False)
-class _Compared:
-    """One model's heads beside another's, on the first one's streams.
-
-    Attributes:
-        plain: the metric of every prompt.
-        output: of every head, the change of what it writes, relative to what it writes.
-        estimate: of every head, what the metric gains by that change, to first order.
-        error: by how much the changes of all heads and biases miss the sublayers' change, relative.
-    """
-
-    plain: Tensor
-    output: Tensor
-    estimate: Tensor
-    error: float
-
-
-def _compare(
-    host: AttentionOnlyModel, guests: Guests, bound: Bound, rows: int, *, gradient: bool
-) -> _Compared:
-    moments: dict[str, Tensor] = {}
-    estimate: dict[str, Tensor] = {}
-    plain, error = [], 0.0
-    gradient = gradient and bound.metric != "accuracy"
-    for _, part in bound.split(rows):
-        kept: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        look = partial(_look, moments, kept if gradient else None, part.clean.real)
-        with beside(host, guests, look):
-            if gradient:
-                graphed = graph(host, part, part.clean)
-                grads = graphed.gradients([out for *_, out in kept.values()])
-                metric = graphed.metric.detach()
-            else:
-                with torch.no_grad():
-                    metric = part.measure(run(host, part, part.clean))
-                grads = []
-        plain.append(metric.cpu())
-        for (path, (own, change, _)), grad in zip(kept.items(), grads, strict=True):
-            bank = next(bank for bank in host.banks if bank.path == path)
-            new, fixed = writes(guests(bank)), writes(guests(bank)) - writes(bank)
-            along = [torch.einsum("td,hkd->thk", grad[part.clean.real], W) for W in (new, fixed)]
-            total = (change * along[0] + own * along[1]).double().sum((0, 2))
-            estimate[path] = estimate.get(path, 0) + total
-            error = max(error, _mismatch(bank, guests(bank), own, change))
-    relative, estimates = [], []
-    for bank in host.banks:
-        guest = guests(bank)
-        new, old = writes(guest).double(), writes(bank).double()
-        change, size = _norms(moments[bank.path], new, old)
-        relative.append(torch.where(change == 0, 0.0, (change / size).sqrt()))
-        none = torch.full((bank.n_heads,), torch.nan, dtype=torch.float64)
-        estimates.append(estimate[bank.path] / len(bound) if gradient else none)
-    return _Compared(torch.cat(plain), torch.cat(relative).cpu(), torch.cat(estimates).cpu(), error)
-
-
-def _look(
-    moments: dict[str, Tensor],
-    kept: dict[str, tuple[Tensor, Tensor, Tensor]] | None,
-    real: Tensor,
-    bank: HeadBank,
-    guest: HeadBank,
-    z: Tensor,
-    other: Tensor,
-    out: Tensor,
-) -> None:
-    """Add up second moments over real tokens; keep what a gradient will be multiplied with."""
-    own = z.detach()[real]
-    change = other[real] - own
-    both = torch.cat([change, own], -1).double()
-    found = torch.einsum("thk,thl->hkl", both, both)
-    moments[bank.path] = moments.get(bank.path, 0) + found
-    if kept is not None:
-        kept[bank.path] = own, change, out
-
-
-def _norms(moments: Tensor, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared norms over all tokens of the change of every head's output, ``dz O' + z dO``, and of the
-    output itself, from the second moments of ``(dz, z)``.
-    """
-    both = torch.cat([new, new - old], 1)
-    change = (moments * (both @ both.mT)).sum((1, 2)).clamp_min(0)
-    half = moments.shape[1] // 2
-    return change, (moments[:, half:, half:] * (old @ old.mT)).sum((1, 2))
-
-
-def _mismatch(bank: HeadBank, guest: HeadBank, own: Tensor, change: Tensor) -> float:
-    """Of the sum over heads of what changes, to the difference of the whole sublayers' outputs."""
-    new, old = writes(guest).flatten(0, 1), writes(bank).flatten(0, 1)
-    summed = change.flatten(1) @ new + own.flatten(1) @ (new - old)
-    whole = (own + change).flatten(1).double() @ new.double() - own.flatten(1).double() @ old.double()
-    scale = max(float(whole.abs().max()), float((own.flatten(1) @ old).abs().max()), 1e-30)
-    return float((summed - whole).abs().max()) / scale
 
 
 def _weights(base: AttentionOnlyModel, guests: Guests) -> dict[str, Tensor]:

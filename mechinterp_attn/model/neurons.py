@@ -13,16 +13,17 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from mechinterp_attn.model.gates import Rule
-from mechinterp_attn.model.heads import Cache, HeadBank, Kind, Side
+from mechinterp_attn.model.heads import Cache, Kind, Side
+from mechinterp_attn.model.own_token import OwnTokenBank
 from mechinterp_attn.model.spec import Spec
 
 
-class NeuronBank(HeadBank):
+class NeuronBank(OwnTokenBank):
     """All neurons of one MLP as heads of inner dimension 1, ``rule.n`` heads each.
 
     Parameters (the norm in front is folded into W_in, W_gate and their biases):
@@ -35,7 +36,6 @@ class NeuronBank(HeadBank):
     letter: ClassVar[str] = "N"
     part: ClassVar[str] = "neurons"
     place: ClassVar[int] = 1
-    mixes_positions: ClassVar[bool] = False
     has_gate: ClassVar[bool] = True
     # No filter of TransformerLens's ("endswith q", "pattern", ...) takes a neuron for an attention head.
     points: ClassVar[Mapping[str, str]] = {
@@ -153,26 +153,6 @@ class NeuronBank(HeadBank):
 
     def by_head(self, z: Tensor) -> Float[Tensor, "*batch pos head d_head"]:
         return z[..., None]
-
-    def cached_pattern(self, cache: Cache, batch: int) -> Float[Tensor, "pos head"]:
-        pattern = cache[self.hook("pattern")]
-        return pattern[batch] if pattern.ndim == 3 else pattern
-
-    def dense_pattern(self, pattern: Tensor, index: int) -> Float[Tensor, "query key_plus_bias"]:
-        own = pattern[:, index]
-        return torch.cat([own.diag(), (1 - own)[:, None]], dim=1)
-
-    def attention_on(
-        self,
-        pattern: Float[Tensor, "batch pos head"],
-        pairs: Shaped[Tensor, "*batch query key"],
-        moved: Float[Tensor, "batch key head"] | None = None,
-    ) -> Float[Tensor, " head"]:
-        own = pairs.diagonal(dim1=-2, dim2=-1)  # a neuron sees no other token
-        own = own.to(pattern.dtype).expand(len(pattern), -1)
-        if moved is not None:
-            pattern = pattern * moved
-        return own.flatten() @ pattern.flatten(0, 1)
 
     def entropy(self, pattern: Float[Tensor, "batch pos head"]) -> Tensor:
         entropy = torch.special.entr(pattern) + torch.special.entr(1 - pattern)

@@ -7,28 +7,29 @@ that difference, and the neurons are inside it. With it a model with a dictionar
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from functools import reduce
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from mechinterp_attn.model.features import Copy, FeatureBank
-from mechinterp_attn.model.heads import Cache, HeadBank, Kind, Side
+from mechinterp_attn.model.heads import Cache, Kind, Side
+from mechinterp_attn.model.own_token import OwnTokenBank
 from mechinterp_attn.model.spec import Attached, Spec
 
 
-class WideBank(HeadBank):
+class WideBank(OwnTokenBank):
     """One head as wide as the stream, which looks at its own token with weight 1 and writes what it holds.
 
     ``hook_read`` sees what it reads, ``hook_act`` what it holds, both ``[batch, pos, 1, d_model]``.
     """
 
     place: ClassVar[int] = 1
-    mixes_positions: ClassVar[bool] = False
     sides: ClassVar[tuple[Side, ...]] = ("V",)
     points: ClassVar[Mapping[str, str]] = {
         "q": "hook_score", "v": "hook_read", "pattern": "hook_weight", "z": "hook_act"
@@ -65,9 +66,9 @@ class WideBank(HeadBank):
         return torch.eye(self.d_model, dtype=self._like.dtype, device=self._like.device)
 
     @property
+    @abstractmethod
     def _like(self) -> Tensor:
         """A tensor of the bank's dtype and device."""
-        raise NotImplementedError
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:
@@ -91,23 +92,6 @@ class WideBank(HeadBank):
 
     def by_head(self, z: Tensor) -> Float[Tensor, "*batch pos head d_head"]:
         return z
-
-    def cached_pattern(self, cache: Cache, batch: int) -> Float[Tensor, "pos head"]:
-        pattern = cache[self.hook("pattern")]
-        return pattern[batch] if pattern.ndim == 3 else pattern
-
-    def dense_pattern(self, pattern: Tensor, index: int) -> Float[Tensor, "query key_plus_bias"]:
-        own = pattern[:, index]
-        return torch.cat([own.diag(), (1 - own)[:, None]], dim=1)
-
-    def attention_on(
-        self,
-        pattern: Float[Tensor, "batch pos head"],
-        pairs: Shaped[Tensor, "*batch query key"],
-        moved: Float[Tensor, "batch key head"] | None = None,
-    ) -> Float[Tensor, " head"]:
-        own = pairs.diagonal(dim1=-2, dim2=-1).to(pattern.dtype).expand(len(pattern), -1)
-        return own.flatten() @ (pattern if moved is None else pattern * moved).flatten(0, 1)
 
     def entropy(self, pattern: Float[Tensor, "batch pos head"]) -> Tensor:
         return torch.zeros_like(pattern)

@@ -92,6 +92,6 @@ def test_chains_stand_before_single_paths_and_the_graph_says_what_it_holds():
     shown = paths["blocks"][0]["data"]["contribution"]
     np.testing.assert_allclose(shown, found.frame["contribution"], rtol=1e-4)  # six digits of float32
     made = mia.paths.attribution_graph(frozen)
-    words = graph["lead"][1][0]
+    words = graph["finding"][0]  # seen folded and unfolded, so said once
     assert f"{made.inside:.0%} of the target runs on paths inside the graph" in words
     assert f"{made.faithfulness:.0%} of the way" in words

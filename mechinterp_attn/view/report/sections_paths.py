@@ -204,10 +204,8 @@ def graph(study: Study) -> Block | None:
     lead = [
         [
             f"{drawn['title']}. Tokens stand across, layers upwards. Choose a node to see what "
-            "comes into it "
-            f"and where it goes. {drawn['note'][0].upper()}{drawn['note'][1:]}."
+            f"comes into it and where it goes. {drawn['note'][0].upper()}{drawn['note'][1:]}."
         ],
-        [_explains(study)],
     ]
     columns = [
         column("label", "Node", "text"),
