@@ -310,7 +310,7 @@ class _RowBest:
             limit = groups.amax(1).topk(self.k).values[:, -1:]
             self.value, self.column = block.new_empty(len(block), 0), self._none(block)
             row, column, value = above_each(block, limit)
-            self.waiting.append(Entries(row, column + first_column, value))
+            self.waiting.append(Entries(row, column, value))
             self.merge()
         else:
             value, column = block.topk(min(self.k, block.shape[1]))

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mechinterp_attn as mia
+from mechinterp_attn.circuits import streaming
 from mechinterp_attn.circuits.streaming import block_shape, top_entries, top_of_rows
 from tests.circuits import dense
 from tests.conftest import tiny_bridge
@@ -186,6 +187,28 @@ def test_streamed_ranking_equals_sorting_the_product(rows, columns, rank, k, sig
     found = top_of_rows(left, right, each, sign=sign)
     assert torch.equal(found.value.view(rows, each), (sign * table).topk(each).values * sign)
     assert torch.equal(table[found.row, found.column], found.value)
+
+
+@pytest.mark.parametrize("levels", [2, 1000])
+@pytest.mark.parametrize("k", [1, 3, 4, 5, 30, 150])
+@pytest.mark.parametrize("columns", [150, 160, 288, 301])
+def test_small_blocks_in_groups_of_32_miss_nothing(monkeypatch, columns, k, levels):
+    """First blocks of 128 columns, in 4 groups, then blocks of 32: fewer groups than are asked for, just as
+    many, more; ends that no group fits; lists that fill only after several blocks.
+    """
+    monkeypatch.setattr(streaming, "block_shape", lambda device: (8, 32))
+    generator = torch.Generator().manual_seed(columns + k)
+    left = torch.randint(-levels, levels, (21, 3), generator=generator).double()
+    right = torch.randint(-levels, levels, (3, columns), generator=generator).double()
+    table = left @ right
+    for sign in (1, -1):
+        found = top_of_rows(left, right, k, sign=sign)
+        assert torch.equal(found.value.view(21, k), (sign * table).topk(k).values * sign)
+        assert torch.equal(table[found.row, found.column], found.value)
+        assert all(len(set(part.tolist())) == k for part in found.column.view(21, k))
+        found = top_entries(left, right, k, sign=sign)
+        assert torch.equal(found.value, (sign * table).flatten().topk(k).values * sign)
+        assert torch.equal(table[found.row, found.column], found.value)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ PARTS = {
         positional_embedding_type="alibi", alibi_slopes=[0.51, 0.26, 0.13, 0.07], alibi_bfloat16=True
     ),
     "sinks": dict(sinks=True),
-    "clip": dict(qkv_clip=0.3),
+    "clip": dict(qkv_clip=0.3, scale_attn_by_inverse_layer_idx=True),
     "growth": dict(query_growth=[0.4, 7]),
     "by_layer": dict(rotaries=[SLOW, FAST], rotary_of=[1, None]),
     "longrope": dict(rotaries=[FAST | dict(until=20, beyond=[0.3, 0.02])]),

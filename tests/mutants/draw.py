@@ -17,8 +17,8 @@ ROOMS = {
         "circuits/*.py",
         "tests/circuits/test_rank_one.py tests/circuits/test_listed.py tests/circuits/test_seen.py "
         "tests/circuits/test_heads.py tests/circuits/test_families.py tests/circuits/test_vocabulary.py "
-        "tests/circuits/test_composition.py tests/circuits/test_composition_search.py tests/test_guards.py "
-        "tests/test_invariance.py",
+        "tests/circuits/test_token_pairs.py tests/circuits/test_composition.py "
+        "tests/circuits/test_composition_search.py tests/test_guards.py tests/test_invariance.py",
     ),
     "nulls": (
         "circuits/null.py circuits/chance.py detect/null.py detect/measures.py detect/weights.py "
@@ -31,30 +31,36 @@ ROOMS = {
         "paths/*.py",
         "tests/paths/test_doors.py tests/paths/test_facts.py tests/paths/test_brute_force.py "
         "tests/paths/test_graph_scores.py tests/paths/test_circuits.py tests/paths/test_export.py "
-        "tests/test_guards.py",
+        "tests/paths/test_given.py tests/paths/test_task.py tests/paths/test_long.py tests/test_guards.py",
     ),
     "frozen": (
         "frozen/*.py",
         "tests/paths/test_facts.py tests/paths/test_brute_force.py tests/paths/test_doors.py "
-        "tests/paths/test_graph_scores.py tests/conversion/test_parts.py",
+        "tests/paths/test_graph_scores.py tests/conversion/test_parts.py tests/paths/test_given.py "
+        "tests/paths/test_task.py tests/paths/test_long.py",
     ),
     "model": (
         "model/attention.py model/neurons.py model/block.py model/norm.py model/rotary.py model/heads.py "
-        "model/virtual.py model/batch.py model/experts.py model/low_rank.py model/weights.py",
+        "model/virtual.py model/batch.py model/experts.py model/low_rank.py model/own_token.py "
+        "model/weights.py",
         "tests/test_model.py tests/test_heads.py tests/circuits/test_seen.py tests/circuits/test_heads.py "
-        "tests/conversion/test_parts.py tests/circuits/test_families.py",
+        "tests/conversion/test_parts.py tests/circuits/test_families.py tests/conversion/test_modes.py "
+        "tests/conversion/test_citizen.py tests/conversion/test_surface.py",
     ),
     "conversion": (
         "conversion/*.py",
         "tests/conversion/test_fold.py tests/conversion/test_modes.py tests/conversion/test_parts.py "
         "tests/test_checkpoint.py tests/conversion/test_families.py tests/conversion/test_foreign.py "
-        "tests/test_guards.py",
+        "tests/conversion/test_citizen.py tests/conversion/test_dictionary.py "
+        "tests/conversion/test_files.py tests/test_guards.py",
     ),
     "causal": (
         "causal/*.py",
         "tests/causal/test_task.py tests/causal/test_path.py tests/causal/test_effects.py "
         "tests/causal/test_circuit.py tests/causal/test_discover.py tests/causal/test_faithfulness.py "
-        "tests/causal/test_planted.py tests/detect/test_ablation.py tests/test_guards.py",
+        "tests/causal/test_planted.py tests/causal/test_eap.py tests/causal/test_diff.py "
+        "tests/causal/test_loadings.py tests/detect/test_ablation.py tests/detect/test_ablation_task.py "
+        "tests/test_guards.py",
     ),
 }
 OPERATORS: dict[type[ast.AST], type[ast.AST]] = {

@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def copy_of_project(folder: Path) -> None:
-    for name in ("mechinterp_attn", "tests", "docs", "pyproject.toml", "README.md"):
+    for name in ("mechinterp_attn", "tests", "benchmarks", "docs", "pyproject.toml", "README.md"):
         from_, to = ROOT / name, folder / name
         if from_.is_dir():
             ignored = shutil.ignore_patterns("__pycache__", "_build", "node_modules")

@@ -6,8 +6,10 @@ The reader below is written from their public code: the models of circuit-tracer
 """
 
 import json
+import math
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 from pydantic import BaseModel, ConfigDict
 
@@ -163,6 +165,52 @@ def test_influence_is_the_share_held_by_a_node_and_all_larger_ones(graph, tmp_pa
     half = read(graph, tmp_path, threshold=0.5)
     assert 0 < len(half.nodes) < len(view.nodes)
     assert any(n.clerp == largest["label"] for n in half.nodes.values())
+
+
+def unpaired(z: int) -> tuple[int, int]:
+    """Layer and index of a feature, as viewers read Cantor's pairing of them backwards."""
+    w = (math.isqrt(8 * z + 1) - 1) // 2
+    index = z - w * (w + 1) // 2
+    return w - index, index
+
+
+def test_a_feature_is_numbered_by_its_head(graph, tmp_path):
+    """Heads from 0, neurons from 1000, pools behind their own, the biases at the end of layer 0."""
+    data = read(graph, tmp_path).data
+    features = [n for n in data.nodes if n.feature_type == "cross layer transcoder"]
+    rows = graph.nodes.set_index(["label", "position"])
+    seen = set()
+    for n in features:
+        layer, index = unpaired(n.feature)
+        assert (str(layer), f"{layer}_{index}_{n.ctx_idx}") == (n.layer, n.node_id)
+        assert n.jsNodeId == f"{layer}_{index}-{n.ctx_idx}"
+        if n.clerp == "biases":
+            assert (layer, index) == (0, 10**6)
+            continue
+        row = rows.loc[(n.clerp, n.ctx_idx)]
+        pool, heads = pd.isna(row["index"]), row["kind"] == "attention"
+        own = (999 if heads else 10**6 - 1) if pool else int(row["index"]) + (0 if heads else 1000)
+        assert (layer, index) == (row["layer"], own)
+        seen.add((pool, heads))
+    assert len(seen) == 4  # heads, neurons, and a pool of each
+    (logit,) = (n for n in data.nodes if n.is_target_logit)
+    assert (logit.layer, logit.feature) == (str(2 + 1), graph.target)
+    tokens = [n for n in data.nodes if n.feature_type == "embedding"]
+    assert [n.feature for n in tokens] == [n.ctx_idx for n in tokens]
+    assert not any(n.is_target_logit or n.token_prob for n in data.nodes if n is not logit)
+
+
+def test_influence_of_each_node(graph, tmp_path):
+    """Node by node; where nothing has an influence, all of it is 0 and none is NaN."""
+    rows = graph.nodes.dropna(subset=["influence"]).query("kind != 'logit'")
+    total = rows["influence"].sum()
+    got = {(n.clerp, n.ctx_idx): n.influence for n in read(graph, tmp_path).data.nodes}
+    for row in rows.query("kind in ['attention', 'mlp']").itertuples():
+        held = rows["influence"][rows["influence"] >= row.influence].sum() / total
+        assert got[row.label, int(row.position)] == pytest.approx(held, abs=1e-12)  # float64
+    nothing = graph.nodes.assign(influence=graph.nodes["influence"] * 0)
+    idle = read(replace(graph, nodes=nothing), tmp_path).data.nodes
+    assert {n.influence for n in idle} == {0.0, None}
 
 
 def test_links_into_a_node_add_up_to_it(frozen, tmp_path):
