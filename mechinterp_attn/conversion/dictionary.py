@@ -24,6 +24,7 @@ from torch import Tensor
 from mechinterp_attn.core.errors import CheckpointError, MechInterpError, listing
 from mechinterp_attn.core.files import write_folder
 from mechinterp_attn.core.reading import read_json
+from mechinterp_attn.sources.zoo import bundled_dictionaries, bundled_folder, bundled_names
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 OWN = "dictionary.safetensors"
@@ -149,15 +150,18 @@ class Dictionary:
         """Read a dictionary; never a pickle.
 
         Args:
-            path: a folder made by ``save``; a folder of circuit-tracer's (``config.yaml`` and
+            path: a bundled model's name, such as ``"gelu-2l"``, for a dictionary trained on it; a folder
+                made by ``save``; a folder of circuit-tracer's (``config.yaml`` and
                 ``layer_{i}.safetensors``), of which one layer is read; a folder of SAELens's (``cfg.json``
                 and ``sae_weights.safetensors``); or GemmaScope's ``params.npz``, the file or its folder.
-            layer: which of circuit-tracer's.
+            layer: which of a bundled model's or of circuit-tracer's.
 
         Raises:
             CheckpointError: it is none of these, or lacks something; all that is wrong with it.
             MechInterpError: its tensors do not fit together, or are not finite.
         """
+        if isinstance(path, str) and bundled_folder(path) is not None:
+            return _bundled(path, layer)
         folder = Path(path)
         if folder.suffix == ".npz" and folder.is_file():
             return _gemma_scope(folder)
@@ -177,6 +181,17 @@ class Dictionary:
         kind = f"top {self.k}" if self.k else "ReLU" if self.threshold is None else "JumpReLU"
         skip = "" if self.W_skip is None else ", with a linear part"
         return f"Dictionary({self.n_features} features of width {self.d_model}, {kind}{skip})"
+
+
+def _bundled(name: str, layer: int | None) -> Dictionary:
+    folder = bundled_dictionaries(name)
+    if folder is None:
+        others = [other for other in bundled_names() if bundled_dictionaries(other) is not None]
+        raise CheckpointError(name, [f"no dictionary is bundled for it; there are some for {others}"])
+    there = sorted(int(one.name.removeprefix("layer_")) for one in folder.iterdir())
+    if layer not in there:
+        raise CheckpointError(name, [f"layer={layer}; it has layers {there}: give layer="])
+    return Dictionary.load(folder / f"layer_{layer}")
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

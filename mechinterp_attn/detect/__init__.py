@@ -6,6 +6,7 @@ from mechinterp_attn.detect.corpus import CorpusScores, over_corpus
 from mechinterp_attn.detect.induction_circuit import Induction, induction
 from mechinterp_attn.detect.losses import InContextLearning, in_context_learning
 from mechinterp_attn.detect.probes import Probe, random_repeats
+from mechinterp_attn.detect.reconstruction import Reconstruction, reconstruction
 from mechinterp_attn.detect.scores import HeadScores, Matches, Offsets, match, offsets, score_heads
 from mechinterp_attn.detect.weights import WeightScores, score_weights
 
@@ -19,6 +20,7 @@ __all__ = [
     "Matches",
     "Offsets",
     "Probe",
+    "Reconstruction",
     "WeightScores",
     "ablate",
     "assert_circuit",
@@ -29,6 +31,7 @@ __all__ = [
     "offsets",
     "over_corpus",
     "random_repeats",
+    "reconstruction",
     "score_heads",
     "score_weights",
 ]

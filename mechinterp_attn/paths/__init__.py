@@ -7,6 +7,7 @@ from mechinterp_attn.paths.circuits import TopCircuits, top_circuits
 from mechinterp_attn.paths.graph import AttributionGraph, attribution_graph
 from mechinterp_attn.paths.importance import TermImportance, term_importance
 from mechinterp_attn.paths.logits import LogitAttribution, logit_attribution
+from mechinterp_attn.paths.replacement import ReplacementScores, replacement_scores
 from mechinterp_attn.paths.score import ScoreExpansion, expand_score
 from mechinterp_attn.paths.search import TopPaths, top_paths
 from mechinterp_attn.paths.virtual import VirtualTerm, virtual_head
@@ -16,6 +17,7 @@ __all__ = [
     "Frozen",
     "LogitAttribution",
     "Orders",
+    "ReplacementScores",
     "ScoreExpansion",
     "TermImportance",
     "TopCircuits",
@@ -26,6 +28,7 @@ __all__ = [
     "freeze",
     "logit_attribution",
     "orders",
+    "replacement_scores",
     "term_importance",
     "top_circuits",
     "top_paths",

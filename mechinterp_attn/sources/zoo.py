@@ -107,6 +107,12 @@ def bundled_folder(name: str) -> Path | None:
     return _home() / name if name in bundled_names() else None
 
 
+def bundled_dictionaries(name: str) -> Path | None:
+    """Where the transcoders of a bundled model lie, ``layer_0``, ``layer_1``, ...; None if it has none."""
+    folder = bundled_folder(name)
+    return None if folder is None or not (folder / "transcoders").is_dir() else folder / "transcoders"
+
+
 def _known_folder(name: str) -> Path:
     folder = bundled_folder(name)
     if folder is None:

@@ -17,6 +17,7 @@ from mechinterp_attn.core.palette import DIVERGING, SEQUENTIAL
 from mechinterp_attn.core.results import ROWS_SHOWN, Check, Receipt, Result
 from mechinterp_attn.core.table import fitted_table, html_table, text_table, width_of
 from tests.conftest import random_tokens, tiny_bridge
+from tests.conversion.test_dictionary import transcoder
 from tests.view.conftest import PROMPT
 from tests.view.test_safety import HOSTILE
 
@@ -37,6 +38,7 @@ def results(model, tmp_path_factory) -> dict[str, Result]:
     frozen = mia.paths.freeze(model, PROMPT)
     own, detect, paths, theorems = mia.circuits, mia.detect, mia.paths, mia.theorems
     literal = theorems.attention_only(tiny)
+    described = mia.attach(tiny, transcoder(16), layer=0)
     behaviour = mia.tasks.induction(model, n=4)
     changed = copy.deepcopy(model)
     changed.blocks[0].attn.W_O.data[1] *= 2
@@ -73,12 +75,14 @@ def results(model, tmp_path_factory) -> dict[str, Result]:
         detect.match(model, PROMPT, "previous_token"),
         detect.offsets(model, up_to=3, draws=2),
         detect.over_corpus(model, [PROMPT, PROMPT + " end"]),
+        detect.reconstruction(described, random_tokens(tiny)),
         scores,
         detect.score_weights(model),
         paths.attribution_graph(frozen),
         paths.expand_score(frozen, "L1H1", 5, 2),
         paths.logit_attribution(frozen),
         paths.orders(frozen),
+        paths.replacement_scores(described, tokens[0]),
         paths.term_importance(model, frozen.tokens, heads=2),
         paths.top_circuits(frozen, top_k=4, max_expansions=5, progress=False),
         paths.top_paths(frozen, top_k=4, max_expansions=30, progress=False),
