@@ -19,13 +19,17 @@ from pathlib import Path
 import torch
 
 
-def publish(name: str, rows: Sequence[Mapping[str, object]], *, clock: str = "wall clock") -> None:
+def publish(
+    name: str, rows: Sequence[Mapping[str, object]], *, clock: str = "wall clock", key: str | None = None
+) -> None:
     """Print a table, and write it where the documentation reads it if ``BENCH_TABLES`` is set.
 
     Args:
         name: of the table, the same in every run; a script may publish several.
         rows: all with the same keys, the columns. Numbers as text, rounded as readers should see them.
         clock: what was measured, such as "wall clock", "processor time" or "none".
+        key: the column that names a row, in a table whose rows are measured in runs of their own: rows of
+            earlier runs stay where this one has none of that name.
     """
     columns = list(rows[0])
     print("| " + " | ".join(columns) + " |")
@@ -35,10 +39,19 @@ def publish(name: str, rows: Sequence[Mapping[str, object]], *, clock: str = "wa
     folder = os.environ.get("BENCH_TABLES")
     if folder is None:
         return
-    _write(Path(folder) / f"{name}.csv", [dict(row) for row in rows])
+    path, runs = Path(folder) / f"{name}.csv", Path(folder) / "runs.csv"
+    others = _read(runs)
+    command = " ".join(["python", *(_relative(word) for word in sys.argv)])
+    table = [dict(row) for row in rows]
+    if key is not None and path.exists():
+        earlier = {row[key]: row for row in _read(path)} | {row[key]: row for row in table}
+        table = list(earlier.values())
+        commands = [row["command"] for row in others if row["table"] == name]
+        command = "; ".join(dict.fromkeys([*(c for one in commands for c in one.split("; ")), command]))
+    _write(path, table)
     run = {
         "table": name,
-        "command": " ".join(["python", *(_relative(word) for word in sys.argv)]),
+        "command": command,
         "clock": clock,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
@@ -47,10 +60,15 @@ def publish(name: str, rows: Sequence[Mapping[str, object]], *, clock: str = "wa
         "torch": torch.__version__,
         "day": datetime.date.today().isoformat(),
     }
-    runs = Path(folder) / "runs.csv"
-    others = list(csv.DictReader(runs.open(encoding="utf-8"))) if runs.exists() else []
     others = [row for row in others if row["table"] != name]
     _write(runs, sorted([*others, run], key=lambda row: str(row["table"])))
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
