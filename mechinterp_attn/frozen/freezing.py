@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
@@ -18,10 +20,14 @@ from mechinterp_attn.model.cost import plan_runs
 from mechinterp_attn.model.half import HALF
 from mechinterp_attn.model.widen import widened
 
+Prompt = str | Sequence[int] | Tensor
 
-def _plan(model: AttentionOnlyModel, tokens: str | Tensor) -> Plan:
+
+def _plan(model: AttentionOnlyModel, tokens: Prompt, attention_mask: Any) -> Plan:
     """Patterns, streams and logits; the run that they come from, and the check that they are right."""
-    n, spec = model.as_tokens(tokens).shape[1], model.spec
+    ids = model.as_tokens(tokens)
+    n, spec = ids.shape[1], model.spec
+    real = n if attention_mask is None else len(_real(model, ids, attention_mask))
     mixing, widest = 0, 0
     streams = (3 * len(model.sublayers()) + 4) * spec.d_model
     kept = n * (streams + (1 if spec.logit_cap is None else 2) * spec.d_vocab_out)
@@ -38,7 +44,7 @@ def _plan(model: AttentionOnlyModel, tokens: str | Tensor) -> Plan:
     return plan_runs(
         model,
         f"a prompt of {n:,} tokens, frozen",
-        runs=2,
+        runs=2 if real == n else 3,
         rows=1,
         positions=n,
         bytes=copied
@@ -50,7 +56,13 @@ def _plan(model: AttentionOnlyModel, tokens: str | Tensor) -> Plan:
 
 @plans(_plan)
 @torch.no_grad()
-def freeze(model: AttentionOnlyModel, tokens: str | Tensor, *, max_bytes: int = MAX_BYTES) -> Frozen:
+def freeze(
+    model: AttentionOnlyModel,
+    tokens: Prompt,
+    *,
+    attention_mask: Tensor | Sequence[Any] | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> Frozen:
     """Run a prompt once and fix every pattern, norm scale and soft cap.
 
     A model in half precision is run and frozen in float32: sums of thousands of terms in bfloat16 say
@@ -60,16 +72,26 @@ def freeze(model: AttentionOnlyModel, tokens: str | Tensor, *, max_bytes: int = 
     Args:
         model: the converted model.
         tokens: a text, or token ids ``[pos]`` or ``[1, pos]``.
+        attention_mask: for ids: 0 on padding, in their shape. Padding is left out: positions of the frozen
+            prompt count the real tokens, and the receipt compares with the padded run.
         max_bytes: memory beyond the model's that may be used, the frozen prompt included.
 
     Raises:
-        MechInterpError: more than one prompt, unusable tokens, hooks on the model (the frozen model
-            would describe neither the edited nor the original one), or it needs more than max_bytes.
+        MechInterpError: more than one prompt, unusable tokens, a mask that does not fit, hooks on the model
+            (the frozen model would describe neither the edited nor the original one), or it needs more
+            than max_bytes.
     """
-    ids = model.as_tokens(tokens)
+    ids = padded = model.as_tokens(tokens)
     if ids.shape[0] != 1:
-        raise MechInterpError(f"freeze takes one prompt, got a batch of {ids.shape[0]}")
-    within(_plan(model, ids), max_bytes, "a shorter prompt")
+        raise MechInterpError(
+            f"freeze takes one prompt, got a batch of {ids.shape[0]}; freeze them one by one, each with "
+            "its own row of the attention mask"
+        )
+    if attention_mask is not None:
+        if isinstance(tokens, str):
+            raise MechInterpError("attention_mask is for ids; a text has no padding")
+        ids = ids[:, _real(model, ids, attention_mask)]
+    within(_plan(model, tokens, attention_mask), max_bytes, "a shorter prompt")
     hooked = [name for name, point in model.hook_dict.items() if point.has_hooks()]
     if hooked:
         raise MechInterpError(
@@ -101,10 +123,53 @@ def freeze(model: AttentionOnlyModel, tokens: str | Tensor, *, max_bytes: int = 
         receipt=Receipt(),
     )
     frozen = _with_receipt(_with_cap(frozen), given)
+    if padded.shape != ids.shape:
+        frozen = _held_to_padded(frozen, padded, attention_mask)
     if not isinstance(tokens, str):
         return frozen
     notes = dict(frozen.receipt.notes) | {"special tokens": model.added_text}
     return replace(frozen, receipt=replace(frozen.receipt, notes=notes))
+
+
+def _real(model: AttentionOnlyModel, ids: Tensor, attention_mask: Any) -> Int[Tensor, " real"]:
+    """The positions that are no padding.
+
+    Raises:
+        MechInterpError: a mask of another shape or with other values; nothing real; padding inside the
+            prompt, or in front of it where positions count it, so that the rest alone is another prompt.
+    """
+    mask = torch.as_tensor(attention_mask, device=ids.device)
+    mask = mask[None] if mask.ndim == 1 else mask
+    if mask.shape != ids.shape:
+        raise MechInterpError(
+            f"attention_mask has shape {tuple(mask.shape)}; expected that of the tokens, {tuple(ids.shape)}"
+        )
+    if other := [value for value in mask.unique().tolist() if value not in (0, 1)]:
+        raise MechInterpError(f"attention_mask holds {other[0]:g}; expected 0 on padding and 1 elsewhere")
+    real = mask[0].nonzero()[:, 0]
+    if not len(real):
+        raise MechInterpError("attention_mask is 0 everywhere: there is no token to freeze")
+    if len(real) != int(real[-1] - real[0]) + 1:
+        raise MechInterpError(
+            f"attention_mask has zeros between real tokens ({int(real[0])} to {int(real[-1])}); expected "
+            "padding at the ends only"
+        )
+    if int(real[0]) and not model.spec.causal and model.spec.positions == "standard":
+        raise MechInterpError(
+            f"{int(real[0])} tokens of padding in front: the positions of this bidirectional model count "
+            "them, so that the prompt alone is another one; pad on the right"
+        )
+    return real
+
+
+def _held_to_padded(frozen: Frozen, padded: Tensor, attention_mask: Any) -> Frozen:
+    """The check that leaving padding out is what the model does with it."""
+    model = frozen.model
+    mask = torch.as_tensor(attention_mask, device=padded.device).reshape(padded.shape)
+    apart = model(padded, attention_mask=mask)[0, mask[0].bool()] - frozen.logits
+    check = Check("the padded prompt has the same logits", float(apart.abs().max()), sum_tolerance(frozen))
+    notes = dict(frozen.receipt.notes) | {"padding left out": f"{int((mask == 0).sum())} tokens"}
+    return replace(frozen, receipt=Receipt((*frozen.receipt.checks, check), notes))
 
 
 def _parts(model: AttentionOnlyModel, cache: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -122,7 +122,7 @@ def resolve_goal(
         direction=frozen.read_back(at_end)[pos],
         offset=_weighted(frozen.offset()[pos, ids], exact),
         total=_weighted(frozen.logits[pos, ids], exact),
-        name=model.to_str_tokens([*weights])[0] if exact == [1.0] else name,
+        name=model.output_texts([*weights])[0] if exact == [1.0] else name,
         about=f"{what}logit {name} after {frozen.str_tokens[pos]!r} (position {pos})",
     )
 
