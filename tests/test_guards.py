@@ -15,7 +15,7 @@ from mechinterp_attn.causal.batches import rows_within
 from mechinterp_attn.causal.cuts import mean_z, next_token
 from mechinterp_attn.circuits import copying
 from mechinterp_attn.conversion.modes import gate_bound
-from mechinterp_attn.detect import induction_circuit
+from mechinterp_attn.detect import removals
 from mechinterp_attn.detect.weights import NULL_DRAWS, score_weights
 from mechinterp_attn.paths import best_first
 from tests.circuits.test_composition import random_model
@@ -118,11 +118,11 @@ def test_interventions_are_counted_from_random_directions(model, monkeypatch, ab
     changes = mia.detect.induction(model, draws=2, neurons=2).frame.set_index("head")["loss_change"]
     mean, std = changes - 0.1 * above, pd.Series(0.1, index=changes.index)
     monkeypatch.setattr(
-        induction_circuit,
+        removals,
         "random_removals",
         lambda *given, **named: pd.DataFrame({"mean": mean, "std": std}),
     )
-    monkeypatch.setattr(induction_circuit, "_gain", lambda *given: (1.0, 9.0))
+    monkeypatch.setattr(removals, "_gain", lambda *given: (1.0, 9.0))
     frame = mia.detect.induction(model, draws=2, neurons=2).frame
     assert frame["loss_z"].to_numpy() == pytest.approx(above)
     assert (frame["by_intervention"] == named).all()
@@ -133,14 +133,14 @@ def test_repetition_must_help(model, monkeypatch, above, named):
     """Nobody is named by intervention where the gain is less than 5 standard errors."""
     labels = list(model.heads)
     far = pd.DataFrame({"mean": -1e3, "std": 1.0}, index=labels)
-    monkeypatch.setattr(induction_circuit, "random_removals", lambda *given, **named: far)
-    monkeypatch.setattr(induction_circuit, "_gain", lambda *given: (1.0, above))
+    monkeypatch.setattr(removals, "random_removals", lambda *given, **named: far)
+    monkeypatch.setattr(removals, "_gain", lambda *given: (1.0, above))
     assert (mia.detect.induction(model, draws=2, neurons=2).frame["by_intervention"] == named).all()
 
 
 def test_a_gain_has_a_sign():
     first, later = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([5.0, 6.0, 7.0, 8.0])
-    gain, z = induction_circuit._gain(first, later)
+    gain, z = removals._gain(first, later)
     assert gain == pytest.approx(-4.5)
     assert z == pytest.approx(-4.5 / math.sqrt(1 / 3 + (5 / 3) / 4))
 

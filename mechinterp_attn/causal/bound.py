@@ -16,6 +16,7 @@ from mechinterp_attn.causal.metrics import (
     Metric,
     divergence,
     measure,
+    own,
     right,
     sequence_loss,
 )
@@ -64,14 +65,7 @@ class Bound:
     def measure(self, logits: Float[Tensor, "n pos d_vocab_out"]) -> Float[Tensor, " n"]:
         """The metric from the logits: of all positions, or of the one that ``at_position`` asks for."""
         if not isinstance(self.metric, str):
-            out = self.metric(logits)
-            if not isinstance(out, Tensor) or out.shape != (len(self),):
-                given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-                raise MechInterpError(
-                    f"the metric gave {given} for logits {tuple(logits.shape)}; expected one number per "
-                    f"prompt, a tensor of shape ({len(self)},)"
-                )
-            return out
+            return own(self.metric, logits)
         if not self.at_position:
             return sequence_loss(logits, self.clean.tokens, self.clean.real)
         if self.metric == "kl":

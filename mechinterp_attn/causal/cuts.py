@@ -188,6 +188,30 @@ def brought(
 
 
 @torch.no_grad()
+def cut_logits(
+    model: AttentionOnlyModel,
+    many: Batch,
+    cuts: Sequence[Cut],
+    *,
+    replacement: ByPath | None,
+    patterns: ByPath | None,
+) -> Float[Tensor, "cut_batch pos d_vocab_out"]:
+    """Logits with each of the cuts made in a run of its own.
+
+    Args:
+        many: the sequences, once for every cut.
+        replacement: what heads that are cut whole hold instead, ``[head, ...]`` by path; None: zero.
+        patterns: patterns to hold all heads to, by path; None: patterns follow the cut.
+    """
+    hooks = cutting(model, cuts, replacement)
+    if patterns is not None:
+        held = [(bank, patterns[bank.path]) for bank in model.banks if bank.path in patterns]
+        hooks += [(bank.hook("pattern"), _holding(pattern, len(cuts))) for bank, pattern in held]
+    padded: dict[str, Any] = {} if many.mask is None else {"attention_mask": many.mask}
+    with model.hooks(fwd_hooks=hooks):
+        return model(many.tokens, **padded)
+
+
 def run_cuts(
     model: AttentionOnlyModel,
     batch: Batch,
@@ -196,23 +220,11 @@ def run_cuts(
     replacement: ByPath | None,
     patterns: ByPath | None,
 ) -> tuple[Float[Tensor, "cut batch pos_minus_1"], Float[Tensor, "cut batch pos_minus_1"]]:
-    """Loss and logit of every next token, with each of the cuts made in a run of its own.
-
-    Args:
-        replacement: what heads that are cut whole hold instead, ``[head, ...]`` by path; None: zero.
-        patterns: patterns to hold all heads to, by path; None: patterns follow the cut.
-    """
-    n = len(cuts)
-    hooks = cutting(model, cuts, replacement)
-    if patterns is not None:
-        held = [(bank, patterns[bank.path]) for bank in model.banks if bank.path in patterns]
-        hooks += [(bank.hook("pattern"), _holding(pattern, n)) for bank, pattern in held]
-    many = batch.repeat(n)
-    padded: dict[str, Any] = {} if many.mask is None else {"attention_mask": many.mask}
-    with model.hooks(fwd_hooks=hooks):
-        logits = model(many.tokens, **padded)
+    """Loss and logit of every next token, with each of the cuts made; arguments as for ``cut_logits``."""
+    many = batch.repeat(len(cuts))
+    logits = cut_logits(model, many, cuts, replacement=replacement, patterns=patterns)
     loss, logit = next_token(logits, many)
-    return loss.unflatten(0, (n, -1)), logit.unflatten(0, (n, -1))
+    return loss.unflatten(0, (len(cuts), -1)), logit.unflatten(0, (len(cuts), -1))
 
 
 def next_token(

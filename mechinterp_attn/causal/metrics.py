@@ -8,12 +8,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechinterp_attn.core.errors import MechInterpError
+
 Metric = Callable[[Tensor], Tensor]  # logits [n, pos, d_vocab_out] -> [n]
 
 NEEDS_ANSWER = ("logit", "logit_diff", "prob", "prob_diff", "accuracy")
 NEEDS_AGAINST = ("prob_diff",)
 NAMES = ("logit", "logit_diff", "prob", "prob_diff", "loss", "kl", "accuracy")
 NO_GRADIENT = ("accuracy",)
+LARGER_IS_WORSE = ("loss", "kl")
 
 
 def measure(
@@ -46,6 +49,22 @@ def measure(
         return _logsum(logp, answer).exp() - _logsum(logp, against).exp()
     assert name == "accuracy", name
     return right(logits, answer, against).to(logits.dtype)
+
+
+def own(metric: Metric, logits: Float[Tensor, "n pos d_vocab_out"]) -> Float[Tensor, " n"]:
+    """A function of the logits, held to what it must give.
+
+    Raises:
+        MechInterpError: it gave something else than a number for every prompt.
+    """
+    out = metric(logits)
+    if not isinstance(out, Tensor) or out.shape != logits.shape[:1]:
+        given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise MechInterpError(
+            f"the metric gave {given} for logits {tuple(logits.shape)}; expected one number per prompt, a "
+            f"tensor of shape ({len(logits)},)"
+        )
+    return out
 
 
 def right(

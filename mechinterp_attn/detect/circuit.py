@@ -14,6 +14,7 @@ from torch import Tensor
 from mechinterp_attn.causal.batches import Batch, as_batch, look, pad, plan_sequences, sequence_bytes
 from mechinterp_attn.causal.cuts import EDGE, cut_of
 from mechinterp_attn.causal.head_effects import effects
+from mechinterp_attn.causal.metrics import LARGER_IS_WORSE
 from mechinterp_attn.causal.patches import Patch
 from mechinterp_attn.causal.task import Task
 from mechinterp_attn.core.errors import MechInterpError, listing
@@ -237,7 +238,7 @@ def _by_loss(model: AttentionOnlyModel, batch: Batch, where: Tensor, max_bytes: 
 def _by_task(model: AttentionOnlyModel, task: Task, max_bytes: int) -> Worth:
     """A task's metric; replaced heads hold its counterfactuals, or their means where it has none."""
     patch: Patch = "mean" if task.corrupt is None else "corrupt"
-    sign = -1 if task.metric in ("loss", "kl") else 1  # which are the larger, the worse
+    sign = -1 if task.metric in LARGER_IS_WORSE else 1
 
     def worth(heads: list[str]) -> tuple[float, tuple[Check, ...]]:
         found = effects(model, task, [heads], patch, exact=0, max_bytes=max_bytes)

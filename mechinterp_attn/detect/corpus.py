@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mechinterp_attn.causal.batches import pad, sequence_bytes
 from mechinterp_attn.causal.cuts import Target
+from mechinterp_attn.causal.metrics import Metric
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.fingerprint import fingerprint
 from mechinterp_attn.core.pictures import draw
@@ -46,10 +47,9 @@ class CorpusScores(Result):
         model: its name.
         frame: one row per head: the columns of ``score_heads``; ``written``, the mean norm of what
             the head writes; ``loss_change`` and ``logit_change`` (nats a token, logit of the right
-            token against the average logit) for the heads that were cut; ``estimate`` of the loss
-            change, if asked for.
-        ablations: one row per head, virtual head or edge that was cut: ``head, loss_change,
-            logit_change``.
+            token against the average logit) for the heads that were cut, and ``metric_change`` (a window)
+            where a metric was given; ``estimate`` of the loss change, if asked for.
+        ablations: one row per head, virtual head or edge that was cut: ``head`` and the same changes.
         loss: of the model (nats a token); NaN where it does not predict next tokens.
         tokens: how many tokens after the first of their windows were counted.
     """
@@ -158,6 +158,7 @@ def over_corpus(
     texts: Texts,
     *,
     heads: Sequence[Target] = (),
+    metric: Metric | None = None,
     estimate: bool = False,
     length: int | None = None,
     batch: int = 8,
@@ -182,6 +183,8 @@ def over_corpus(
         texts: a text file, a JSONL file, or anything that gives documents, such as one split of a
             Hugging Face dataset (streaming ones too): texts, token ids, or mappings with ``field``.
         heads: what to cut to zero on every window, as for ``ablate``; each costs a run.
+        metric: what else to measure when they are cut: a function of the logits ``[n, pos, d_vocab_out]``
+            of ``n`` windows (on the right, padding) that gives ``[n]``, as for ``Task``.
         estimate: also estimate the loss change of every head from a backward pass per window.
         length: tokens of a window, BOS included; the model's context by default.
         batch: windows at a time, fewer where ``max_bytes`` says so.
@@ -196,7 +199,7 @@ def over_corpus(
 
     Raises:
         MechInterpError: unreadable texts, settings out of range, a ``resume`` file of another pass or
-            of a corpus that has changed.
+            of a corpus that has changed, or together with a metric, which no file can tell from another.
     """
     model.heads.required()
     made = _plan(model, texts, heads, estimate, length, batch, top_k, context, max_bytes)
@@ -208,6 +211,7 @@ def over_corpus(
         top_k=top_k,
         context=context,
         max_bytes=max_bytes - made.result,
+        metric=metric,
     )
     settings.check(model, workers)
     state = None if resume is None else _state(resume, model, settings, field)
@@ -240,9 +244,14 @@ def _state(
     """The file of a pass. Batch size, memory and workers do not make it another one.
 
     Raises:
-        MechInterpError: the model has hooks, which a file cannot tell apart.
+        MechInterpError: the model has hooks, or a metric is given, which a file cannot tell apart.
     """
     refuse_hooks(model, "resume")
+    if settings.metric is not None:
+        raise MechInterpError(
+            "resume= does not go with metric=, a function, which a file cannot tell from another one; "
+            "leave one of them out"
+        )
     about = {
         "model": fingerprint(model.spec, model.state_dict()), "heads": settings.names(model),
         "estimate": settings.estimate, "length": settings.length, "top": settings.top_k,
@@ -328,12 +337,15 @@ def _result(
     columns: Mapping[str, Any] = tally.sums.columns()
     frame = frame.assign(**columns, written=(tally.written / positions).numpy())
     names = settings.names(model)
-    loss, logit = (tally.cut / n).numpy()
-    ablations = pd.DataFrame({"head": names, "loss_change": loss, "logit_change": logit})
+    ablations = pd.DataFrame({"head": names})
+    for column, changes in zip(settings.measured(model), tally.cut, strict=True):
+        ablations[column] = (changes / (tally.windows if column == "metric_change" else n)).numpy()
     none = model.spec.no_next_token
     loss_per_token = float("nan") if none else float(tally.loss) / n
     notes: dict[str, Any] = {"windows": tally.windows, "tokens": int(n)}
     notes["loss"] = none or round(loss_per_token, 6)
+    if settings.metric is not None:
+        notes["metric"] = getattr(settings.metric, "__name__", "own metric")
     if names:
         frame = frame.merge(ablations, on="head", how="left")
     if settings.estimate:

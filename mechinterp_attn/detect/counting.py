@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.causal.batches import Batch, pad, rows_within
-from mechinterp_attn.causal.cuts import Cut, Target, cut_of, next_token, run_cuts
+from mechinterp_attn.causal.cuts import Cut, Target, cut_logits, cut_of, next_token
+from mechinterp_attn.causal.metrics import Metric, own
 from mechinterp_attn.core.cluster import run_on_ray
 from mechinterp_attn.core.errors import MechInterpError, below_one
 from mechinterp_attn.detect.estimates import estimated_changes
@@ -34,6 +35,12 @@ class Settings:
     top_k: int
     context: int
     max_bytes: int
+    metric: Metric | None = None
+
+    def measured(self, model: AttentionOnlyModel) -> tuple[str, ...]:
+        """What is found of every head that is cut, as columns of a table."""
+        losses = ("loss_change", "logit_change") if model.spec.no_next_token is None else ()
+        return losses if self.metric is None else (*losses, "metric_change")
 
     def check(self, model: AttentionOnlyModel, workers: int | None) -> None:
         wrong = []
@@ -42,10 +49,19 @@ class Settings:
         wrong += below_one(batch=self.batch, top_k=self.top_k)
         if self.context < 0:
             wrong.append(f"context={self.context}; expected 0 or more")
-        if (self.heads or self.estimate) and model.spec.no_next_token is not None:
+        losses = [f"heads={list(self.heads)}"] if self.heads and self.metric is None else []
+        losses += ["estimate=True"] if self.estimate else []
+        if losses and model.spec.no_next_token is not None:
             wrong.append(
-                f"heads={list(self.heads)}, estimate={self.estimate}, which count next-token losses, but "
-                f"{model.spec.no_next_token}; leave both out"
+                f"{', '.join(losses)}: next-token losses, but {model.spec.no_next_token}; give metric= for "
+                "the heads that are cut, and no estimate"
+            )
+        if self.metric is not None and not self.heads:
+            wrong.append("metric= is what is measured when heads are cut; name some with heads=")
+        if self.metric is not None and not callable(self.metric):
+            wrong.append(
+                f"metric={self.metric!r}; expected a function of the logits [n, pos, d_vocab_out] that "
+                "gives [n] (losses are measured in any case)"
             )
         if workers is not None and workers < 1:
             wrong.append(f"workers={workers}; expected at least 1, or None for this process")
@@ -144,16 +160,20 @@ def _tally(
 
 def _cut(
     model: AttentionOnlyModel, batch: Batch, settings: Settings, at_a_time: int
-) -> Float[Tensor, "2 cut"]:
-    """Sums of what every cut changes: losses, logits."""
-    cuts = settings.cuts(model, batch)
+) -> Float[Tensor, "measured cut"]:
+    """Sums of what every cut changes: losses, logits, an own metric."""
+    measured, cuts = settings.measured(model), settings.cuts(model, batch)
     if not cuts:
-        return torch.zeros(2, 0, dtype=torch.float64)
+        return torch.zeros(len(measured), 0, dtype=torch.float64)
     runs = [Cut("nothing"), *cuts]
     totals = []
     for start in range(0, len(runs), at_a_time):
-        part = run_cuts(model, batch, runs[start : start + at_a_time], replacement=None, patterns=None)
-        totals.append(torch.stack([x.double().sum((1, 2)).cpu() for x in part]))
+        some = runs[start : start + at_a_time]
+        many = batch.repeat(len(some))
+        logits = cut_logits(model, many, some, replacement=None, patterns=None)
+        sums = [] if model.spec.no_next_token else [x.double().sum(1) for x in next_token(logits, many)]
+        sums += [] if settings.metric is None else [own(settings.metric, logits).double()]
+        totals.append(torch.stack(sums).unflatten(1, (len(some), -1)).sum(2).cpu())
     total = torch.cat(totals, 1)
     return total[:, 1:] - total[:, :1]
 

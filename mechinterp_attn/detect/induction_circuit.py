@@ -7,28 +7,26 @@ from typing import Any, ClassVar
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from mechinterp_attn.causal.batches import Batch, look
 from mechinterp_attn.causal.circuit import Circuit
 from mechinterp_attn.causal.cuts import cut_of, cutting
+from mechinterp_attn.causal.head_effects import Effects, effects
 from mechinterp_attn.causal.task import Task
 from mechinterp_attn.causal.wires import EMBED, LOGITS
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import MAX_BYTES, Plan, joined, plan, plans
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.ablation import Ablations, ablate
-from mechinterp_attn.detect.losses import token_losses
 from mechinterp_attn.detect.measures import SEEN, sums_of
-from mechinterp_attn.detect.null import random_removals
 from mechinterp_attn.detect.probes import random_repeats
+from mechinterp_attn.detect.removals import Removals, removals_from_repeats, removals_from_task
 from mechinterp_attn.detect.scores import HeadScores, score_heads
 from mechinterp_attn.detect.weights import WeightScores, score_weights
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 ATTENDS = 0.4  # least attention on a role's pairs
 STANDS_OUT = 5.0  # least standard deviations above the null, of a trace or of a loss
-NULL_SEQUENCES = 4  # how many of the sequences the null of the losses is taken on
 VIEWS = ("by_behaviour", "by_weights", "by_intervention")
 
 
@@ -42,13 +40,16 @@ class Induction(Result):
             by_weights, by_intervention``: which views name it, and ``views``, how many; the evidence:
             ``induction``, ``previous_token`` (attention), ``trace_z``, ``partner`` (the K-composed QK
             circuit and the head at its other end), ``copying_z``, ``loss_change`` (nats on repeated
-            tokens when it is cut).
+            tokens when it is cut) and ``loss_z``; with a task ``effect``, by how much its metric gets
+            worse, and ``effect_z``.
         edges: one row per previous-token and induction head that compose: ``src, dst, trace_z,
             matching, attention, attention_without``: induction attention of ``dst``, whole and with
             ``src`` cut.
-        gain: what repetition is worth: loss on random tokens minus loss on their repeats (nats);
-        gain_z: that in standard errors over tokens.
+        gain: what repetition is worth: loss on random tokens minus loss on their repeats (nats); with a
+            task, how much worse its metric is on the counterfactuals;
+        gain_z: that in standard errors over tokens, or prompts.
         scores, weights, ablations: the three views, whole.
+        task: the behaviour of the third view; None: the losses of repeated tokens.
     """
 
     title: ClassVar[str] = "Induction circuit"
@@ -57,7 +58,8 @@ class Induction(Result):
     edges: pd.DataFrame
     scores: HeadScores
     weights: WeightScores
-    ablations: Ablations
+    ablations: Ablations | Effects
+    task: Task | None = None
 
     @property
     def found(self) -> bool:
@@ -91,7 +93,8 @@ class Induction(Result):
         keys, by queries that are the tokens themselves, and copy tokens to the logits.
 
         Args:
-            task: the behaviour it is held to, such as ``mia.tasks.induction(model)``.
+            task: the behaviour it is held to, such as ``mia.tasks.induction(model)``; by default the one
+                that it was found with.
 
         Raises:
             MechInterpError: no circuit was found.
@@ -103,28 +106,42 @@ class Induction(Result):
         edges += [(EMBED, src, "V") for src in dict.fromkeys(src for src, _ in pairs)]
         for dst in dict.fromkeys(dst for _, dst in pairs):
             edges += [(EMBED, dst, "Q"), (EMBED, dst, "V"), (dst, LOGITS, "")]
-        return Circuit.of_edges(edges, task=task)
+        return Circuit.of_edges(edges, task=self.task if task is None else task)
+
+    @property
+    def worth(self) -> str:
+        """The gain in words."""
+        if self.task is None:
+            return f"repetition is worth {self.gain:.2f} nats"
+        return f"counterfactuals cost {self.gain:.2f} of {self.task.about}"
 
     def __str__(self) -> str:
         if not self.found:
-            return f"no induction circuit found; repetition is worth {self.gain:.2f} nats"
+            return f"no induction circuit found; {self.worth}"
         lines = []
         for dst, group in self.edges.groupby("dst"):
             row = self.frame[self.frame["head"] == dst].iloc[0]
             views = [view.removeprefix("by_") for view in VIEWS if row[view]]
             lines.append(f"{', '.join(group['src'])} -> {dst} ({', '.join(views)})")
-        return "; ".join(lines) + f"; repetition is worth {self.gain:.2f} nats"
+        return "; ".join(lines) + f"; {self.worth}"
 
 
-def _plan(model: AttentionOnlyModel, seed: int, draws: int, neurons: int, max_bytes: int) -> Plan:
+def _plan(
+    model: AttentionOnlyModel, task: Task | None, seed: int, draws: int, neurons: int, max_bytes: int
+) -> Plan:
     """Scores, weights and cuts; the removals at random take as long as the cuts."""
-    tokens = random_repeats(model, draws=draws, seed=seed).tokens
-    mixing = list(model.heads.between_positions)
-    cuts = plan(ablate, model, tokens, exact=len(mixing) + neurons, max_bytes=max_bytes)
+    number = len(model.heads.between_positions) + neurons
+    if task is None:
+        tokens = random_repeats(model, draws=draws, seed=seed).tokens
+        estimate, cuts = (plan(ablate, model, tokens, exact=n, max_bytes=max_bytes) for n in (0, number))
+    else:
+        estimate, cuts = (
+            plan(effects, model, task, patch="zero", exact=n, max_bytes=max_bytes) for n in (0, number)
+        )
     parts = [
         plan(score_heads, model, seed=seed, draws=draws, max_bytes=max_bytes),
         plan(score_weights, model, max_bytes=max_bytes),
-        plan(ablate, model, tokens, exact=0, max_bytes=max_bytes),
+        estimate,
         cuts,
         cuts,
     ]
@@ -136,6 +153,7 @@ def _plan(model: AttentionOnlyModel, seed: int, draws: int, neurons: int, max_by
 def induction(
     model: AttentionOnlyModel,
     *,
+    task: Task | None = None,
     seed: int = 0,
     draws: int = 10,
     neurons: int = 8,
@@ -156,65 +174,57 @@ def induction(
 
     Args:
         model: the converted model.
+        task: a behaviour with counterfactuals, such as ``mia.tasks.induction(model)``: the third view is
+            then how much worse its metric gets, beside how much worse random directions make it, in a
+            model for which the counterfactuals are worse.
         seed, draws: of the random tokens.
         neurons: how many MLP-derived heads to cut, by their estimates.
         max_bytes: memory beyond the model's that may be used, the result included.
 
     Raises:
-        MechInterpError: context or vocabulary too small for repeated tokens, or a model that does not
-            predict next tokens.
+        MechInterpError: context or vocabulary too small for repeated tokens; a task without
+            counterfactuals or of a single prompt; without a task, a model that predicts no next tokens.
     """
-    model.spec.need_next_tokens("the induction circuit by intervention")
+    if task is None:
+        model.spec.need_next_tokens("the induction circuit by intervention")
     probe = random_repeats(model, draws=draws, seed=seed)
     scores = score_heads(model, seed=seed, draws=draws, max_bytes=max_bytes)
     weights = score_weights(model, seed=seed, max_bytes=max_bytes)
-    estimate = ablate(model, probe.tokens, exact=0, where=probe.repeated, max_bytes=max_bytes).frame
-    mixing = list(model.heads.between_positions)
-    others = estimate[~estimate["head"].isin(mixing)].head(neurons)["head"]
-    cut = [*mixing, *others]
-    ablations = ablate(model, probe.tokens, heads=cut, where=probe.repeated, max_bytes=max_bytes)
-    losses = token_losses(model, probe.batch, max_bytes=max_bytes)
-    gain, gain_z = _gain(losses[:, : probe.period - 1 + probe.front], losses[probe.repeated])
-    null = random_removals(
-        model, next(probe.batch.split(NULL_SEQUENCES)), probe.repeated[:NULL_SEQUENCES], cut, seed=seed,
-        max_bytes=max_bytes,
-    )  # fmt: skip
-    frame = _evidence(scores, weights, ablations, null, gain_z)
+    options = {"neurons": neurons, "seed": seed, "max_bytes": max_bytes}
+    if task is None:
+        cut = removals_from_repeats(model, probe, **options)
+    else:
+        cut = removals_from_task(model, task, **options)
+    frame = _evidence(scores, weights, cut)
     edges = _edges(model, probe.batch, frame, weights.pairs, max_bytes)
     frame = (
         frame[frame["loss_change"].notna()]
         .sort_values(["views", "loss_change"], ascending=False)
         .reset_index(drop=True)
     )
-    checks = (*scores.receipt.checks, *weights.receipt.checks, *ablations.receipt.checks)
+    checks = (*scores.receipt.checks, *weights.receipt.checks, *cut.result.receipt.checks)
     agree = all(frame[frame["role"] != ""]["views"] == 3)
     notes = {"tokens": str(probe), "seed": seed, "draws": draws, "all views agree": agree}
+    if task is not None:
+        notes["by intervention"] = f"{task.about}, on {len(task)} prompts of {task.name or 'a task'}"
+        frame = frame.rename(columns={"loss_change": "effect", "loss_z": "effect_z"})
     return Induction(
         frame=frame,
         receipt=Receipt(tuple[Check, ...](checks), notes),
-        gain=gain,
-        gain_z=gain_z,
+        gain=cut.gain,
+        gain_z=cut.gain_z,
         edges=edges,
         scores=scores,
         weights=weights,
-        ablations=ablations,
+        ablations=cut.result,
+        task=task,
     )
 
 
-def _gain(first: Tensor, repeats: Tensor) -> tuple[float, float]:
-    """Mean loss of the first tokens minus that of their repeats, and that in standard errors."""
-    first, repeats = first.double(), repeats.double()
-    gain = float(first.mean() - repeats.mean())
-    error = float((first.var() / first.numel() + repeats.var() / repeats.numel()).sqrt())
-    return gain, gain / error
-
-
-def _evidence(
-    scores: HeadScores, weights: WeightScores, ablations: Ablations, null: pd.DataFrame, gain_z: float
-) -> pd.DataFrame:
+def _evidence(scores: HeadScores, weights: WeightScores, cut: Removals) -> pd.DataFrame:
     frame = scores.frame[["head", "layer", "index", "kind", "induction", "previous_token"]]
     frame = frame.merge(weights.frame[["head", "copying_z"]], on="head")
-    frame = frame.merge(ablations.frame[["head", "loss_change"]], on="head", how="left")
+    frame["loss_change"] = frame["head"].map(cut.lost)
     pairs = weights.pairs
     pairs = pairs[(pairs["trace_z"] >= STANDS_OUT) & (pairs["matching"] > 0)]
     pairs = pairs.sort_values("trace_z", ascending=False)
@@ -232,9 +242,9 @@ def _evidence(
     frame["by_weights"] = (dst & frame["head"].isin(later.index)) | (
         src & frame["head"].isin(earlier.index)
     )
-    mean, std = (frame["head"].map(null[name]) for name in ("mean", "std"))
+    mean, std = (frame["head"].map(cut.null[name]) for name in ("mean", "std"))
     frame["loss_z"] = (frame["loss_change"] - mean) / std
-    frame["by_intervention"] = (frame["loss_z"] >= STANDS_OUT) & (gain_z >= STANDS_OUT)
+    frame["by_intervention"] = (frame["loss_z"] >= STANDS_OUT) & (cut.gain_z >= STANDS_OUT)
     frame["views"] = frame[list(VIEWS)].sum(axis=1)
     ends = (frame["head"].map(later["trace_z"]), frame["head"].map(earlier["trace_z"]))
     frame["trace_z"] = ends[0].where(dst, ends[1])

@@ -86,8 +86,8 @@ class Tally:
         sums: of attention by role.
         loss: sum of the losses (nats), ``[1]``.
         tokens: how many next tokens that is, ``[1]``.
-        cut: sums of the changes of every cut head, of the loss and of the right token's logit,
-            ``[2, cut]``.
+        cut: sums of the changes by every cut, of the loss, of the right token's logit and of an own metric,
+            as far as they are measured, ``[measured, cut]``.
         estimate: sum of the estimated loss changes, ``[head]``, or ``[0]`` where none were asked for.
         written: sum over positions of the norm of what each head writes, ``[head]``.
         positions: how many, ``[1]``.
@@ -99,7 +99,7 @@ class Tally:
     sums: Sums
     loss: Float[Tensor, " one"]
     tokens: Float[Tensor, " one"]
-    cut: Float[Tensor, "2 cut"]
+    cut: Float[Tensor, "measured cut"]
     estimate: Float[Tensor, " estimated"]
     written: Float[Tensor, " head"]
     positions: Float[Tensor, " one"]

@@ -22,7 +22,8 @@ ROOMS = {
     ),
     "nulls": (
         "circuits/null.py circuits/chance.py detect/null.py detect/measures.py detect/weights.py "
-        "detect/tally.py detect/estimates.py detect/losses.py detect/induction_circuit.py detect/scores.py",
+        "detect/tally.py detect/estimates.py detect/losses.py detect/removals.py "
+        "detect/induction_circuit.py detect/scores.py",
         "tests/detect/test_receipts.py tests/detect/test_weights.py tests/detect/test_scores.py "
         "tests/detect/test_induction.py tests/circuits/test_composition.py tests/test_guards.py "
         "tests/test_invariance.py",

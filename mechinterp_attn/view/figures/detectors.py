@@ -36,12 +36,14 @@ def loss_by_position(result: InContextLearning) -> go.Figure:
 @draws(Induction)
 def induction_views(result: Induction) -> go.Figure:
     """Every head that was cut: its induction attention against what the model loses without it."""
-    frame = result.scores.frame.merge(result.ablations.frame[["head", "loss_change"]], on="head")
+    lost = "loss_change" if result.task is None else "effect"
+    unit = "loss on repeats without the head (nats)" if result.task is None else result.task.about
+    frame = result.scores.frame.merge(result.ablations.frame[["head", lost]], on="head")
     roles = frame["head"].map(result.frame.set_index("head")["role"]).fillna("")
     fig = figure(
         title="Induction circuit" if result.found else "No induction circuit found",
         x="induction score (attention)",
-        y="loss on repeats without the head (nats)",
+        y=unit if result.task is None else f"what {unit} loses without the head",
     )
     colours = {"induction": "attention", "previous_token": "embed", "": "bias"}
     for role, colour in colours.items():
@@ -49,13 +51,13 @@ def induction_views(result: Induction) -> go.Figure:
         fig.add_trace(
             go.Scatter(
                 x=own["induction"],
-                y=own["loss_change"],
+                y=own[lost],
                 text=own["head"],
                 mode="markers+text" if role else "markers",
                 textposition="middle left",
                 name=role.replace("_", " ") or "other",
                 marker={"color": KIND_COLOURS[colour], "size": 11 if role else 7},
-                hovertemplate="%{text}: attention %{x:.3f}, loss %{y:+.3f} nats<extra></extra>",
+                hovertemplate="%{text}: attention %{x:.3f}, lost %{y:+.3f}<extra></extra>",
             )
         )
     return fig
