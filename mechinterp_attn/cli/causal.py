@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from mechinterp_attn.cli.answer import Answer, Call, answering
 from mechinterp_attn.cli.common import (
+    TASKS,
     Model,
     Seed,
     Top,
     load,
     one_head,
     remark,
+    task_of,
 )
 
 if TYPE_CHECKING:
     from mechinterp_attn.causal import Task
     from mechinterp_attn.core.results import Result
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
-
-TASKS = ("induction", "ioi", "sva", "greater_than", "pronouns", "docstring", "brackets")
 
 
 class Analysis(StrEnum):
@@ -94,7 +93,7 @@ def causal(
     if analysis in (Analysis.discover, Analysis.faithfulness) and heads:
         raise MechInterpError(f"{analysis} looks at all heads; leave out {' '.join(heads)}")
     opened = load(model)
-    behaviour = _task(opened, task, prompts, seed)
+    behaviour = task_of(opened, task, prompts, seed)
     chosen: dict[str, Any] = {"patch": patch, "seed": seed}
     result: Result
     if analysis in (Analysis.effects, Analysis.path, Analysis.loadings):
@@ -139,7 +138,7 @@ def diff(
     import mechinterp_attn as mia
 
     one, two = load(model), load(other)
-    behaviour = _corpus(task) if task.endswith(".txt") else _task(one, task, prompts, seed)
+    behaviour = _corpus(task) if task.endswith(".txt") else task_of(one, task, prompts, seed)
     call: Call = mia.diff, (one, two, behaviour), {"exact": exact, "seed": seed}
     result = answer.run(call)
     answer.give(result, result.frame.head(top or len(result.frame)))
@@ -198,17 +197,3 @@ def _ranking(
     result = answer.now((own.faithfulness, (model, held_out, ranked), options))
     remark(f"CMD {result.cmd:.3f}, CPR {result.cpr:.3f}; of random rankings {result.cmd_random:.3f}")
     return cast("Result", result)
-
-
-def _task(model: AttentionOnlyModel, name: str, prompts: int, seed: int) -> Task:
-    """A behaviour by name, in the model's own tokens, or from a file."""
-    import mechinterp_attn as mia
-    from mechinterp_attn.core.errors import MechInterpError
-
-    if name in TASKS:
-        return getattr(mia.tasks, name)(model, n=prompts, seed=seed)
-    if not Path(name).is_file():
-        raise MechInterpError(
-            f"{name!r} is neither a file nor the name of a behaviour; the behaviours are {', '.join(TASKS)}"
-        )
-    return mia.Task.load(name)

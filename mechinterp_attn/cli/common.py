@@ -22,11 +22,14 @@ from mechinterp_attn.core.interrupt import state
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mechinterp_attn.causal import Task
     from mechinterp_attn.core.results import Result
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 # Exit codes, as the manual has them (docs/cli.md).
 DIFFERS, WRONG_INPUT, BUG, INTERRUPTED = 1, 2, 70, 130
+TASKS = ("induction", "ioi", "sva", "greater_than", "pronouns", "docstring", "brackets")  # of mia.tasks
+PROMPTS = 32  # of a behaviour by name
 
 
 def _models(incomplete: str) -> list[str]:
@@ -108,6 +111,14 @@ Against = Annotated[
     typer.Option(help="Explain the logit over this token's.", metavar="TOKEN", callback=typed),
 ]
 Position = Annotated[int, typer.Option(help="Where it is predicted; negative counts from the end.")]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        help=f"A behaviour: a file that Task.save wrote (.jsonl), or one of {', '.join(TASKS)}.",
+        metavar="TASK",
+    ),
+]
 Top = Annotated[int | None, typer.Option("--top", "-k", help="How many rows, the first ones.", min=1)]
 Seed = Annotated[int, typer.Option(help="Of all that is random.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the table as JSON: one object a row.")]
@@ -256,6 +267,24 @@ def prompt_of(prompt: str | None, tokens: str | None) -> str | list[int]:
 def token_of(model: AttentionOnlyModel, text: str | None) -> str | int | None:
     """A token as an option gives it: its text, or its id where the model has no tokenizer."""
     return int(text) if text is not None and model.tokenizer is None and text.isdigit() else text
+
+
+def task_of(model: AttentionOnlyModel, name: str, prompts: int = PROMPTS, seed: int = 0) -> Task:
+    """A behaviour by name, in the model's own tokens, or from a file.
+
+    Raises:
+        MechInterpError: neither; what ``Task.load`` or the behaviour's own function finds.
+    """
+    import mechinterp_attn as mia
+    from mechinterp_attn.core.errors import MechInterpError
+
+    if name in TASKS:
+        return getattr(mia.tasks, name)(model, n=prompts, seed=seed)
+    if not Path(name).is_file():
+        raise MechInterpError(
+            f"{name!r} is neither a file nor the name of a behaviour; the behaviours are {', '.join(TASKS)}"
+        )
+    return mia.Task.load(name)
 
 
 def one_head(heads: list[str] | None, what: str) -> str:

@@ -12,9 +12,11 @@ from mechinterp_attn.cli.common import (
     Heads,
     Model,
     Seed,
+    TaskOption,
     Top,
     load,
     remark,
+    task_of,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ def detect(
     passages: Annotated[
         str | None, typer.Option(help="The passages where this head writes most.", metavar="HEAD")
     ] = None,
+    task: TaskOption = None,
     seed: Seed = 0,
     *,
     answer: Answer,
@@ -69,7 +72,13 @@ def detect(
     only = [name for name, value in given.items() if value is not None]
     if corpus is None and only:
         raise MechInterpError(f"--{only[0]} is about a corpus; give one with --corpus")
+    if task is not None and (corpus is not None or by != CIRCUIT):
+        raise MechInterpError(
+            "--task is what the heads of a circuit are cut for: with --by circuit; what a behaviour loses "
+            "without each head is 'causal MODEL effects TASK'"
+        )
     opened = load(model)
+    behaviour = None if task is None else task_of(opened, task, seed=seed)
     result: Result
     if corpus is not None:
         options: dict[str, Any] = {
@@ -87,7 +96,7 @@ def detect(
             return
         result = scores
     elif by == CIRCUIT:
-        circuit = answer.run((mia.detect.induction, (opened,), {"seed": seed}))
+        circuit = answer.run((mia.detect.induction, (opened,), {"task": behaviour, "seed": seed}))
         remark(str(circuit))
         rows = circuit.frame.head(top or len(circuit.frame))
         answer.give(circuit, rows)

@@ -16,17 +16,20 @@ from mechinterp_attn.cli.common import (
     Position,
     Prompt,
     Target,
+    TaskOption,
     Top,
     emit_json,
     load,
     one_head,
     prompt_of,
     remark,
+    task_of,
     token_of,
     write_figure,
 )
 
 if TYPE_CHECKING:
+    from mechinterp_attn.causal import Task
     from mechinterp_attn.core.results import Result
     from mechinterp_attn.paths import Frozen
 
@@ -64,6 +67,7 @@ def paths(
     target: Target = None,
     against: Against = None,
     position: Position = -1,
+    task: TaskOption = None,
     query: Annotated[int, typer.Option(help="score: the query position.")] = -1,
     key: Annotated[int | None, typer.Option(help="score: the key position.")] = None,
     top: Top = 20,
@@ -71,19 +75,18 @@ def paths(
     answer: Answer,
 ) -> None:
     """Explain a prediction by paths through heads and neurons, patterns frozen."""
-    import torch
-
     import mechinterp_attn as mia
     from mechinterp_attn.paths.export import graph_json
 
-    text = prompt_of(prompt, tokens)
     loaded = load(model)
-    freezing: Call = mia.paths.freeze, (loaded, text if isinstance(text, str) else torch.tensor(text)), {}
+    behaviour = None if task is None else task_of(loaded, task)
+    freezing: Call = mia.paths.freeze, (loaded, _prompt(behaviour, prompt, tokens)), {}
     frozen = answer.now(freezing)
     goal: dict[str, Any] = {
         "target": token_of(frozen.model, target),
         "against": token_of(frozen.model, against),
         "position": position,
+        "task": behaviour,
     }
     k = top or 20
     call = _call(frozen, analysis, heads, goal, query, key, k)
@@ -100,6 +103,14 @@ def paths(
     answer.give(result, rows, about=about)
 
 
+def _prompt(task: Task | None, prompt: str | None, tokens: str | None) -> Any:
+    """The prompt that is explained; of a behaviour, its first one where none is named."""
+    if task is None or prompt is not None or tokens is not None:
+        return prompt_of(prompt, tokens)
+    remark(f"the first of {len(task)} prompts of {task!r}; --prompt names another one")
+    return task.clean[0]
+
+
 def _call(
     frozen: Frozen,
     analysis: Analysis,
@@ -110,10 +121,13 @@ def _call(
     top_k: int,
 ) -> Call:
     from mechinterp_attn import paths as own
+    from mechinterp_attn.core.errors import MechInterpError
 
     match analysis:
         case Analysis.orders:
-            return own.orders, (frozen,), {}
+            return own.orders, (frozen,), {"task": goal["task"]}
+        case Analysis.importance if goal["task"] is not None:
+            return own.term_importance, (frozen.model,), {"task": goal["task"]}
         case Analysis.importance:
             return own.term_importance, (frozen.model, frozen.tokens), {}
         case Analysis.attribution:
@@ -121,6 +135,8 @@ def _call(
         case Analysis.top:
             return own.top_paths, (frozen,), goal | {"top_k": top_k}
         case Analysis.score:
+            if goal["task"] is not None:
+                raise MechInterpError("a score is what a head looks by, and no behaviour; leave out --task")
             against = {"against": None if key is None else "others"}
             return own.expand_score, (frozen, one_head(heads, "paths ... score"), query, key), against
         case Analysis.virtual:

@@ -30,6 +30,11 @@ def test_every_view_sorts_by_its_scores():
     assert weights["head"] in {row["head"] for row in attention}
     circuit = rows("--by", "circuit", "--top", "3")
     assert {row["role"] for row in circuit} == {"induction", "previous_token"}
+    by_task = rows("--by", "circuit", "--task", "induction", "--top", "3")
+    assert {row["head"] for row in by_task} == {row["head"] for row in circuit}
+    assert by_task[0]["effect"] > 0
+    with pytest.raises(MechInterpError, match="--task is what the heads of a circuit are cut for"):
+        rows("--by", "loss_change", "--task", "induction")
     with pytest.raises(MechInterpError, match=r"no score 'magic' here; there are .*copying_z.*loss_change"):
         rows("--by", "magic")
     with pytest.raises(MechInterpError, match="--resume is about a corpus; give one with --corpus"):
