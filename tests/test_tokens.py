@@ -255,8 +255,8 @@ def test_every_token_has_a_text_of_its_own(tokenizer):
     assert vocabulary.texts([len(tokenizer), 50300]) == [f"⟨id {len(tokenizer)}⟩", "⟨id 50300⟩"]
     special = {vocabulary.texts([i])[0] for i in tokenizer.all_special_ids}
     assert special == set(tokenizer.all_special_tokens)
-    assert not special & set(vocabulary.texts(vocabulary.plain))
-    assert len(vocabulary.plain) == len(tokenizer) - len(special)
+    assert not special & set(vocabulary.texts(vocabulary.plain_ids.tolist()))
+    assert len(vocabulary.plain_ids) == len(tokenizer) - len(special)
 
 
 def test_gpt2_s_tokens(data):

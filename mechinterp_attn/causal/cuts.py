@@ -110,22 +110,20 @@ def no_rows(batch: Batch) -> Batch:
 
 
 def cut_of_all(model: AttentionOnlyModel, targets: Sequence[Target], batch: Batch) -> Cut:
-    """One cut of many heads, chains and edges; the heads of a model are looked up once, as thousands
-    of neurons may be cut together.
+    """One cut of many heads, chains and edges.
 
     Raises:
         MechInterpError: as for ``cut_of``.
     """
-    at = {bank.label(index): (bank.path, index) for bank in model.banks for index in range(bank.n_heads)}
     names: list[str] = []
     whole: dict[str, list[int]] = {}
     parts: dict[tuple[str, int], Tensor] = {}
     for target in targets:
         label = target.label if isinstance(target, Head) else target
-        if isinstance(label, str) and label in at:
-            path, index = at[label]
-            names.append(label)
-            whole.setdefault(path, []).append(index)
+        if isinstance(label, str) and ">" not in label:  # neither a chain nor an edge
+            bank, index = model.heads.find(label)
+            names.append(bank.label(index))
+            whole.setdefault(bank.path, []).append(index)
             continue
         cut = cut_of(model, target, batch)
         names.append(cut.name)

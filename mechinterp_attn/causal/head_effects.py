@@ -148,7 +148,8 @@ def effects(
         given = [heads] if isinstance(heads, str | Head) else heads
         named = [targets_of(model, [item]) if isinstance(item, str | Head) else [item] for item in given]
         heads = [one for some_heads in named for one in some_heads]
-    estimates = _estimates(model, bound, fill, each, max_bytes, direction)
+    estimates = estimates_of(model, bound, fill, max_bytes, direction)
+    estimates = estimates if each else estimates.sum(1)
     frame = head_rows(model, bound if each else None).assign(estimate=estimates.flatten().numpy())
     order = frame["estimate"].abs().fillna(-1).sort_values(ascending=False, kind="stable").index
     frame = frame.loc[order].reset_index(drop=True)
@@ -200,14 +201,16 @@ def correlation(frame: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _estimates(
-    model: AttentionOnlyModel, bound: Bound, fill: Fill, each: bool, max_bytes: int, direction: str
-) -> Tensor:
-    """``[head]`` or ``[head, pos]``, float64, mean over prompts; NaN where the metric has no gradient."""
+def estimates_of(
+    model: AttentionOnlyModel, bound: Bound, fill: Fill, max_bytes: int, direction: str = "noising"
+) -> Float[Tensor, "head pos"]:
+    """Of patching every head at every position, float64, mean over prompts; NaN where the metric has no
+    gradient.
+    """
     width = bound.clean.tokens.shape[1]
     total = torch.zeros(len(model.heads), width, dtype=torch.float64)
     if bound.metric == "accuracy":
-        return total.fill_(torch.nan) if each else total[:, 0].fill_(torch.nan)
+        return total.fill_(torch.nan)
     rows = rows_at_once(model, bound, max_bytes, backward=True)
     sign = 1.0 if direction == "noising" else -1.0
     for at, part in bound.split(rows):
@@ -222,8 +225,7 @@ def _estimates(
             n = bank.n_heads
             total[one : one + n, : change.shape[1]] += sign * change.sum(0).T.cpu()
             one += n
-    total /= len(bound)
-    return total if each else total.sum(1)
+    return total / len(bound)
 
 
 def _cut(model: AttentionOnlyModel, bound: Bound, target: Any, position: int | None = None) -> Cut:

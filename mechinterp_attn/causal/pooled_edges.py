@@ -89,9 +89,11 @@ def _of_part(
         sources = written.rows[: written.first[_before(edges, number)]].flatten(1)
         for mode in edges.modes(number):
             modes = (mode,) if mode else tuple(bank.reads)
-            read = [torch.einsum("thk,hdk->htd", got.reads[bank.path, m], bank.reads[m]) for m in modes]
+            pooled = edges.pooled(number)  # summed over heads in the product itself: they may be thousands
+            rule = "thk,hdk->td" if pooled else "thk,hdk->htd"
+            read = [torch.einsum(rule, got.reads[bank.path, m], bank.reads[m]) for m in modes]
             fields = torch.stack(read).sum(0)
-            fields = fields.sum(0, keepdim=True) if edges.pooled(number) else fields
+            fields = fields[None] if pooled else fields
             fields = got.norms[bank.path](fields).flatten(1)
             out.append(((number, mode), (sources @ fields.T).double()))
     out.append(((-1, ""), (written.rows.flatten(1) @ got.end.flatten()).double()[:, None]))

@@ -68,7 +68,8 @@ class Tokenizing:
             return every
         if not self.vocabulary.size:  # it does not tell
             return every[every != self.bos_token_id] if self.bos_token_id is not None else every
-        return torch.tensor([i for i in self.vocabulary.plain if i < len(every)], dtype=torch.long)
+        plain = self.vocabulary.plain_ids
+        return plain[plain < len(every)]
 
     def to_tokens(
         self,

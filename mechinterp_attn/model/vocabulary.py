@@ -7,6 +7,10 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how sentencepiece names the tokens of single bytes
 _ID = re.compile(r"⟨id (\d+)⟩")
 _SPACE = "▁"  # how sentencepiece writes a space
@@ -72,11 +76,11 @@ class Vocabulary:
         return self._ids.get(text)
 
     @cached_property
-    def plain(self) -> list[int]:
+    def plain_ids(self) -> Int[Tensor, " id"]:
         """The ids that a text is made of: no special tokens, none without a text."""
         special = set(getattr(self.tokenizer, "all_special_ids", ()))
         special |= {i for i, token in self._added.items() if getattr(token, "special", False)}
-        return [i for i in range(self.size) if self._bytes[i] and i not in special]
+        return torch.tensor([i for i in range(self.size) if self._bytes[i] and i not in special])
 
     @cached_property
     def added(self) -> tuple[list[int], list[int]]:

@@ -70,6 +70,7 @@ def _plan(
     task: Behaviour | None,
     max_order: int,
     heads: int | Heads,
+    layers: bool,
 ) -> Plan:
     """The longest prompt, frozen; the streams of all orders that every bank reads and writes, a few
     copies of the logits, and what the heads of one bank hold.
@@ -83,6 +84,7 @@ def _plan(
     chosen = heads if isinstance(heads, int) else len(model.heads.labels(heads))
     at_once = max(pos, ROWS)
     floats = pos * streams + (4 * pos + 4 * at_once) * model.spec.d_vocab_out + 6 * at_once * held
+    ends = 2 * n_orders * len(model.banks) if layers else 0  # sublayers' terms, read over the vocabulary
     return plan_runs(
         model,
         f"{n_orders} orders on {len(prompts):,} prompts of up to {pos:,} tokens",
@@ -91,6 +93,7 @@ def _plan(
         positions=pos,
         bytes=plan(freeze, model, longest).bytes + model.W_U.element_size() * floats,
         result=TABLE * CELL * n_orders * (chosen + len(model.banks) + 1),
+        flops=2 * ends * total * model.spec.d_model * model.spec.d_vocab_out,
         chunks=len(prompts),
     )
 
@@ -104,6 +107,7 @@ def term_importance(
     task: Behaviour | None = None,
     max_order: int = 4,
     heads: int | Heads = 32,
+    layers: bool = True,
     max_bytes: int = MAX_BYTES,
     progress: bool = True,
 ) -> TermImportance:
@@ -118,6 +122,7 @@ def term_importance(
         max_order: the highest order kept apart; the rest is one row, ``>max_order``.
         heads: labels of heads to measure exactly, or how many per order: those with the largest
             first-order estimate.
+        layers: measure each sublayer too, which takes most of the time in deep models.
         max_bytes: memory beyond the model's that may be used, one frozen prompt and the result included.
         progress: show a progress bar when there are several prompts.
 
@@ -139,9 +144,13 @@ def term_importance(
     longest = len(model.sublayers())
     top = min(max_order, longest)
     n_orders = top + 1 if top == longest else top + 2
-    within(_plan(model, prompts, None, max_order, heads), max_bytes, "a smaller max_order, shorter prompts")
+    within(
+        _plan(model, prompts, None, max_order, heads, layers),
+        max_bytes,
+        "a smaller max_order, shorter prompts",
+    )
     names = order_names(n_orders, top)
-    sums = _Sums(names, model)
+    sums = _Sums(names, model, layers)
     terms = None
 
     def terms_of(number: int) -> _Terms:
@@ -248,12 +257,12 @@ class _Terms:
 class _Sums:
     """Averages over prompts, weighted by their number of predictions."""
 
-    def __init__(self, names: list[str], model: AttentionOnlyModel):
-        self.names = names
+    def __init__(self, names: list[str], model: AttentionOnlyModel, layers: bool):
+        self.names, self.banks = names, model.banks if layers else []  # the banks that are measured whole
         self.tokens = 0
         self.uniform = 0.0
         self.orders = torch.zeros(len(names), 2, dtype=torch.float64)
-        self.layers = torch.zeros(len(names), len(model.banks), 2, dtype=torch.float64)
+        self.layers = torch.zeros(len(names), len(self.banks), 2, dtype=torch.float64)
         self.estimates = [
             [torch.zeros(bank.n_heads, dtype=torch.float64) for bank in model.banks]
             for _ in range(min(HEAD_ORDERS, len(names) - 1))
@@ -266,7 +275,7 @@ class _Sums:
         self.uniform += terms.n * terms.uniform
         for order, value in enumerate(terms.values):
             self.orders[order] += terms.n * _float64(value, terms.attention_only(order))
-            if order:
+            if order and self.banks:
                 ends = torch.stack([end[order] for end in terms.ends])
                 self.layers[order] += terms.n * terms.effects(order, ends)
         for order, banks in enumerate(self.estimates, start=1):
@@ -301,7 +310,7 @@ class _Sums:
             (name, bank.layer, bank.kind, *(self.layers[order, i] / n).tolist())
             for order, name in enumerate(self.names)
             if order
-            for i, bank in enumerate(model.banks)
+            for i, bank in enumerate(self.banks)
         ]
         heads = []
         for order, banks in enumerate(self.estimates, start=1):

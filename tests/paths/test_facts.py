@@ -250,6 +250,20 @@ def test_single_later_heads_gain_where_induction_predicts():
     assert (repeated.frame["with_mlp"][1:].abs() < 1e-12).all()
 
 
+def test_layers_can_be_left_out():
+    model = mia.load("gelu-2l")
+    whole = mia.paths.term_importance(model, PLAIN, heads=2)
+    less = mia.paths.term_importance(model, PLAIN, heads=2, layers=False)
+    pd.testing.assert_frame_equal(whole.frame, less.frame)
+    pd.testing.assert_frame_equal(whole.heads, less.heads)
+    assert less.layers.empty
+    assert list(less.layers) == list(whole.layers)
+    plans = [
+        mia.plan(mia.paths.term_importance, model, PLAIN, layers=layers).flops for layers in (True, False)
+    ]
+    assert plans[0] > plans[1]
+
+
 @pytest.mark.parametrize("name", ["gelu-2l", "silu-2l"])
 def test_with_neurons_as_heads_induction_needs_them(name):
     """What the framework could not ask: with MLPs the gain comes from order 2, most of it through an

@@ -14,6 +14,7 @@ import torch
 import mechinterp_attn as mia
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.text import inert_json, number, shown
+from mechinterp_attn.view.report import sections_heads
 from mechinterp_attn.view.report.blocks import ABOVE, BELOW, NOT_A_NUMBER, SCALE, pattern
 from mechinterp_attn.view.report.presets import SECTIONS
 from mechinterp_attn.view.report.sections_glossary import GLOSSARY
@@ -85,6 +86,19 @@ def test_ov_and_qk_tables_are_those_of_the_best_heads(report, model):
     expected = mia.circuits.ov_top(model, label, top_k=20).frame
     assert list(table["token"]) == [shown(t) for t in expected["token"]]
     np.testing.assert_allclose(table["value"], expected["value"], rtol=1e-5)
+
+
+def test_large_vocabularies_are_read_from_the_prompts_tokens(model, monkeypatch):
+    """All pairs of 50,000 tokens take seconds a table; the page says which pairs it went over."""
+    monkeypatch.setattr(sections_heads, "FLOPS", 0)
+    page = mia.report(model, PROMPT, sections=["vocabulary"], heads=["L1H2"], progress=False)
+    own = model.to_tokens(PROMPT)[0].tolist()
+    frame = as_frame(blocks(page, "table")["ov-L1H2"])
+    special = set(own) - set(model.text_ids.tolist())
+    every = mia.circuits.ov_top(model, "L1H2", top_k=20, sources=sorted(set(own) - special)).frame
+    assert list(frame["token"]) == [shown(t) for t in every["token"]]
+    assert set(frame["source"]) <= {shown(t) for t in model.to_str_tokens(PROMPT)}
+    assert "for the tokens of this prompt" in page.data["sections"][0]["lead"][0][0]
 
 
 def test_a_pattern_keeps_what_a_colour_cannot_show():

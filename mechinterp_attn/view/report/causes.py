@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.cuts import Cut, cut_of_all, cutting
-from mechinterp_attn.causal.head_effects import Effects, effects
-from mechinterp_attn.causal.patches import fill_of
+from mechinterp_attn.causal.head_effects import Effects, effects, estimates_of
+from mechinterp_attn.causal.patches import Fill, fill_of
 from mechinterp_attn.causal.runs import MAX_BYTES, rows_at_once, run
 from mechinterp_attn.causal.task import Task
 
@@ -93,7 +94,8 @@ class Causes:
         of them in a large model) and for some neurons.
         """
         model = self.frozen.model
-        rough = effects(model, self.task, patch=self.patch, exact=0).frame
+        rough = model.heads.frame.assign(size=self.estimates.sum(1).abs().numpy())
+        rough = rough.sort_values("size", ascending=False, kind="stable")
         cost = 2 * sum(p.numel() for p in model.parameters()) * len(self.frozen.tokens)
         affordable = max(LEAST, int(FLOPS / cost))
         most = {"attention": affordable, "mlp": min(NEURONS, affordable)}
@@ -112,11 +114,20 @@ class Causes:
         return frame.assign(p=(math.log(self.probability) - frame["cut"]).map(math.exp))
 
     @cached_property
-    def here(self) -> pd.Series:
-        """Estimates of cutting each attention head at each position alone, by ``(head, position)``."""
-        frame = effects(self.frozen.model, self.task, patch=self.patch, positions="each", exact=0).frame
-        frame = frame[frame["kind"] == "attention"]
-        return -frame.set_index(["head", "position"])["estimate"]
+    def estimates(self) -> Float[Tensor, "head pos"]:
+        """What the answer's log-probability would lose if a head were cut at a position alone, for all
+        heads from one backward pass.
+        """
+        return -estimates_of(self.frozen.model, self._bound, self._patch, MAX_BYTES)
+
+    def likeliest(self, labels: Sequence[str], position: int, k: int) -> list[str]:
+        """The ``k`` heads whose cuts at a position do most, by these estimates."""
+        row = self._rows
+        return sorted(labels, key=lambda label: -abs(float(self.estimates[row[label], position])))[:k]
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {label: row for row, label in enumerate(self.frozen.model.heads)}
 
     @cached_property
     def _bound(self) -> Bound:
@@ -124,8 +135,11 @@ class Causes:
 
     @cached_property
     def _fill(self) -> dict[str, Tensor]:
-        fill = fill_of(self.frozen.model, self._bound, self.patch, max_bytes=MAX_BYTES)
-        return fill.of(self.frozen.model, slice(None), self._bound)
+        return self._patch.of(self.frozen.model, slice(None), self._bound)
+
+    @cached_property
+    def _patch(self) -> Fill:
+        return fill_of(self.frozen.model, self._bound, self.patch, max_bytes=MAX_BYTES)
 
     @cached_property
     def patterns(self) -> dict[str, Tensor]:

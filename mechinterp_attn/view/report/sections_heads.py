@@ -6,6 +6,7 @@ import pandas as pd
 
 from mechinterp_attn import circuits
 from mechinterp_attn.circuits.listed import fewest
+from mechinterp_attn.core.plan import plan
 from mechinterp_attn.core.text import signed
 from mechinterp_attn.view.charts import largest_terms
 from mechinterp_attn.view.report.blocks import (
@@ -22,6 +23,7 @@ from mechinterp_attn.view.report.blocks import (
 )
 from mechinterp_attn.view.report.study import SCORES, Study
 
+FLOPS = 1e11  # of one head's table over all pairs of tokens: a second
 NEURONS = 200  # listed by effect
 TOKENS = 6  # of each side of a neuron
 
@@ -122,24 +124,30 @@ def vocabulary(study: Study) -> Block | None:
     chosen = study.circuit_heads
     if not chosen:
         return None
+    wide = [label for label in chosen if study.model[label].kind != "mlp"]
+    every = all(plan(circuits.ov_top, study.model, label).flops <= FLOPS for label in wide)
+    sources = None if every else study.own_tokens
+    first = "over all pairs of tokens" if every else (
+        "for the tokens of this prompt as the first of a pair (mia.circuits.ov_top and qk_top go over all)"
+    )  # fmt: skip
     lead = [
         [
-            "Read from the weights alone, over all pairs of tokens. OV: attending to the first "
+            f"Read from the weights alone, {first}. OV: attending to the first "
             "token raises the logit of the second. QK: the first token, as a query, scores the "
             "second as a key. The norms' gains are folded in; positions and the layers between are "
             "left out."
         ]
     ]
     blocks, receipts = [], {}
-    for label, why in chosen.items():
-        if study.model[label].kind == "mlp":
-            continue
+    for label in wide:
+        why = chosen[label]
         for circuit, run, columns in (
             ("OV", circuits.ov_top, ("Attended token", "Output token")),
             ("QK", circuits.qk_top, ("Query token", "Key token")),
         ):
-            most = fewest(study.model) ** 2
-            result = run(study.model, label, top_k=min(20, most))
+            n = fewest(study.model)
+            most = n * (n if sources is None else len(sources))
+            result = run(study.model, label, top_k=min(20, most), sources=sources)
             blocks.append(
                 table(
                     f"{circuit.lower()}-{label}",

@@ -131,8 +131,7 @@ def _groups(causes: Causes, direct: dict[str, float], every: list[str]) -> Itera
     if q == 0:
         return []
     least = SOME * sum(direct[label] for label in every if direct[label] > 0)
-    here = causes.here
-    likely = sorted(every, key=lambda label: -abs(here.get((label, q), 0.0)))[:CANDIDATES]
+    likely = causes.likeliest(every, q, CANDIDATES)
     likely += [label for label in every if direct[label] > least and label not in likely]
     found: dict[int, list[tuple[float, Look]]] = {}
     for label, outcome in zip(likely, causes.without([[one] for one in likely], q), strict=True):
@@ -172,7 +171,7 @@ def _helpers(
     banks = [bank for bank in model.banks if bank.mixes_positions and bank.layer < last]
     earlier = [label for bank in banks for label in bank.labels()]
     for place in (looks[0].key, looks[0].query):
-        tries = sorted(earlier, key=lambda label: -abs(causes.here.get((label, place), 0.0)))[:CANDIDATES]
+        tries = causes.likeliest(earlier, place, CANDIDATES)
         if not tries:
             continue
         outcomes = causes.without([[label] for label in tries], place, watch=looks)

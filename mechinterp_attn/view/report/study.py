@@ -30,7 +30,8 @@ PATTERN_CELLS = 2**22  # of all the patterns in a page: prompts of 1,024 tokens 
 
 DIRECT = 4  # direct effects of each kind of head that are tested by cutting
 WAYS = 24  # heads that are asked how they act
-SEARCH = 200  # partial paths to open: seconds, and the section says what is not proven
+SEARCH, LEAST_SEARCH = 200, 32  # partial paths to open: seconds, and the section says what is not proven
+OPENED = 2 * 10**6  # heads that they may pass together: deep models with many neurons open fewer
 CLEAR = 0.3  # a score from here on makes a head one of that kind
 
 SIDES_READ: tuple[Literal["K", "Q", "V"], ...] = ("K", "Q", "V")
@@ -82,7 +83,9 @@ class Study:
     @cached_property
     def importance(self) -> paths.TermImportance:
         heads = 16 if len(self.names) <= LONG else 0
-        return paths.term_importance(self.frozen.model, self.frozen.tokens, heads=heads, progress=False)
+        return paths.term_importance(
+            self.frozen.model, self.frozen.tokens, heads=heads, layers=False, progress=False
+        )
 
     @cached_property
     def top_paths(self) -> paths.TopPaths:
@@ -91,15 +94,24 @@ class Study:
             target=self.target,
             position=self.position,
             top_k=30,
-            max_expansions=SEARCH,
+            max_expansions=self._search,
             progress=False,
         )
+
+    @property
+    def _search(self) -> int:
+        return max(LEAST_SEARCH, min(SEARCH, OPENED // max(1, self.model.n_heads)))
 
     @cached_property
     def top_circuits(self) -> paths.TopCircuits:
         """Chains of attention heads, neurons pooled."""
         return paths.top_circuits(
-            self.frozen, target=self.target, position=self.position, top_k=20, progress=False
+            self.frozen,
+            target=self.target,
+            position=self.position,
+            top_k=20,
+            max_expansions=self._search,
+            progress=False,
         )
 
     @cached_property
@@ -174,6 +186,12 @@ class Study:
     def names(self) -> list[str]:
         """The prompt's tokens, one by one."""
         return self.frozen.str_tokens
+
+    @property
+    def own_tokens(self) -> list[int]:
+        """The different ids of the prompt that texts are made of, as they come."""
+        plain = set(self.model.text_ids.tolist())
+        return [i for i in dict.fromkeys(self.frozen.tokens.tolist()) if i in plain]
 
     def token(self, id: int) -> str:
         return self.model.output_texts([id])[0]
