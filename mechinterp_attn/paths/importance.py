@@ -354,8 +354,7 @@ def _prompts(model: AttentionOnlyModel, tokens: Any) -> list[Tensor]:
 def _chosen(model: AttentionOnlyModel, heads: int | Heads, sums: _Sums, top: int) -> dict[int, list[str]]:
     """The heads to measure exactly, by order."""
     if not isinstance(heads, int):
-        named = model.heads.labels(heads)
-        return dict.fromkeys(range(1, top + 1), named) if named else {}
+        return dict.fromkeys(range(1, top + 1), model.heads.labels(heads))
     labels = list(model.heads)
     chosen = {}
     for order in range(1, top + 1):

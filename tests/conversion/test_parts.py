@@ -34,6 +34,10 @@ PARTS = {
     "norm_of_each": dict(qk_norm="LN", qk_norm_over="each"),
     "norm_last": dict(qk_norm="RMS", qk_norm_over="each", qk_norm_last=True),
     "norms_behind_only": dict(pre_norm=False, use_normalization_before_and_after=True),
+    "norms_on_the_stream": dict(
+        stream_norm="LN", embed_norm="LN", final_norm=False, normalization_type="LN",
+        positional_embedding_type="standard", act_fn="gelu",
+    ),
     "experts": dict(experts=4, experts_used=2, d_expert=5, gated_mlp=True, shared_gate=True, d_mlp=23),
     "experts_renormed": dict(
         experts=4, experts_used=2, d_expert=6, gated_mlp=True, router_renormed=True,

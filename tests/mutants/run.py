@@ -13,6 +13,7 @@ call the function with the slip, quickest first. ``docs/mutants.md`` has what ca
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import multiprocessing
@@ -163,9 +164,17 @@ def pytest_on(arguments: list[str], folder: Path, watch: Watch | None = None) ->
 
 def _warm_up() -> None:
     """What every child needs and no mutant changes is imported once."""
-    for name in ("torch", "transformers", "transformer_lens.model_bridge"):
+    for name in (
+        "torch",
+        "transformers",
+        "transformer_lens.model_bridge",
+        "pandas",
+        "hypothesis",
+        "pytest",
+    ):
         importlib.import_module(name)
     assert "mechinterp_attn" not in sys.modules
+    gc.freeze()  # no child looks through all of this for garbage
 
 
 def _arguments(tests: str) -> list[str]:
@@ -184,7 +193,9 @@ def _tests(arguments: list[str], folder: str, watch: Watch | None) -> None:
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
-    options = ["-x", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    options = ["-x", "-q", "-o", "addopts="]
+    for plugin in ("cacheprovider", "xdist", "anyio", "typeguard"):  # not used here, slow to import
+        options += ["-p", f"no:{plugin}"]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
     plugins = []
     if watch is not None:

@@ -174,11 +174,18 @@ def test_term_importance_is_the_loss_of_partial_sums(model, frozen, brute):
         assert row.given_others == pytest.approx(loss(partial[n]) - loss(partial[n] - part), abs=1e-10)
     measured = result.heads.dropna(subset=["alone"])
     assert len(measured)
+    for order, heads in result.heads.groupby("order"):  # the three with the largest estimate that is not 0
+        largest = heads[heads["estimate"] != 0].sort_values("estimate", key=abs).tail(3)
+        assert set(measured["head"][measured["order"] == order]) == set(largest["head"])
     for row in measured.itertuples():
         n = int(row.order)
         part = ending(n, lambda heads, row=row: heads[-1] == row.head)
         assert row.alone == pytest.approx(loss(partial[n - 1] + part) - loss(partial[n - 1]), abs=1e-10)
         assert row.given_others == pytest.approx(loss(partial[n]) - loss(partial[n] - part), abs=1e-10)
+    label = model.banks[0].label(1)
+    named = mia.paths.term_importance(model, TOKENS, max_order=2, heads=[label]).heads
+    named = named.dropna(subset=["alone"])
+    assert list(zip(named["order"], named["head"], strict=True)) == [("1", label), ("2", label)]
     for n in (1, 2):
         pure = ending(n, lambda heads: not any("N" in head for head in heads))
         expected = loss(partial[n - 1] + pure) - loss(partial[n - 1])
