@@ -1,6 +1,7 @@
 from . import causal as causal
 from . import circuits as circuits
 from . import detect as detect
+from . import explore as explore
 from . import paths as paths
 from . import theorems as theorems
 from .causal import tasks as tasks

@@ -19,6 +19,7 @@ FLOORS = (
     ("causal",),
     ("detect",),
     ("view",),
+    ("explore",),
     ("cli",),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

@@ -101,6 +101,9 @@ RUNS: dict[str, Callable[[Version], pd.DataFrame]] = {
     "corpus": lambda v: D.over_corpus(v.model, TOKENS.tolist(), heads=[v("L0H1"), v("L1N2")]).frame,
     "effects": lambda v: mia.causal.effects(v.model, _task(v.model)).frame,
     "discover": lambda v: mia.causal.discover(v.model, _task(v.model)).frame,
+    "intervene": lambda v: mia.causal.intervene(
+        v.model, TOKENS[0], mia.causal.Edit([v("L0H1"), v("L1N2")], scale=2)
+    ).frame,
     "loadings": lambda v: mia.causal.head_loadings(
         v.model, TOKENS[0], v("L1H1"), 5, 2, against="others"
     ).frame,

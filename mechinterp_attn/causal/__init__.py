@@ -6,6 +6,7 @@ from mechinterp_attn.causal.differences import Diff, diff
 from mechinterp_attn.causal.discovery import Discovery, discover
 from mechinterp_attn.causal.evaluation import Faithfulness, Minimality, faithfulness, minimality
 from mechinterp_attn.causal.head_effects import Effects, effects
+from mechinterp_attn.causal.intervention import Edit, Intervention, intervene
 from mechinterp_attn.causal.loadings import HeadLoadings, head_loadings
 from mechinterp_attn.causal.path import PathEffects, path_patch
 from mechinterp_attn.causal.rules import Rules
@@ -15,9 +16,11 @@ __all__ = [
     "Circuit",
     "Diff",
     "Discovery",
+    "Edit",
     "Effects",
     "Faithfulness",
     "HeadLoadings",
+    "Intervention",
     "Minimality",
     "PathEffects",
     "Rules",
@@ -27,6 +30,7 @@ __all__ = [
     "effects",
     "faithfulness",
     "head_loadings",
+    "intervene",
     "minimality",
     "path_patch",
     "tasks",

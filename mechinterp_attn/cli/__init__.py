@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from mechinterp_attn.cli import causal, circuits, detect, models, paths, report
+from mechinterp_attn.cli import causal, circuits, detect, explore, models, paths, report
 from mechinterp_attn.cli.common import BUG, INTERRUPTED, WRONG_INPUT, any_console, fail, remark
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.interrupt import gentle_interrupt
@@ -41,7 +41,7 @@ def options(
     """Transformers as attention heads only: convert, verify, find heads, write circuit reports."""
 
 
-for group in (models, report, detect, paths, circuits, causal):
+for group in (models, report, explore, detect, paths, circuits, causal):
     group.register(app)
 
 

@@ -2,7 +2,7 @@ const assert = require("node:assert/strict");
 const { test } = require("node:test");
 const { load } = require("./load.js");
 
-const { formatNumber, toCsv, mix, readable, rgb, asNumber } = load(["core.js"],
+const { formatNumber, toCsv, mix, readable, rgb, asNumber } = load(["element.js", "core.js"],
   ["formatNumber", "toCsv", "mix", "readable", "rgb", "asNumber"]);
 
 test("numbers read the same at every size, and what is no number says so", () => {

@@ -14,7 +14,7 @@ const canvas = () => ({
   append() {}, setAttribute() {},
 });
 const page = { Image: SlowImage, Blob, atob, document: { createElement: canvas } };
-const { toPng, shorten } = load(["core.js", "figure.js"], ["toPng", "shorten"], page);
+const { toPng, shorten } = load(["element.js", "core.js", "figure.js"], ["toPng", "shorten"], page);
 
 test("a PNG comes even where no frame is drawn and the page is never idle", async () => {
   const blob = await toPng({ text: "<svg/>", width: 30, height: 20 });

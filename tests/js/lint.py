@@ -1,4 +1,4 @@
-"""Lint the scripts of the report and the graph: biome, on what a page really runs.
+"""Lint the scripts of the report, the graph and the explorer: biome, on what a page really runs.
 
 The page holds its scripts as one, so they are linted as one: a name that no file declares, or that
 none uses, is an error.
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mechinterp_attn.explore.page import script as explorer
 from mechinterp_attn.view.report.page import script
 
 HERE = Path(__file__).parent
@@ -27,6 +28,7 @@ def main() -> int:
     built = HERE / "built"
     built.mkdir(exist_ok=True)
     (built / "report.js").write_text(script(), encoding="utf-8")
+    (built / "explorer.js").write_text(explorer(), encoding="utf-8")
     return subprocess.run([biome, "lint", "--error-on-warnings", "."], cwd=HERE).returncode
 
 

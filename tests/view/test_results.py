@@ -66,6 +66,7 @@ def results(model, tmp_path_factory) -> dict[str, Result]:
         mia.causal.effects(model, behaviour, exact=2),
         mia.causal.faithfulness(model, behaviour, ["L0H1", "L1H2"], sizes=[1, 2], draws=1),
         mia.causal.head_loadings(model, behaviour, "L1H2"),
+        mia.causal.intervene(model, PROMPT, mia.causal.Edit("L0H1")),
         mia.causal.minimality(model, behaviour, ["L0H1", "L1H2"]),
         mia.causal.path_patch(model, behaviour, "L0H* -> L1H2 -> logits"),
         detect.ablate(model, PROMPT),

@@ -80,6 +80,12 @@ function cardPassages(card) {
     ...card.passages.map((p) => el("li", {}, el("bdi", {}, p.before), el("mark", {}, p.token), el("bdi", {}, p.after)))));
 }
 
+/* Within the explorer, which named its frame so, a head can be cut from its card. */
+function cutButton(label) {
+  if (window.name !== "explorer") return null;
+  return el("button", { type: "button", class: "cut", onclick: () => { cardDialog.close(); parent.postMessage({ head: label }, "*"); } }, "Cut it");
+}
+
 const cardDialog = el("dialog", { id: "card", "aria-labelledby": "card-title" });
 document.body.append(cardDialog);
 async function openCard(label) {
@@ -87,7 +93,7 @@ async function openCard(label) {
   const title = el("h2", { id: "card-title" }, el("span", { class: "head" }, label), card ? el("span", { class: "quiet kind-" + card.kind }, ` ${KIND_NAMES[card.kind]}, layer ${card.layer}`) : null);
   const close = el("button", { type: "button", class: "close", "aria-label": "Close", onclick: () => cardDialog.close() }, "✕");
   const picture = el("div", { class: "card-picture" });
-  cardDialog.replaceChildren(el("div", { class: "card-top" }, title, close));
+  cardDialog.replaceChildren(el("div", { class: "card-top" }, title, cutButton(label), close));
   if (card) {
     cardDialog.append(cardFacts(card), el("div", { class: "card-body" }, picture, cardLists(card, report)));
     for (const part of [cardPartners(card), cardPassages(card)]) if (part) cardDialog.append(part);

@@ -22,6 +22,7 @@ from mechinterp_attn.view.report.diagram import diagram
 from mechinterp_attn.view.report.svg import svg
 
 _SCRIPTS = (
+    "element.js",
     "core.js",
     "figure.js",
     "table.js",
@@ -39,13 +40,13 @@ CIRCUITSVIS_TOKENS = 64
 
 def page(data: dict[str, Any]) -> str:
     """The HTML of a report."""
-    style, code = _asset(_STYLES), script()
+    style, code = asset(_STYLES), script()
     bundle = (
         circuitsvis.bundle() if len(data["prompt"]) <= CIRCUITSVIS_TOKENS and _has_patterns(data) else ""
     )
-    scripts = " ".join(_hash(text) for text in (code, bundle) if text)
+    scripts = " ".join(digest(text) for text in (code, bundle) if text)
     policy = (
-        f"default-src 'none'; script-src {scripts}; style-src {_hash(style)}; img-src data: blob:; "
+        f"default-src 'none'; script-src {scripts}; style-src {digest(style)}; img-src data: blob:; "
         "base-uri 'none'; form-action 'none'"
     )
     return _template().render(
@@ -60,7 +61,7 @@ def page(data: dict[str, Any]) -> str:
 
 def script() -> str:
     """The one script that a page runs."""
-    return _asset(_SCRIPTS)
+    return asset(_SCRIPTS)
 
 
 @cache
@@ -76,7 +77,8 @@ def _template() -> jinja2.Template:
 
 
 @cache
-def _asset(names: tuple[str, ...]) -> str:
+def asset(names: tuple[str, ...]) -> str:
+    """Styles or scripts of the pages, one after the other."""
     folder = files("mechinterp_attn.view") / "assets"
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
 
@@ -85,6 +87,7 @@ def _has_patterns(data: dict[str, Any]) -> bool:
     return any(block["type"] == "patterns" for part in data["sections"] for block in part["blocks"])
 
 
-def _hash(text: str) -> str:
-    digest = hashlib.sha256(text.encode("utf-8")).digest()
-    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+def digest(text: str) -> str:
+    """How a Content-Security-Policy names a script or style that stands in the page."""
+    sha = hashlib.sha256(text.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(sha).decode('ascii')}'"
