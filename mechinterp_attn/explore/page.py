@@ -8,7 +8,7 @@ from importlib.resources import files
 import jinja2
 from markupsafe import Markup
 
-from mechinterp_attn.view.report.page import asset, digest
+from mechinterp_attn.view.inline import asset, digest
 
 
 @cache

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,13 +12,18 @@ from mechinterp_attn.core.files import write_text
 from mechinterp_attn.core.pictures import draws
 from mechinterp_attn.core.text import inert_json, number, shown
 from mechinterp_attn.paths.graph import AttributionGraph
+from mechinterp_attn.view.inline import GRAPH_SCRIPTS, asset, policy
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TOKENS = 96  # that are drawn, the most influential ones
-EDGES = 3000  # that are drawn, the strongest ones
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+EDGES = 150_000  # that are drawn, the strongest ones
+_START = """
+const drawing = JSON.parse(document.getElementById("data").textContent);
+drawAttributionGraph(document.getElementById("graph"), drawing);
+document.documentElement.dataset.ready = "";
+"""
 
 
 @dataclass(frozen=True)
@@ -34,18 +38,17 @@ class GraphView:
 
     def page(self) -> str:
         """A whole HTML page that needs nothing but itself."""
+        title, style = html.escape(self.data["title"]), asset(("graph.css",))
+        code = asset(("element.js", "core.js", "figure.js", *GRAPH_SCRIPTS)) + _START
         return (
             '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-            f"<title>{html.escape(self.data['title'])}</title><style>{_asset('graph.css')}</style></head>"
-            f'<body class="graph-page"><h2>{html.escape(self.data["title"])}</h2>'
-            f"<p>{html.escape(self.data['note'])}</p>"
-            '<div id="graph"></div>'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy((code,), style)}">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{title}</title><style>{style}</style></head>"
+            f'<body class="graph-page"><main><h1>{title}</h1><p>{html.escape(self.data["note"])}</p>'
+            '<div id="graph"></div></main>'
             f'<script type="application/json" id="data">{inert_json(self.data)}</script>'
-            f"<script>{_asset('graph.js')}\n"
-            'drawAttributionGraph(document.getElementById("graph"), '
-            'JSON.parse(document.getElementById("data").textContent));'
-            'document.documentElement.dataset.ready = "";</script></body></html>'
+            f"<script>{code}</script></body></html>"
         )
 
     def save(self, path: str | Path) -> Path:
@@ -56,39 +59,40 @@ class GraphView:
         """The page in a frame of its own, so that nothing in it meets the notebook."""
         page = html.escape(self.page(), quote=True)
         return (
-            f'<iframe srcdoc="{page}" sandbox="allow-scripts" title="attribution graph" width="100%" '
-            'height="640" frameborder="0"></iframe>'
+            f'<iframe srcdoc="{page}" sandbox="allow-scripts allow-downloads" title="attribution graph" '
+            'width="100%" height="900" frameborder="0"></iframe>'
         )
 
     def __repr__(self) -> str:
-        nodes, edges = len(self.data["nodes"]), len(self.data["edges"])
-        return f"{self.data['title']}: {nodes} nodes, {edges} edges ({self.data['note']})"
+        nodes, edges = len(self.data["nodes"]), len(self.data["edges"]["weight"])
+        return f"{self.data['title']}: {nodes} nodes, {edges:,} edges ({self.data['note']})"
 
 
 @draws(AttributionGraph, form="page")
-def graph_view(graph: AttributionGraph, *, most: int = 60) -> GraphView:
-    """The picture of a graph; ``.data`` is what a page that embeds it needs.
+def graph_view(graph: AttributionGraph) -> GraphView:
+    """The picture of a graph; ``.data`` is what a page that embeds it needs."""
+    return GraphView(graph_data(graph))
+
+
+def graph_data(graph: AttributionGraph, *, edges: int = EDGES) -> dict[str, Any]:
+    """What every picture of a graph is drawn from: nodes, edges, scores, tokens, columns and rows.
+
+    ``nodes`` is a list of dicts. ``edges`` holds three lists, the strongest edge first: the places of
+    ``source`` and ``target`` in the list of nodes, and ``weight``. ``scores`` says where heads look,
+    and which nodes move the query and the key there. Long prompts: only the tokens with most influence
+    get a column, beside those where heads are drawn.
 
     Args:
-        most: how many heads and neurons to draw, the most influential ones.
+        edges: how many edges to draw, the strongest ones; what others bring is in the ``rest`` of a node.
     """
-    return GraphView(graph_data(graph, most=most))
-
-
-def graph_data(graph: AttributionGraph, *, most: int = 60) -> dict[str, Any]:
-    """Nodes, edges, tokens, columns and rows for ``drawAttributionGraph``.
-
-    Long prompts: only the tokens with most influence get a column, beside those where heads are drawn.
-    """
-    table, links, inside = _drawn(graph, most)
-    n_kept = int(graph.nodes["kind"].isin(["attention", "mlp"]).sum())
+    table, links = _drawn(graph, edges)
     rows: dict[int, str] = {}
     nodes = []
     for n in cast(Iterable[Any], table.itertuples()):
         row = None
-        if n.kind in ("attention", "mlp"):
-            row = 2 * int(n.layer) + (n.kind == "mlp")
-            rows[row] = f"L{n.layer} {'MLP' if n.kind == 'mlp' else 'heads'}"
+        if n.inner:
+            row = 2 * int(n.layer) + (n.kind != "attention")
+            rows[row] = f"L{n.layer} {'heads' if n.kind == 'attention' else 'MLP'}"
         nodes.append(
             {
                 "id": n.node,
@@ -96,55 +100,85 @@ def graph_data(graph: AttributionGraph, *, most: int = 60) -> dict[str, Any]:
                 "kind": n.kind,
                 "row": row,
                 "position": None if n.kind == "bias" else int(n.position),
+                "members": int(n.members) if n.inner else None,
                 "value": number(n.value),
                 "share": number(n.share) if n.share == n.share else None,
+                "influence": number(n.influence, 3) if n.influence == n.influence else None,
                 "rest": number(n.rest),
-                "head": n.node.split("<-")[0] if n.kind == "score" else None,
             }
         )
-    edges = [
-        {"source": e.source, "target": e.target, "kind": e.kind, "weight": number(e.weight)}
-        for e in cast(Iterable[Any], links.itertuples())
-        if e.kind != "pattern"
-    ]
+    place = {node["id"]: i for i, node in enumerate(nodes)}
     return {
         "title": f"Where {shown(graph.about)} = {graph.total:.3f} comes from",
-        "note": (
-            f"{n_kept:,} of {graph.n_candidates:,} heads and neurons at positions are in the graph, the "
-            f"{inside} most influential are drawn{_tokens(graph)}; paths inside the graph give "
-            f"{graph.kept:.3f} of {graph.total:.3f}"
-        ),
+        "note": _note(graph, len(table), len(links)),
         "tokens": [shown(token) for token in graph.tokens],
         "columns": sorted(table.loc[table["kind"] != "bias", "position"].astype(int).unique().tolist()),
         "rows": {str(row): name for row, name in rows.items()},
         "nodes": nodes,
-        "edges": edges,
+        "edges": {
+            "source": links["source"].map(place).tolist(),
+            "target": links["target"].map(place).tolist(),
+            "weight": [number(weight, 4) for weight in links["weight"]],
+        },
+        "scores": _scores(graph, place),
     }
 
 
-def _tokens(graph: AttributionGraph) -> str:
+def _note(graph: AttributionGraph, drawn: int, edges: int) -> str:
+    every = graph.nodes[graph.nodes["members"].notna()]
+    heads, pools = int((every["members"] == 1).sum()), int((every["members"] > 1).sum())
+    value = int((graph.edges["kind"] == "value").sum())
+    few = f", the {edges:,} strongest of {value:,} edges" if edges < value else f", {value:,} edges"
     n = len(graph.tokens)
-    return f", and {TOKENS} of {n:,} tokens" if n > TOKENS else ""
+    tokens = f", {TOKENS} of {n:,} tokens" if n > TOKENS else ""
+    pooled = f", and {pools:,} pools of others" if pools else ""
+    return (
+        f"{heads:,} of {graph.n_candidates:,} heads and neurons at positions{pooled}{few}{tokens}; paths "
+        f"inside the graph give {graph.kept:.3f} of {graph.total:.3f}"
+    )
 
 
-def _drawn(graph: AttributionGraph, most: int) -> tuple[pd.DataFrame, pd.DataFrame, int]:
+def _scores(graph: AttributionGraph, place: Mapping[str, int]) -> list[dict[str, Any]]:
+    """For every head with a score node: the key it takes most from, what it moves from there, and what
+    moves its score on either side, strongest first.
+    """
+    scores = graph.nodes[graph.nodes["kind"] == "score"]
+    edges = graph.edges[graph.edges["kind"].isin(["query", "key", "pattern"])]
+    into = dict(iter(edges.groupby(["target", "kind"], sort=False)))
+    moved = edges[edges["kind"] == "pattern"].set_index("source")["weight"]
+
+    def side(node: str, kind: str) -> list[list[Any]]:
+        own = into.get((node, kind))
+        if own is None:
+            return []
+        pairs = zip(own["source"], own["weight"], strict=True)
+        return [[place[source], number(weight, 4)] for source, weight in pairs if source in place]
+
+    return [
+        {
+            "head": n.node.split("<-")[0],
+            "label": shown(n.label),
+            "value": number(n.value),
+            "moves": number(moved[n.node]) if n.node in moved.index else None,
+            "query": side(n.node, "query"),
+            "key": side(n.node, "key"),
+        }
+        for n in cast(Iterable[Any], scores.itertuples())
+        if n.node.split("<-")[0] in place
+    ]
+
+
+def _drawn(graph: AttributionGraph, most: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The nodes and edges to draw; what is not drawn goes into each node's ``rest``."""
-    nodes, edges = graph.nodes, graph.edges
-    heads = nodes[nodes["kind"].isin(["attention", "mlp"])].nlargest(most, "influence")["node"]
-    others = nodes[nodes["kind"].isin(["bias", "logit"])]["node"]
-    tokens = nodes[nodes["kind"] == "token"].nlargest(TOKENS, "influence")["node"]
-    names = {*heads, *others, *tokens}
-    of_drawn = nodes["node"].map(lambda node: str(node).split("<-")[0] in names)
-    names |= set(nodes["node"][of_drawn & (nodes["kind"] == "score")])
-    nodes = nodes[nodes["node"].isin(names)]
+    nodes = graph.nodes[graph.nodes["kind"] != "score"]
+    edges = graph.edges[graph.edges["kind"] == "value"]
+    tokens = nodes[nodes["kind"] == "token"].nlargest(TOKENS, "influence").index
+    nodes = nodes[(nodes["kind"] != "token") | nodes.index.isin(tokens)]
+    names = set(nodes["node"])
     edges = edges[edges["source"].isin(names) & edges["target"].isin(names)]
-    weak = edges["weight"].abs().nlargest(EDGES).min() if len(edges) > EDGES else 0.0
-    edges = edges[(edges["kind"] != "value") | (edges["weight"].abs() >= weak)]
-    into = edges[edges["kind"] == "value"].groupby("target")["weight"].sum()
+    edges = edges.loc[edges["weight"].abs().sort_values(ascending=False, kind="stable").index[:most]]
+    into = edges.groupby("target")["weight"].sum()
+    inner = nodes["members"].notna()
     rest = nodes["value"] - nodes["node"].map(into).fillna(0.0)
-    rest = rest.where(nodes["kind"].isin(["attention", "mlp", "logit"]), 0.0)
-    return nodes.assign(rest=rest), edges, len(heads)
-
-
-def _asset(name: str) -> str:
-    return (files("mechinterp_attn.view") / "assets" / name).read_text(encoding="utf-8")
+    rest = rest.where(inner | (nodes["kind"] == "logit"), 0.0)
+    return nodes.assign(rest=rest, inner=inner), edges

@@ -209,16 +209,30 @@ def test_heatmaps_work_by_keyboard(saved, watched, model):
 
 def test_the_graph_is_walked_with_arrow_keys(saved, watched):
     page = watched.open(saved)
-    assert page.locator(".graph-node[tabindex='0']").count() == 1  # one stop for the tab key
-    page.locator(".graph-node.logit").focus()
+    page.locator(".graph-stage").focus()
     before = page.locator(".graph-panel h3").inner_text()
     page.keyboard.press("ArrowDown")
     assert page.locator(".graph-panel h3").inner_text() != before
-    assert page.evaluate("document.activeElement.classList.contains('chosen')")
-    for _ in range(4):  # a row up at a time, to the nearest node there; the logit stands on top
-        page.keyboard.press("ArrowUp")
+    page.keyboard.press("Escape")  # back to the target
     assert page.locator(".graph-panel h3").inner_text() == before
     watched.assert_quiet()
+
+
+def test_names_in_the_graph_open_cards_and_its_state_is_in_the_address(saved, watched, report):
+    heads = [n for n in report_graph(report)["nodes"] if n["members"] == 1]
+    node = max(heads, key=lambda n: n["influence"])
+    page = watched.page
+    page.goto(f"{saved.as_uri()}#graph?node={node['id']}")
+    page.wait_for_selector("html[data-ready]", state="attached")
+    assert page.locator("#graph .fold").get_attribute("open") is not None
+    assert page.locator(".graph-panel h3").inner_text().startswith(node["label"])
+    page.get_by_role("button", name="Head card").click()
+    assert page.locator("dialog#card h2").inner_text().startswith(node["label"])
+    watched.assert_quiet()
+
+
+def report_graph(report):
+    return next(b["graph"] for s in report.data["sections"] for b in s["blocks"] if b["type"] == "graph")
 
 
 def test_neurons_say_what_they_read_and_write(saved, watched, report):

@@ -105,6 +105,17 @@ def hostile_report(report):
     graph["graph"]["title"] = graph["graph"]["note"] = shown(HOSTILE[2])
     for i, node in enumerate(graph["graph"]["nodes"]):
         node["label"] = shown(HOSTILE[i % n])
+    graph["graph"]["scores"] = [
+        {
+            "head": n["id"],
+            "label": shown(HOSTILE[3]),
+            "value": 1.0,
+            "moves": 1.0,
+            "query": [[0, 1.0]],
+            "key": [],
+        }
+        for n in graph["graph"]["nodes"]
+    ]
     graph["graph"]["tokens"] = [shown(HOSTILE[i % n]) for i in range(len(graph["graph"]["tokens"]))]
     texts = data["prompt"]
     told = [

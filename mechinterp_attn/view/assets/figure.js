@@ -138,8 +138,10 @@ async function toPng({ text, width, height }) {
   return new Blob([Uint8Array.from(bytes, (c) => c.charCodeAt(0))], { type: "image/png" });
 }
 
-/* The buttons below a picture: SVG, PNG, and the numbers where they are not in a table of the page. */
+/* The buttons below a picture: SVG, PNG, and the numbers where they are not in a table of the page.
+   `picture` is an SVG of the page, or makes a file of its own. */
 function figureTools(name, caption, picture, csv) {
+  const drawn = () => (typeof picture === "function" ? picture() : standalone(picture));
   const said = el("span", { class: "quiet", role: "status" });
   const button = (kind, make) => el("button", { type: "button", class: "plain", "aria-label": `Download as ${kind}: ${caption()}`, onclick: async () => {
     said.textContent = "";
@@ -152,8 +154,8 @@ function figureTools(name, caption, picture, csv) {
   } }, kind);
   const file = (text, type) => new Blob([text], { type });
   return el("div", { class: "tools" },
-    button("SVG", () => file(standalone(picture).text, "image/svg+xml")),
-    button("PNG", () => toPng(standalone(picture))),
+    button("SVG", () => file(drawn().text, "image/svg+xml")),
+    button("PNG", () => toPng(drawn())),
     csv ? button("CSV", () => file(csv(), "text/csv")) : null,
     said);
 }

@@ -1,12 +1,7 @@
 const DRAW = { table: drawTable, patterns: drawPatterns, matrix: drawMatrix, graph: drawGraph };
 
 function drawGraph(host, block) {
-  const box = el("div");
-  host.append(box);
-  drawAttributionGraph(box, block.graph);
-  const stage = box.querySelector(".graph-scroll");
-  stage.scrollLeft = stage.scrollWidth; // the target stands at the last token
-  host.append(figureTools(() => block.id, () => block.graph.title, stage.querySelector("svg")));
+  drawAttributionGraph(host, block.graph, block.id);
 }
 
 /* Words and charts are on the screen before this runs; then block after block, each in a turn of its own,
@@ -28,7 +23,8 @@ for (const fold of document.querySelectorAll(".fold")) fold.addEventListener("to
 
 /* A link to a section or a block opens the fold that it stands in, and arrives there once all is drawn. */
 async function arrive() {
-  const place = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const name = location.hash.slice(1).split("?")[0]; // behind it, the state of what stands there
+  const place = name !== "" && document.getElementById(decodeURIComponent(name));
   if (!place) return;
   const fold = place.closest(".fold") || place.querySelector(":scope > .fold");
   if (fold) {

@@ -32,6 +32,7 @@ PASSAGES = 5
 LEAST = 5e-3  # weight of a token that is listed as looked at
 ROWS = 64  # heads whose output is read over the whole vocabulary at once
 KINDS = ("attention", "mlp")
+GRAPH_HEADS = 60  # of an attribution graph, the most influential ones
 
 
 def named(parts: Sequence[Block], heads: Iterable[str]) -> list[str]:
@@ -64,8 +65,9 @@ def _in_block(block: Block) -> list[str]:
     if block["type"] == "circuit":
         return [name for row in block["rows"] for name in row]
     if block["type"] == "graph":
-        nodes = [node for node in block["graph"]["nodes"] if node["kind"] in KINDS]
-        return [node["label"] for node in nodes]
+        heads = [n for n in block["graph"]["nodes"] if n["kind"] in KINDS and n["members"] == 1]
+        heads.sort(key=lambda node: -node["influence"])
+        return [node["label"] for node in heads[:GRAPH_HEADS]]
     if block["type"] == "table":
         keys = [c["key"] for c in block["columns"] if c["kind"] == "head"]
         order = list(range(len(block["data"][block["columns"][0]["key"]])))

@@ -6,8 +6,6 @@ Content-Security-Policy in it names both by hash and forbids every other source.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -17,6 +15,7 @@ from markupsafe import Markup
 
 from mechinterp_attn.core.text import inert_json
 from mechinterp_attn.view import circuitsvis
+from mechinterp_attn.view.inline import GRAPH_SCRIPTS, asset, policy
 from mechinterp_attn.view.report.arcs import arcs
 from mechinterp_attn.view.report.diagram import diagram
 from mechinterp_attn.view.report.svg import svg
@@ -28,7 +27,7 @@ _SCRIPTS = (
     "table.js",
     "patterns.js",
     "matrix.js",
-    "graph.js",
+    *GRAPH_SCRIPTS,
     "cards.js",
     "main.js",
 )
@@ -44,18 +43,13 @@ def page(data: dict[str, Any]) -> str:
     bundle = (
         circuitsvis.bundle() if len(data["prompt"]) <= CIRCUITSVIS_TOKENS and _has_patterns(data) else ""
     )
-    scripts = " ".join(digest(text) for text in (code, bundle) if text)
-    policy = (
-        f"default-src 'none'; script-src {scripts}; style-src {digest(style)}; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
-    )
     return _template().render(
         report=data,
         data=Markup(inert_json(data)),
         style=Markup(style),
         script=Markup(code),
         circuitsvis=Markup(bundle),
-        policy=policy,
+        policy=policy((code, bundle), style),
     )
 
 
@@ -76,18 +70,5 @@ def _template() -> jinja2.Template:
     return environment.from_string(source)
 
 
-@cache
-def asset(names: tuple[str, ...]) -> str:
-    """Styles or scripts of the pages, one after the other."""
-    folder = files("mechinterp_attn.view") / "assets"
-    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
-
-
 def _has_patterns(data: dict[str, Any]) -> bool:
     return any(block["type"] == "patterns" for part in data["sections"] for block in part["blocks"])
-
-
-def digest(text: str) -> str:
-    """How a Content-Security-Policy names a script or style that stands in the page."""
-    sha = hashlib.sha256(text.encode("utf-8")).digest()
-    return f"'sha256-{base64.b64encode(sha).decode('ascii')}'"

@@ -21,6 +21,7 @@ from mechinterp_attn.view.report.study import LONG, Study
 
 LEAST = 0.3  # share of the logit that the strongest paths must explain to be listed
 EDGES = 200  # listed as a table
+DRAWN = 20_000  # edges of the picture, which keeps the page small
 
 
 def loss(study: Study) -> Block:
@@ -200,7 +201,7 @@ def graph(study: Study) -> Block | None:
     if not study.model.n_heads:
         return None
     result = study.graph
-    drawn = graph_data(result)
+    drawn = graph_data(result, edges=DRAWN)
     lead = [
         [
             f"{drawn['title']}. Tokens stand across, layers upwards. Choose a node to see what "
