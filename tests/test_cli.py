@@ -107,6 +107,7 @@ def test_an_option_is_the_same_everywhere():
         "models",
         "convert",
         "verify",
+        "attach",
         "report",
         "detect",
         "paths",

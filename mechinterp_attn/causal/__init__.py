@@ -9,6 +9,12 @@ from mechinterp_attn.causal.head_effects import Effects, effects
 from mechinterp_attn.causal.intervention import Edit, Intervention, intervene
 from mechinterp_attn.causal.loadings import HeadLoadings, head_loadings
 from mechinterp_attn.causal.path import PathEffects, path_patch
+from mechinterp_attn.causal.prompt_circuits import (
+    PromptCircuits,
+    PromptClusters,
+    Stability,
+    prompt_circuits,
+)
 from mechinterp_attn.causal.rules import Rules
 from mechinterp_attn.causal.task import Task
 
@@ -23,7 +29,10 @@ __all__ = [
     "Intervention",
     "Minimality",
     "PathEffects",
+    "PromptCircuits",
+    "PromptClusters",
     "Rules",
+    "Stability",
     "Task",
     "diff",
     "discover",
@@ -33,5 +42,6 @@ __all__ = [
     "intervene",
     "minimality",
     "path_patch",
+    "prompt_circuits",
     "tasks",
 ]

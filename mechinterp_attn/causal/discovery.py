@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,9 +11,9 @@ from torch import Tensor
 from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.circuit import Circuit
 from mechinterp_attn.causal.edges import edge_cost, edge_scores
-from mechinterp_attn.causal.gradients import Backward, graph
 from mechinterp_attn.causal.head_effects import effects
-from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of, some
+from mechinterp_attn.causal.passes import scores_by_prompt
+from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of
 from mechinterp_attn.causal.pooled_edges import pooled_edge_scores
 from mechinterp_attn.causal.rules import FROZEN, RELP, SECANT, TRUE, Rules
 from mechinterp_attn.causal.runs import (
@@ -23,17 +22,13 @@ from mechinterp_attn.causal.runs import (
     head_rows,
     plan_prompts,
     ready,
-    rows_at_once,
     standing,
-    watched,
-    wide,
 )
 from mechinterp_attn.causal.task import Task
 from mechinterp_attn.causal.wires import Edges
 from mechinterp_attn.causal.written import pool_bytes
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import CELL, TABLE, Plan, plan, plans, within
-from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.index import Heads
@@ -222,7 +217,7 @@ def discover(
             kept = _kept(model, top_k, pools)
             frame, total, into = edge_scores(model, bound, rules, top_k=kept, **made_of)
         notes["edges"] = f"{total:,} scored, the top {len(frame):,} kept"
-        checks = _complete(model, state, rules, patch, torch.tensor([into]), notes)
+        checks = complete(model, state, rules, patch, torch.tensor([into]), notes)
         return Discovery(
             frame=frame, receipt=Receipt(checks, notes), standing=state, task=task, units=units,
             method=name, total=total,
@@ -232,14 +227,14 @@ def discover(
     frame = head_rows(model, bound if each else None).assign(score=scores.flatten().numpy())
     if chosen is not None:
         frame = frame[frame["head"].isin(chosen)]
-    checks = _complete(model, state, rules, patch, inputs, notes)
+    checks = complete(model, state, rules, patch, inputs, notes)
     return Discovery(
         frame=_sorted(frame), receipt=Receipt(checks, notes), standing=state, task=task, units=units,
         method=name, total=len(frame),
     )  # fmt: skip
 
 
-def _complete(
+def complete(
     model: AttentionOnlyModel,
     state: Standing,
     rules: Rules,
@@ -251,6 +246,9 @@ def _complete(
     and a note on other slopes.
 
     Args:
+        state: how the model does on the behaviour.
+        rules, patch: what the scores were made with.
+        notes: a receipt's, which get the note.
         inputs: their sum for every prompt, or its mean over them.
     """
     if state.corrupt is None or patch != "corrupt":
@@ -298,6 +296,15 @@ def _rules(method: Any, units: str, positions: str, patch: str, steps: int, pool
     return rules
 
 
+def rules_of(method: Method | Rules, steps: int, patch: str) -> Rules:
+    """The rules behind a method that ranks heads.
+
+    Raises:
+        MechInterpError: an unknown method, or one that does not go with the other choices.
+    """
+    return _rules(method, "heads", "all", patch, steps, pools=False)
+
+
 def _sorted(frame: Any) -> Any:
     order = frame["score"].abs().sort_values(ascending=False, kind="stable").index
     return frame.loc[order].reset_index(drop=True)
@@ -317,88 +324,8 @@ def _head_scores(
     width = bound.clean.tokens.shape[1]
     total = torch.zeros(len(model.heads), width, dtype=torch.float64)
     inputs = torch.zeros(len(bound), dtype=torch.float64)
-    rows = rows_at_once(model, bound, max_bytes, backward=True)
-    rows = max(1, rows // 2) if rules.paired else rows
-    with Progress(desc="backward passes", total=len(bound)) as progress:
-        for at, part in bound.split(rows):
-            base = some(fill.base, at, part)
-            passes = list(_passes(model, part, base, fill, at, rules, method, steps))
-            z = passes[0].z
-            other = passes[0].other_z or fill.of(model, at, part)
-            start = 0
-            for bank in model.banks:
-                gradient = sum(p.gradient[bank.path] for p in passes if bank.path in p.gradient)
-                count = sum(bank.path in p.gradient for p in passes)
-                change = z[bank.path] - other[bank.path].to(z[bank.path].dtype)
-                score = wide(change * gradient).double().sum(-1) * base.real[..., None] / count
-                end = start + bank.n_heads
-                total[start:end, : score.shape[1]] += score.sum(0).T.cpu()
-                start = end
-            if fill.other is not None:
-                inputs[at] = _input_scores(model, part, passes, some(fill.other, at, part)).cpu()
-            progress.update(len(part))
+    for at, scores, own in scores_by_prompt(model, bound, fill, rules, method, steps, max_bytes):
+        total[:, : scores.shape[2]] += scores.sum(0)
+        inputs[at] = own
     total /= len(bound)
     return (total if each else total.sum(1)), inputs
-
-
-def _input_scores(model: AttentionOnlyModel, part: Bound, passes: list[Backward], other: Any) -> Tensor:
-    embed = passes[0].other_embed
-    if embed is None:
-        embed = watched(model, part, other, {"hook_embed"})[0]["hook_embed"]
-    whole = [p for p in passes if p.embed_gradient is not None]
-    gradient = sum(p.embed_gradient for p in whole) / len(whole)
-    return ((passes[0].embed - embed) * gradient).double().sum((1, 2))
-
-
-def _passes(
-    model: AttentionOnlyModel,
-    part: Bound,
-    base: Any,
-    fill: Fill,
-    at: slice,
-    rules: Rules,
-    method: str,
-    steps: int,
-) -> Iterator[Backward]:
-    """The backward passes whose mean gradient is the method's; the first has the clean run's ``z``."""
-    if rules.paired:
-        assert fill.other is not None
-        yield graph(model, part, base, rules, other=some(fill.other, at, part)).backward()
-    elif method == "eap-ig":
-        assert fill.other is not None
-        yield from interpolated(model, part, base, some(fill.other, at, part), rules, steps)
-    elif method == "eap-ig-activations":
-        yield from _between_activations(model, part, base, fill.of(model, at, part), rules, steps)
-    else:
-        yield graph(model, part, base, rules).backward()
-
-
-def interpolated(
-    model: AttentionOnlyModel, part: Bound, base: Any, other: Any, rules: Rules, steps: int
-) -> Iterator[Backward]:  # fmt: skip
-    """Backward passes at inputs between the counterfactual and the clean ones, at the middle of each of
-    ``steps`` equal pieces; the values of ``z`` and of the embedding are the clean run's.
-    """
-    (seen, z), (far, _) = (watched(model, part, batch, {"hook_embed"}) for batch in (base, other))
-    one, two = seen["hook_embed"], far["hook_embed"]
-    for step in range(steps):
-        share = (step + 0.5) / steps
-        middle = two + share * (one - two)
-        hooks = [("hook_embed", lambda x, hook, middle=middle: middle.clone().requires_grad_())]
-        passed = graph(model, part, base, rules, hooks=hooks).backward()
-        yield Backward(passed.metric, z, passed.gradient, one, passed.embed_gradient)
-
-
-def _between_activations(
-    model: AttentionOnlyModel, part: Bound, base: Any, other: dict[str, Tensor], rules: Rules, steps: int
-) -> Iterator[Backward]:
-    seen, z = watched(model, part, base, {"hook_embed"})
-    embed = seen["hook_embed"]
-    for bank in model.banks:
-        for step in range(steps):
-            share = (step + 0.5) / steps
-            middle = other[bank.path] + share * (z[bank.path] - other[bank.path])
-            hook = (bank.hook("z"), lambda x, hook, middle=middle: middle + 0 * x)
-            passed = graph(model, part, base, rules, hooks=[hook]).backward()
-            own = {bank.path: passed.gradient[bank.path]}
-            yield Backward(passed.metric, z, own, embed, passed.embed_gradient)

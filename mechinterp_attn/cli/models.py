@@ -1,4 +1,4 @@
-"""``models``, ``convert``, ``verify``."""
+"""``models``, ``convert``, ``verify``, ``attach``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mechinterp_attn.cli.common import (
     Wide,
     emit,
     emit_json,
+    load,
     records,
     remark,
 )
@@ -28,12 +29,21 @@ if TYPE_CHECKING:
 Mode = Literal["exact", "silu", "mixture"]
 MLPMode = Annotated[Mode, typer.Option(help="How MLP neurons become heads.")]
 Components = Annotated[int, typer.Option(help="Heads per neuron in mode 'mixture'.")]
+TextFile = Annotated[
+    Path,
+    typer.Option(
+        help="Text to compare on; token ids, one sequence a line, without a tokenizer.", metavar="FILE"
+    ),
+]
+MaxTokens = Annotated[int, typer.Option(help="How many tokens of the text to use at most.")]
+RESULT = "Where to write the result."
 
 
 def register(app: typer.Typer) -> None:
     app.command()(models)
     app.command()(convert)
     app.command()(verify)
+    app.command()(attach)
 
 
 def models(as_json: AsJson = False, csv: CsvFile = None, wide: Wide = False, quiet: Quiet = False) -> None:
@@ -45,7 +55,7 @@ def models(as_json: AsJson = False, csv: CsvFile = None, wide: Wide = False, qui
 
 def convert(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Where to write the result.", metavar="FOLDER")],
+    out: Annotated[Path, typer.Option(help=RESULT, metavar="FOLDER")],
     mlp: MLPMode = "exact",
     components: Components = 8,
     quiet: Quiet = False,
@@ -62,15 +72,10 @@ def convert(
 
 def verify(
     model: Model,
-    text: Annotated[
-        Path,
-        typer.Option(
-            help="Text to compare on; token ids, one sequence a line, without a tokenizer.", metavar="FILE"
-        ),
-    ],
+    text: TextFile,
     mlp: MLPMode = "exact",
     components: Components = 8,
-    max_tokens: Annotated[int, typer.Option(help="How many tokens of the text to use at most.")] = 4096,
+    max_tokens: MaxTokens = 4096,
     as_json: AsJson = False,
     csv: CsvFile = None,
     wide: Wide = False,
@@ -92,6 +97,40 @@ def verify(
             typer.echo(f"{model}: {fidelity}")
         emit(fidelity.per_layer, csv=csv)
     raise typer.Exit(0 if fidelity.ok else DIFFERS)
+
+
+def attach(
+    model: Model,
+    dictionary: Annotated[
+        str,
+        typer.Argument(
+            help="A folder with a dictionary, or a bundled model that has some.", metavar="DICTIONARY"
+        ),
+    ],
+    layer: Annotated[int, typer.Option(help="Where it is attached.")],
+    text: TextFile,
+    out: Annotated[Path | None, typer.Option(help=RESULT, metavar="FOLDER")] = None,
+    max_tokens: MaxTokens = 4096,
+    as_json: AsJson = False,
+    csv: CsvFile = None,
+    wide: Wide = False,
+    quiet: Quiet = False,
+) -> None:
+    """Attach a dictionary's features as heads, and measure on a text how well it describes the model.
+
+    With --out the model with its features is saved, as a folder that every other command takes.
+    """
+    import mechinterp_attn as mia
+
+    converted = load(model)
+    attached = mia.attach(converted, mia.Dictionary.load(dictionary, layer=layer), layer=layer)
+    tokens = windows(attached, read_text(text), max_tokens)
+    found = mia.detect.reconstruction(attached, tokens)
+    if out is not None:
+        attached.save(out)
+        remark(f"wrote {out}")
+    emit(found.frame, as_json=as_json, csv=csv)
+    remark(str(found.receipt))
 
 
 def read_text(file: Path) -> str:

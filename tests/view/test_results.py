@@ -40,6 +40,7 @@ def results(model, tmp_path_factory) -> dict[str, Result]:
     literal = theorems.attention_only(tiny)
     described = mia.attach(tiny, transcoder(16), layer=0)
     behaviour = mia.tasks.induction(model, n=4)
+    single = mia.causal.prompt_circuits(model, [behaviour, mia.tasks.sva(model, n=4)])
     changed = copy.deepcopy(model)
     changed.blocks[0].attn.W_O.data[1] *= 2
     scores = detect.score_heads(model)
@@ -69,6 +70,9 @@ def results(model, tmp_path_factory) -> dict[str, Result]:
         mia.causal.intervene(model, PROMPT, mia.causal.Edit("L0H1")),
         mia.causal.minimality(model, behaviour, ["L0H1", "L1H2"]),
         mia.causal.path_patch(model, behaviour, "L0H* -> L1H2 -> logits"),
+        single,
+        single.clusters(2),
+        single.stability(3, draws=5),
         detect.ablate(model, PROMPT),
         detect.check_circuit(model, {"heads": {"L0H0": {"previous_token": 0.0}}}),
         detect.in_context_learning(model, PROMPT, early=1, late=8),
