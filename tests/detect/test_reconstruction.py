@@ -59,7 +59,7 @@ def test_the_measures_are_the_dictionarys_own(plain, kind):
         expected = {
             "loss": whole,
             "loss_without_error": loss_of(without, tokens),
-            "loss_without_mlp": loss_of(silent, tokens),
+            "loss_ablated": loss_of(silent, tokens),
             "loss_recovered": (loss_of(silent, tokens) - loss_of(without, tokens)) / way,
             "kl": float(kl.sum(-1)[:, :-1].mean()),
         }
@@ -97,7 +97,7 @@ def test_padding_counts_for_nothing(plain):
     each = [mia.detect.reconstruction(model, row[None]) for row in rows]
     n = [one.n_tokens for one in each]
     assert both.n_tokens == sum(n)
-    for name in ("l0", "loss", "loss_without_error", "loss_without_mlp", "kl"):
+    for name in ("l0", "loss", "loss_without_error", "loss_ablated", "kl"):
         mean = sum(k * one.frame[name][0] for k, one in zip(n, each, strict=True)) / sum(n)
         assert both.frame[name][0] == pytest.approx(mean, rel=1e-9), name
 
