@@ -152,20 +152,21 @@ def card(
     attached = mia.attach(model, widened(dictionary), layer=layer)
     measured = mia.detect.reconstruction(attached, mia.held_out())
     assert measured.receipt.ok, measured.receipt
-    row = measured.frame.iloc[0].drop(["dictionary", "layer"]).to_dict()
+    row = measured.frame.iloc[0].drop(["dictionary", "layer", "features"]).astype(float).to_dict()
     novels = facts.pop("novels")
     return {
         "model": name,
         "layer": layer,
         "at": "mlp",
-        "description": f"transcoder of layer {layer}: {recipe.n_features} features, BatchTopK of {recipe.k}",
-        "data": f"litbank (https://github.com/dbamman/litbank), its first {novels} novels: texts in the public "
-        "domain, collection CC-BY 4.0. Measured on the last 5, which neither this nor the model saw.",
-        "data_mix": f"{recipe.batch} documents of {model.spec.n_ctx} tokens in a step, {recipe.repeated} of "
-        "which repeat one span: half of the spans are random tokens, half passages of the novels.",
+        "description": f"transcoder of layer {layer}, {recipe.n_features} features, BatchTopK",
+        "data": f"litbank (https://github.com/dbamman/litbank), its first {novels} novels: texts in the "
+        "public domain, collection CC-BY 4.0. Measured on the last 5, which neither this nor the model "
+        "saw.",
+        "data_mix": f"{recipe.batch} documents of {model.spec.n_ctx} tokens in a step, {recipe.repeated} "
+        "of which repeat one span: half of the spans are random tokens, half passages.",
         "licence": "MIT",
-        "command": f"python -m benchmarks.training.dictionaries {name} --layer {layer} --tokens {recipe.tokens} "
-        f"--seed {recipe.seed}",
+        "command": f"python -m benchmarks.training.dictionaries {name} --layer {layer} "
+        f"--tokens {recipe.tokens} --seed {recipe.seed}",
         "recipe": asdict(recipe),
         "stored_as": "float16",
         **facts,

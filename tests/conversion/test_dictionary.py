@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import mechinterp_attn as mia
+from mechinterp_attn.sources.zoo import bundled_dictionaries
 from tests.conftest import random_tokens, tiny_bridge
 
 KINDS = ("relu", "jumprelu", "topk")
@@ -299,3 +300,37 @@ def test_what_does_not_fit_is_named(plain):
         mia.attach(mia.attach(plain, one, layer=0), one, layer=0)
     with pytest.raises(mia.MechInterpError, match="layer=7, expected 0 to 1"):
         mia.attach(plain, one, layer=7)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_bundled_dictionaries_are_what_their_cards_say(layer):
+    """Measured again on some of the held-out text; the cards are over all of it."""
+    model, dictionary = mia.load("gelu-2l"), mia.Dictionary.load("gelu-2l", layer=layer)
+    attached = mia.attach(model, dictionary, layer=layer)
+    found = mia.detect.reconstruction(attached, mia.held_out()[::4])
+    assert found.receipt.ok
+    row, card = found.frame.iloc[0], dictionary.card
+    assert row["fve"] == pytest.approx(card["fve"], abs=0.02)
+    assert row["l0"] == pytest.approx(card["l0"], rel=0.1)
+    assert row["loss_recovered"] == pytest.approx(card["loss_recovered"], abs=0.03)
+    assert card["fve"] > 0.8
+    assert card["loss_recovered"] > 0.9
+    assert card["dead"] < 0.05
+    assert dictionary.n_features > model.spec.d_mlp
+    for key in ("data", "licence", "command", "recipe", "kl", "minutes"):
+        assert card[key], key
+    with pytest.raises(mia.MechInterpError, match=f"card says layer {layer}, not {1 - layer}"):
+        mia.attach(model, dictionary, layer=1 - layer)
+    with pytest.raises(mia.MechInterpError, match="card says model 'gelu-2l', not 'silu-2l'"):
+        mia.attach(mia.load("silu-2l"), dictionary, layer=layer)
+
+
+def test_bundled_dictionaries_are_found_by_name():
+    with pytest.raises(mia.MechInterpError, match=r"it has layers \[0, 1\]: give layer="):
+        mia.Dictionary.load("gelu-2l")
+    with pytest.raises(
+        mia.MechInterpError, match=r"no dictionary is bundled for it; there are some for \['gelu-2l'\]"
+    ):
+        mia.Dictionary.load("attn-2l", layer=0)
+    files = list(bundled_dictionaries("gelu-2l").rglob("*"))
+    assert sum(file.stat().st_size for file in files if file.is_file()) <= 3_000_000
