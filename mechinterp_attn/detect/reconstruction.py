@@ -1,7 +1,8 @@
 """How well attached dictionaries describe a model, measured on real activations.
 
 A dictionary is good when few features are active at a token, what they write is nearly what the MLP writes,
-and the model predicts as well without the rest (Gao et al. 2024, section 4; Lieberum et al. 2024, section 4).
+and the model predicts as well without the rest (Gao et al. 2024, section 4; Lieberum et al. 2024, section
+4).
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ class Reconstruction(Result):
             (fraction of variance explained: 1 - squared error / squared distance from the mean, of what the
             MLP writes), ``dead`` (share of the features that are active at no token here), ``loss`` (of the
             model, nats per token), ``loss_without_error``, ``loss_ablated`` (with the MLP at zero),
-            ``loss_recovered`` (how much of the way from the last to the first is left without the error) and
-            ``kl`` (from the model's next-token distribution to the one without the error, nats). The first
-            token of a prompt counts for none of the features' measures; a model without a next-token loss
-            has NaN where it needs one.
+            ``loss_recovered`` (how much of the way from the last to the first is left without the error)
+            and ``kl`` (from the model's next-token distribution to the one without the error, nats). The
+            first token of a prompt counts for none of the features' measures; a model without a next-token
+            loss has NaN where it needs one.
         n_tokens: how many tokens the features' measures are over.
     """
 
