@@ -1,6 +1,6 @@
 """Neurons or features: which of the two describe what a model does with fewer nodes?
 
-    OMP_NUM_THREADS=1 python benchmarks/neurons_or_features.py [--prompts 64]
+    OMP_NUM_THREADS=1 python benchmarks/neurons_or_features.py [--prompts 48]
 
 The bundled gelu-2l once with its 1,024 neurons as heads and once with its bundled dictionaries attached,
 their features and two errors in the neurons' place; attention heads are nodes in both. Rankings are found
@@ -117,7 +117,7 @@ def fewest(curve: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=48)
     options = parser.parse_args()
     plain = mia.load(MODEL)
     described = plain
@@ -131,7 +131,7 @@ def main() -> None:
                 for nodes, order in rankings(model, found_on, method).items():
                     sizes = [n for n in SIZES if n < len(order)] + [len(order)]
                     curve = mia.causal.faithfulness(model, held_out, order, sizes=sizes, draws=0).frame
-                    shares = mia.causal.faithfulness(model, held_out, order, draws=2)
+                    shares = mia.causal.faithfulness(model, held_out, order, draws=1)
                     ten = curve.set_index("size")["faithfulness"]
                     rows.append(
                         {
