@@ -32,9 +32,9 @@ class PromptClusters(Result):
 
     Attributes:
         frame: one row per prompt: ``prompt`` (its number), ``task``, ``cluster`` (from 0, the largest
-            first), ``closeness`` (cosine of its scores with its group's mean direction), ``margin`` (less
-            the same of the nearest other group).
-        centres: one row per head, one column per group: its scores' mean direction, of length 1.
+            first), ``closeness`` (cosine of its circuit with its group's mean), ``margin`` (less the same
+            of the nearest other group).
+        centres: one row per head, one column per group: the head's share in the group's mean circuit.
         silhouette: how much nearer prompts are to their own group than to the next one (Rousseeuw 1987),
             from -1 to 1.
         silhouette_null: the 95th percentile of the same where every head's scores are shuffled among the
@@ -89,8 +89,11 @@ class PromptCircuits(Result):
     method: str
 
     def clusters(self, k: int = 2, *, seed: int = 0) -> PromptClusters:
-        """Put the prompts into groups by the direction of their scores (spherical k-means; Dhillon and
-        Modha 2001).
+        """Put the prompts into groups by their circuits (spherical k-means; Dhillon and Modha 2001).
+
+        A prompt's circuit is taken as how its scores are spread over heads: each head's share of their
+        absolute sum. Two circuits are as near as their Bhattacharyya coefficient, the sum of the square
+        roots of the shares' products, which is 1 for the same circuit and 0 for two without a common head.
 
         Args:
             k: how many groups.
@@ -106,13 +109,14 @@ class PromptCircuits(Result):
         wrong += [f"prompt {i} has scores of 0 for every head: it has no direction" for i in nothing[:3]]
         if wrong:
             raise MechInterpError(listing("these prompts cannot be grouped", wrong))
-        own, centres = grouped(self.scores, k, generator)
-        cosines = torch.nn.functional.normalize(self.scores, dim=1) @ centres.T
+        spread = self.scores.abs().sqrt()  # of length 1 after division: roots of shares
+        own, centres = grouped(spread, k, generator)
+        cosines = torch.nn.functional.normalize(spread, dim=1) @ centres.T
         closeness = cosines.gather(1, own[:, None])[:, 0]
         other = cosines.scatter(1, own[:, None], -torch.inf).amax(1)
         null = []
         for _ in range(NULLS):
-            noise = shuffled(self.scores, generator)
+            noise = shuffled(spread, generator)
             null.append(silhouette(noise, grouped(noise, k, generator)[0]))
         frame = pd.DataFrame(
             {
@@ -125,7 +129,7 @@ class PromptCircuits(Result):
         )
         heads = self.frame.sort_index()["head"].tolist()
         several = len(set(self.tasks)) > 1
-        found = silhouette(self.scores, own)
+        found = silhouette(spread, own)
         limit = float(torch.tensor(null).quantile(0.95))
         check = Check("clusters are farther apart than in shuffled scores (short by)", limit - found, 0.0)
         return PromptClusters(
@@ -133,7 +137,9 @@ class PromptCircuits(Result):
             receipt=Receipt(
                 (check,), {"method": self.method, "groups": k, "seed": seed, "shuffles": NULLS}
             ),
-            centres=pd.DataFrame(centres.T.numpy(), columns=range(k)).assign(head=heads).set_index("head"),
+            centres=pd.DataFrame(centres.T.square().numpy(), columns=range(k))
+            .assign(head=heads)
+            .set_index("head"),
             silhouette=found,
             silhouette_null=limit,
             adjusted_rand=adjusted_rand(own.tolist(), self.tasks) if several else float("nan"),
