@@ -163,6 +163,12 @@ class PromptCircuits(Result):
             raise MechInterpError(listing("the circuit's stability cannot be measured", wrong))
         rows = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
         means = torch.stack([self.scores[row].mean(0) for row in rows])
+        drawn = torch.zeros(draws, n, dtype=means.dtype).scatter_add(
+            1, rows, torch.ones_like(rows).double()
+        )
+        off = float((drawn @ self.scores / n - means).abs().max())
+        scale = float(self.scores.abs().max())
+        check = Check("resampled means from how often each prompt was drawn", off, 1e-9 * max(1.0, scale))
         among = torch.zeros(draws, n_heads, dtype=torch.bool)
         among.scatter_(1, means.abs().topk(size, 1).indices, True)
         top = self.scores.mean(0).abs().topk(size).indices
@@ -172,7 +178,7 @@ class PromptCircuits(Result):
         notes = {"method": self.method, "prompts": n, "resamples": draws, "seed": seed}
         return Stability(
             frame=frame.reset_index(drop=True),
-            receipt=Receipt((), notes),
+            receipt=Receipt((check,), notes),
             overlap=float(kept[top].mean()),
             random=size / n_heads,
             size=size,
