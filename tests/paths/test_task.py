@@ -114,6 +114,15 @@ def test_term_importance_of_the_loss_is_the_same_both_ways(model):
     torch.testing.assert_close(torch.tensor(one.heads["estimate"]), torch.tensor(two.heads["estimate"]))
 
 
+def test_every_prediction_counts_the_same(model):
+    """Prompts of 3 and 9 tokens: the mean over 2 + 8 predictions, not over prompts or tokens."""
+    texts = [random_tokens(model, 1, n, seed=n)[0] for n in (3, 9)]
+    found = mia.paths.term_importance(model, texts, heads=0, progress=False)
+    losses = torch.cat([-model(t[None])[0, :-1].log_softmax(-1)[range(len(t) - 1), t[1:]] for t in texts])
+    assert len(losses) == found.n_tokens == 10
+    assert found.frame["loss"].iloc[-1] == pytest.approx(float(losses.mean()), abs=1e-10)  # float64
+
+
 def test_what_does_not_fit_is_said(model, as_users_run_it):
     task = task_of(model)
     frozen = mia.paths.freeze(model, torch.tensor(task.clean[0]))
