@@ -127,6 +127,29 @@ def test_losses_by_position():
     assert len(result.plot().data) == 1
 
 
+def test_padding_is_in_no_mean():
+    """Texts of unequal lengths: each position over the texts that reach it, with their own spread."""
+    model = mia.convert(tiny_bridge())
+    rows = [random_tokens(model, 1, n, seed=n)[0] for n in (12, 9, 6)]
+    losses = [model(row, return_type="loss", loss_per_token=True)[0].detach() for row in rows]
+    result = mia.detect.in_context_learning(model, rows, early=2, late=7)
+    for row in result.frame.itertuples():
+        own = torch.stack([loss[row.position - 1] for loss in losses if len(loss) >= row.position]).double()
+        assert row.count == len(own)
+        assert row.loss == pytest.approx(float(own.mean()), abs=1e-5)  # float32
+        error = float(own.std() / len(own) ** 0.5) if len(own) > 1 else 0.0
+        assert row.error == pytest.approx(error, abs=1e-5)
+    assert result.score == pytest.approx(result.frame["loss"][6] - result.frame["loss"][1])
+    assert result.receipt.ok
+
+
+def test_the_shares_of_a_published_context_stand_for_it():
+    """Olsson et al. 2022: 50 and 500 of 512, and as much of a shorter context."""
+    model = mia.convert(tiny_bridge(n_ctx=128, n_layers=1))
+    result = mia.detect.in_context_learning(model, random_tokens(model, pos=128))
+    assert (result.early, result.late) == (round(128 * 50 / 512), 128 * 500 // 512)
+
+
 def test_default_positions_fit_a_short_prompt():
     """13 tokens have 12 predictions: the share of 500 in 512 must not lie behind the last."""
     model = mia.convert(tiny_bridge())

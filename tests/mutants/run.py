@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.mutants.by_hand import MUTANTS, Mutant
-from tests.mutants.draw import ROOMS, ROOT, Slip, drawn, files_of
+from tests.mutants.draw import ROOMS, ROOT, Slip, drawn, files_of, tests_of
 from tests.mutants.equivalent import is_equivalent
 
 BROKEN = 70  # exit code of a child in which pytest did not even start
@@ -108,8 +108,7 @@ def at_random(mutants: Sequence[Slip], folder: Path) -> Iterator[tuple[str, str,
             continue
         if slip.room not in reached:
             out = folder / f"reached-{slip.room}.json"
-            tests = ROOMS[slip.room][1].split()
-            if pytest_on(tests, folder, watch=(files_of(slip.room), out)) != 0:
+            if pytest_on(tests_of(slip.room), folder, watch=(files_of(slip.room), out)) != 0:
                 raise SystemExit(f"the tests of {slip.room} fail without any slip")
             reached[slip.room] = json.loads(out.read_text())
         tests = those_that_call(slip, reached[slip.room])
