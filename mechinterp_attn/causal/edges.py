@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from mechinterp_attn.causal.bound import Bound
-from mechinterp_attn.causal.flow import splits
+from mechinterp_attn.causal.flow import FIRST, splits
 from mechinterp_attn.causal.gradients import graph
 from mechinterp_attn.causal.patches import Fill, some
 from mechinterp_attn.causal.rules import Hook, Rules
@@ -237,8 +237,15 @@ def collect(
     for at, part in bound.split(rows):
         base = some(fill.base, at, part)
         other = None if fill.other is None else some(fill.other, at, part)
-        for share in [None] if steps == 1 else [(step + 0.5) / steps for step in range(steps)]:
-            parts.append(_of_part(model, part, base, other, fill.of(model, at, part), rules, share))
+        patch = fill.of(model, at, part)
+        if steps == 1 or other is None:
+            parts.append(_of_part(model, part, base, other, patch, rules, None))
+            continue
+        (seen, z), (far, _) = (watched(model, part, batch, {FIRST}) for batch in (base, other))
+        one, two = seen[FIRST], far[FIRST]
+        for step in range(steps):
+            middle = two + (step + 0.5) / steps * (one - two)
+            parts.append(_of_part(model, part, base, other, patch, rules, Between(one - two, z, middle)))
     first = parts[0]
 
     def joined(pick: Callable[[Collected], Tensor]) -> Tensor:
@@ -259,6 +266,20 @@ def collect(
     )
 
 
+class Between(NamedTuple):
+    """Inputs between the counterfactual and the clean ones.
+
+    Attributes:
+        change: of the stream before the first bank, from the one to the other, ``[n, pos, d_model]``.
+        z: what every head holds in the clean run, by path.
+        middle: that stream between them.
+    """
+
+    change: Tensor
+    z: dict[str, Tensor]
+    middle: Tensor
+
+
 def _of_part(
     model: AttentionOnlyModel,
     part: Bound,
@@ -266,9 +287,9 @@ def _of_part(
     other: Any,
     patch: dict[str, Tensor],
     rules: Rules,
-    share: float | None,
+    between: Between | None,
 ) -> Collected:
-    """The pieces from one pass over some prompts; ``share`` of the way from the counterfactual inputs."""
+    """The pieces from one pass over some prompts; with ``between``, at other inputs than theirs."""
     seen: dict[str, Tensor] = {}
 
     def viewed(name: str) -> Hook:
@@ -281,18 +302,14 @@ def _of_part(
     def kept(name: str) -> Hook:
         return name, lambda x, hook: seen.__setitem__(name, x)
 
-    first, last = "blocks.0.hook_resid_pre", f"blocks.{model.spec.n_layers - 1}.hook_resid_post"
-    streams = {model.stream_of(bank) for bank in model.banks} | {first}
+    last = f"blocks.{model.spec.n_layers - 1}.hook_resid_post"
+    streams = {model.stream_of(bank) for bank in model.banks} | {FIRST}
     hooks = [viewed(bank.hook(mode.lower())) for bank in model.banks for mode in bank.reads]
     hooks += [kept(bank.hook("attn_scores")) for bank in model.banks if bank.mixes_positions]
     hooks += [viewed(last), *(kept(name) for name in streams)]
-    start: Tensor | None = None
-    z = None
-    if share is not None:
-        found = [watched(model, part, batch, streams) for batch in (base, other)]
-        start = found[0][0][first] - found[1][0][first]
-        z = found[0][1]
-        hooks = [(first, _between_streams(found[0][0][first], found[1][0][first], share)), *hooks]
+    if between is not None:
+        middle = between.middle
+        hooks = [(FIRST, lambda x, hook: middle + 0 * x), *hooks]
     run = graph(model, part, base, rules, hooks=hooks, other=other)
     n = len(part)
     wanted: dict[str, Tensor] = {last: seen[last]}
@@ -315,7 +332,7 @@ def _of_part(
     change, reads, norms = {}, {}, {}
     for bank in model.banks:
         at = bank.path
-        own = run.held[at].detach()[:n] if z is None else z[at]
+        own = run.held[at].detach()[:n] if between is None else between.z[at]
         less = run.held[at].detach()[n:] if rules.paired else patch[at].to(own.dtype)
         change[at] = tokens(wide(own - less))
         if bank.mixes_positions:
@@ -330,21 +347,18 @@ def _of_part(
                 reads[at, mode] = tokens(wide(one(gradients[bank.hook(mode.lower())])))
         norm, _ = model.norm_of(bank)
         norms[at] = _pull(norm, seen[model.stream_of(bank)].detach(), rules, real)
-    if start is None:
-        x = seen[first].detach()
-        start = x[:n] - (x[n:] if rules.paired else _other_start(model, part, other, first, x))
+    if between is None:
+        x = seen[FIRST].detach()
+        start = x[:n] - (x[n:] if rules.paired else _other_start(model, part, other, x))
+    else:
+        start = between.change
     end = one(gradients[last])
     return Collected(change, reads, norms, tokens(start), tokens(end))
 
 
-def _other_start(model: AttentionOnlyModel, part: Bound, other: Any, first: str, x: Tensor) -> Tensor:
+def _other_start(model: AttentionOnlyModel, part: Bound, other: Any, x: Tensor) -> Tensor:
     """The stream before the first bank in the patched-in run; where patches are constants, the same."""
-    return x if other is None else watched(model, part, other, {first})[0][first]
-
-
-def _between_streams(one: Tensor, two: Tensor, share: float) -> Callable[..., Tensor]:
-    middle = two + share * (one - two)
-    return lambda x, hook: middle + 0 * x
+    return x if other is None else watched(model, part, other, {FIRST})[0][FIRST]
 
 
 def _per_head(source: Tensor, gradient: Tensor, side: Tensor, axis: int, n_heads: int) -> Tensor:

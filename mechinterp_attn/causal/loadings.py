@@ -169,8 +169,12 @@ def _of_prompt(
     rows: list[Row] = []
     values: list[Tensor] = []
     for side, field, own in (
-        ("query", pullback(sides.query, at_query, looked_at, x), at_query @ sides.query_bias @ looked_at),
-        ("key", pullback(sides.key, keys, queried, x), keys @ sides.key_bias @ queried),
+        (
+            "query",
+            pullback(sides.query, torch.outer(at_query, looked_at), x),
+            at_query @ sides.query_bias @ looked_at,
+        ),
+        ("key", pullback(sides.key, torch.outer(keys, queried), x), keys @ sides.key_bias @ queried),
     ):
         found, loads = _along(frozen, place, field)
         rows += [(side, *one) for one in [*found, ("own bias", None, "bias", None)]]

@@ -148,6 +148,10 @@ class Result:
         """A plotly figure: by default the first rows of ``frame``, ranked, as signed bars."""
         return draw(self)
 
+    def _heading(self) -> str:
+        """What stands above the table."""
+        return self.title
+
     def _first_rows(self) -> pd.DataFrame:
         return self.top(ROWS_SHOWN) if self.sort_by else self.frame.head(ROWS_SHOWN)
 
@@ -162,7 +166,8 @@ class Result:
         )
         return (
             '<div style="font-family:system-ui,sans-serif;font-size:13px;max-width:100%;overflow-x:auto">'
-            f'<div><b>{html.escape(shown(self.title))}</b> <span style="opacity:.7">{size}</span></div>'
+            f"<div><b>{html.escape(shown(self._heading()))}</b> "
+            f'<span style="opacity:.7">{size}</span></div>'
             f"{html_table(rows, shaded=[self.sort_by] if self.sort_by else [])}"
             f"{self.receipt._repr_html_()}</div>"
         )
@@ -176,4 +181,4 @@ class Result:
             if len(rows) < len(self.frame)
             else ""
         )
-        return f"{self.title} ({len(self.frame):,} rows)\n{text_table(rows)}{more}\n{self.receipt}"
+        return f"{self._heading()} ({len(self.frame):,} rows)\n{text_table(rows)}{more}\n{self.receipt}"

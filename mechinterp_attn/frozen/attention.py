@@ -60,6 +60,12 @@ class FrozenAttention(FrozenBank):
         lost = (self.bank.clipped(read) - read).repeat_interleave(self.bank.group, 1)
         return held + torch.einsum("hqk,khd->qhd", self.pattern, lost)
 
+    @property
+    def values(self) -> Float[Tensor, "pos head d_head"]:
+        """What each head moves from each position: ``z`` is the pattern times this."""
+        read = torch.einsum("pd,hdk->phk", self._norm.apply(self._stream), self._W_V)
+        return self.bank.clipped(read + self.wide(self.bank.b_V)).repeat_interleave(self.bank.group, 1)
+
     def read(self, x: Tensor) -> Tensor:
         values = torch.einsum("...pd,hdk->...hpk", self._norm.apply(x), self._W_V)
         if self.bank.group > 1:

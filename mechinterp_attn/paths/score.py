@@ -209,7 +209,7 @@ def _side(
     for extra in frozen.sources:
         if extra.kind == "bias" and extra.reader <= sublayer:
             biases = biases + reading(frozen.carry(extra.values, extra.depth, sublayer))
-    field = pullback(linear, weights, other, x)
+    field = pullback(linear, torch.outer(weights, other), x)
     for depth, earlier in enumerate(frozen.sublayers[:sublayer]):
         direct = frozen.carry_back(field, depth, sublayer)
         for bank, z in zip(earlier.banks, frozen.held[depth], strict=True):
@@ -230,12 +230,12 @@ def _side(
 
 
 def pullback(
-    linear: Callable[[Tensor], Tensor], weights: Tensor, other: Tensor, x: Tensor
+    linear: Callable[[Tensor], Tensor], along: Float[Tensor, "pos rank"], x: Tensor
 ) -> Float[Tensor, "pos d_model"]:
-    """The field whose product with a stream is ``weights @ linear(stream) @ other``."""
+    """The field whose product with a stream is that of ``linear(stream)`` with ``along``."""
     with torch.enable_grad():
         probe = torch.zeros_like(x, requires_grad=True)
-        reading = (weights @ linear(probe)) @ other
+        reading = (linear(probe) * along).sum()
         if not reading.requires_grad:
             return torch.zeros_like(x)
         return torch.autograd.grad(reading, probe)[0]

@@ -55,8 +55,8 @@ def score_edges(
             nodes.append((node, label, "score", layer, head, None, q, tokens[q], value, None, 0.0))
             edges.append((node, ids[row], "pattern", float(moved[key])))
             for kind, field in (
-                ("query", pullback(sides.query, at[0], key_total, x)),
-                ("key", pullback(sides.key, contrast, query_total, x)),
+                ("query", pullback(sides.query, torch.outer(at[0], key_total), x)),
+                ("key", pullback(sides.key, torch.outer(contrast, query_total), x)),
             ):
                 into = (outputs * field[where]).sum(-1).double()
                 strong = into.abs() >= MIN_SHARE * into.abs().sum()

@@ -23,7 +23,7 @@ from mechinterp_attn.frozen.goals import Target, Token, resolve_goal
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.model.cost import plan_runs
 from mechinterp_attn.paths.best_first import AT_ONCE, CHUNK, QUEUE, WIDTH, Positions, Search
-from mechinterp_attn.paths.explanation import Explanation
+from mechinterp_attn.paths.explanation import Explanation, Parts
 from mechinterp_attn.paths.replay import path_frame, replay
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ ENTRY = 4096  # bytes of the partial paths behind one field, beside 40 for each:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class TopPaths(Explanation):
+class TopPaths(Parts):
     """The paths with the largest contributions to a logit, by absolute value.
 
     Attributes:
-        explained: the sum of the listed paths.
+        explained: the sum of the listed paths; ``explained_share``, of the total.
         remainder: what all other paths add up to.
         proven: no path that is not listed is larger than the smallest listed one.
         bound: no path that the search did not look at is larger than this (0 where it looked at all).
@@ -50,7 +50,6 @@ class TopPaths(Explanation):
 
     title: ClassVar[str] = "Top paths"
     sort_by: ClassVar[str | None] = "contribution"
-    explained: float
     remainder: float
     proven: bool
     bound: float

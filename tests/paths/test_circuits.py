@@ -38,6 +38,7 @@ def test_every_circuit_is_the_sum_of_its_paths(case):
     assert found.explained_share == pytest.approx(1)
     for name in {*own.index, *expected}:  # float64, sums of a few hundred terms
         assert own.get(name, 0.0) == pytest.approx(expected.get(name, 0.0), abs=1e-10), name
+    assert repr(found).startswith("Top circuits: 100% explained (")
     few = mia.paths.top_circuits(frozen, top_k=3, max_expansions=10**4, progress=False)
     assert list(few.frame["circuit"]) == list(found.frame["circuit"][:3])
 

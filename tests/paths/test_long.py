@@ -89,6 +89,8 @@ def test_the_counter_counts():
         lambda model, frozen, **m: mia.paths.orders(frozen, **m),
         lambda model, frozen, **m: mia.paths.logit_attribution(frozen, **m),
         lambda model, frozen, **m: mia.paths.top_paths(frozen, top_k=5, max_expansions=20, **m),
+        lambda model, frozen, **m: mia.paths.top_circuits(frozen, max_expansions=20, **m),
+        lambda model, frozen, **m: mia.paths.top_circuits(frozen, scores=True, max_expansions=20, **m),
         lambda model, frozen, **m: mia.paths.expand_score(frozen, "L1H0", 300, 200, **m),
         lambda model, frozen, **m: mia.paths.virtual_head(frozen, "L0H0", "L1H1", **m),
         lambda model, frozen, **m: mia.paths.attribution_graph(frozen, **m),
@@ -96,10 +98,21 @@ def test_the_counter_counts():
             frozen, node_threshold=1.0, edge_threshold=1.0, max_nodes=600, **m
         ),
     ],
-    ids=["freeze", "orders", "attribution", "paths", "score", "virtual", "graph", "unpruned graph"],
+    ids=[
+        "freeze",
+        "orders",
+        "attribution",
+        "paths",
+        "circuits",
+        "scores",
+        "score",
+        "virtual",
+        "graph",
+        "unpruned graph",
+    ],
 )
 def test_what_is_announced_is_enough(model, frozen, work):
-    with pytest.raises(MechInterpError, match=r"more than max_bytes=1,000; give a ") as refused:
+    with pytest.raises(MechInterpError, match=r"more than max_bytes=1,000; give (a|fewer) ") as refused:
         work(model, frozen, max_bytes=1000)
     need = int(re.search(r"or max_bytes=([\d,]+)", str(refused.value))[1].replace(",", ""))
     with pytest.raises(MechInterpError, match="more than max_bytes"):

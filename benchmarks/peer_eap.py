@@ -1,0 +1,110 @@
+"""Edge scores beside those of the peers' own package, on the same models and prompts.
+
+    EAP_IG=folder/src python benchmarks/peer_eap.py PYTHON
+
+PYTHON is the interpreter of an environment with `transformer_lens` 2.16, which must not share one with this
+package, and EAP_IG the source of Hanna et al.'s package (github.com/hannamw/EAP-IG, commit 795f560; its
+`device='cuda'` changed to 'cpu' where there is no GPU). Both compute EAP and EAP-IG (inputs) for every edge
+between the embedding, heads (queries, keys and values apart), whole MLPs and the logits, of bundled models
+in float64, on 16 prompts of random tokens said twice.
+
+Theirs takes gradients at ``k / steps`` of the way from the counterfactual, from k = 0; ours at the middles
+of these steps. The points of twice as many of their steps are their points and our middles, so
+``2 * theirs(2 * steps) - theirs(steps)`` must be ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from publish import publish
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import mechinterp_attn as mia
+
+MODELS = ("gelu-2l", "swiglu-4l")
+WEIGHTS = Path(mia.__file__).parent / "sources" / "weights"
+STEPS = 5
+PROMPTS = 16
+
+
+def theirs(python: str, source: Path, prompts: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_file({key: x.contiguous() for key, x in prompts.items()}, folder / "prompts.safetensors")
+        script = Path(__file__).with_name("peer_eap_theirs.py")
+        env = dict(os.environ) | {"PYTHONPATH": os.environ.get("EAP_IG", "")}
+        subprocess.run([python, str(script), name, str(source), str(STEPS)], check=True, env=env)
+        readers = json.loads((folder / "readers.json").read_text())
+        return load_file(folder / "scores.safetensors"), readers
+
+
+def our_edge(source: int, reader: str, heads: int) -> tuple[str, str, str]:
+    """Their numbers and names as ours: a reader is ``a3.h5<q>``, ``m3`` or ``logits``."""
+    layer, index = divmod(source - 1, heads + 1)
+    written = "embed" if source == 0 else f"L{layer}N*" if index == heads else f"L{layer}H{index}"
+    name, _, mode = reader.partition("<")
+    if name.startswith("m"):
+        name = f"L{name[1:]}N*"
+    elif name.startswith("a"):
+        name = "L" + name[1:].replace(".h", "H")
+    return written, name, mode[:1].upper()
+
+
+def compared(model: mia.AttentionOnlyModel, name: str, python: str) -> list[dict[str, str]]:
+    task = mia.tasks.induction(model, n=PROMPTS)
+    bound = task.bind(model)
+    assert bound.answer is not None
+    assert bound.against is not None
+    assert bound.aligned
+    prompts = {
+        "clean": bound.clean.tokens,
+        "corrupt": bound.counterfactual("this").tokens,
+        "answer": bound.answer[:, 0],
+        "against": bound.against[:, 0],
+    }
+    peer, readers = theirs(python, WEIGHTS / name, prompts)
+    keys = peer["real"].nonzero()
+    edges = [our_edge(i, readers[j], model.spec.n_heads) for i, j in keys.tolist()]
+    methods = {
+        "eap": ("EAP", peer["eap"]),
+        "eap-ig": (f"EAP-IG, {STEPS} steps", 2 * peer[f"ig {2 * STEPS}"] - peer[f"ig {STEPS}"]),
+    }
+    rows = []
+    for method, (title, scores) in methods.items():
+        found = mia.causal.discover(model, task, method, "edges", pools=True, steps=STEPS).frame  # type: ignore[arg-type]
+        own = found.set_index(["src", "dst", "mode"])["score"]
+        assert set(own.index) == set(edges), "both must have the same edges"
+        ours = torch.tensor(own.loc[edges].to_numpy(), dtype=torch.float64)
+        peers = scores[keys[:, 0], keys[:, 1]].double()
+        rows.append(
+            {
+                "model": name,
+                "method": title,
+                "edges": f"{len(edges):,}",
+                "largest score": f"{float(peers.abs().max()):.3f}",
+                "largest difference": f"{float((ours - peers).abs().max()):.0e}",
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("python", help="interpreter of the environment with the peers' package")
+    given = parser.parse_args()
+    rows = []
+    for name in MODELS:
+        rows += compared(mia.load(name, dtype=torch.float64), name, given.python)
+    publish("peer_eap", rows, clock="none")
+
+
+if __name__ == "__main__":
+    main()
