@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from mechinterp_attn.cli.causal import TASKS, task_of
 from mechinterp_attn.cli.common import (
     Ids,
     Model,
@@ -82,6 +83,19 @@ def report(
         Mode | None,
         typer.Option("--compare-mlp", help="Set the same model in this mode beside it."),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help=f"A behaviour in place of a text: a file that Task.save wrote (.jsonl), or one of "
+            f"{', '.join(TASKS)}. What carries it is found on half of its prompts and tested on the others.",
+            show_default=False,
+        ),
+    ] = None,
+    beside: Annotated[
+        str | None,
+        typer.Option(help="A second text, of as many tokens: what differs between the two."),
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="How many prompts, of a behaviour by name.", min=2)] = 32,
     seed: Seed = 0,
     data: Annotated[
         bool, typer.Option("--data", help="Also write the report's data as JSON beside it.")
@@ -101,7 +115,10 @@ def report(
     check_writable(file)  # before the work, not after it
     if text is not None and prompt is not None:
         raise MechInterpError("give the text once: after the model, or with --prompt")
-    given = prompt_of(prompt if text is None else text, tokens)
+    text = prompt if text is None else text
+    if task is not None and (text is not None or tokens is not None or beside is not None):
+        raise MechInterpError("--task has its own prompts; leave out the text, --tokens and --beside")
+    given = None if task is not None else prompt_of(text, tokens)
     if stream and data:
         raise MechInterpError("--data writes a file beside the page; give --out a file as well")
     if compare is not None and compare_mlp is not None:
@@ -110,9 +127,12 @@ def report(
     other = load(compare) if compare is not None else None
     if compare_mlp is not None:
         other = mia.load(model, mlp=compare_mlp)
+    subject: Any = task_of(opened, task, prompts, seed) if task is not None else given
+    if beside is not None:
+        subject = [given, beside]
     page = mia.report(
         opened,
-        given,
+        subject,
         target=token_of(opened, target),
         position=position,
         preset=preset,
