@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from mechinterp_attn.cli.causal import TASKS, task_of
 from mechinterp_attn.cli.common import (
     Ids,
     Model,
@@ -16,8 +15,10 @@ from mechinterp_attn.cli.common import (
     Quiet,
     Seed,
     Target,
+    TaskOption,
     load,
     prompt_of,
+    task_of,
     token_of,
     typed,
 )
@@ -27,7 +28,7 @@ from mechinterp_attn.cli.common import (
 Preset = Literal["overview", "induction", "prediction", "large"]
 SECTIONS = (
     "story", "circuit", "summary", "provenance", "fidelity", "orders", "importance", "heads", "patterns",
-    "composition", "vocabulary", "paths", "graph", "neurons", "glossary",
+    "composition", "vocabulary", "paths", "graph", "neurons", "glossary", "faithfulness", "prompts",
 )  # fmt: skip
 Mode = Literal["exact", "silu", "mixture"]
 
@@ -83,14 +84,7 @@ def report(
         Mode | None,
         typer.Option("--compare-mlp", help="Set the same model in this mode beside it."),
     ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help=f"A behaviour in place of a text: a file that Task.save wrote (.jsonl), or one of "
-            f"{', '.join(TASKS)}. What carries it is found on half of its prompts and tested on the others.",
-            show_default=False,
-        ),
-    ] = None,
+    task: TaskOption = None,
     beside: Annotated[
         str | None,
         typer.Option(help="A second text, of as many tokens: what differs between the two."),
@@ -102,7 +96,8 @@ def report(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the circuit report of a model on a prompt: one HTML file that opens offline.
+    """Write the circuit report of a model on a prompt, on two, or on a behaviour (--task): one HTML file
+    that opens offline.
 
     By default MODEL.html in this folder; --out - is standard output.
     """

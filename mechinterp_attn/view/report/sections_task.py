@@ -75,10 +75,10 @@ def task_heads(study: TaskStudy) -> Block:
     )
     lead = [
         [
-            f"What the {study.unit} loses when a head is given {study.given()}, mean over prompts: estimated "
-            f"for all heads on the prompts for finding, and measured one by one for {len(measured):,} of "
-            "them on those for testing. A head that others can stand in for shows little here and may "
-            "still be part of the circuit."
+            f"What the {study.unit} loses when a head is given {study.given()}, mean over prompts: "
+            f"estimated for all heads on the prompts for finding, and measured one by one for "
+            f"{len(measured):,} of them on those for testing. A head that others can stand in for shows "
+            "little here and may still be part of the circuit."
         ]
     ]
     columns = [
