@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -21,7 +21,7 @@ from mechinterp_attn.core.text import inert_json, shown
 from mechinterp_attn.version import __version__
 from mechinterp_attn.view.report.blocks import Block, receipt_block, section
 from mechinterp_attn.view.report.cards import cards, named
-from mechinterp_attn.view.report.inputs import Subject, two_of
+from mechinterp_attn.view.report.inputs import Prompt, Subject, two_of
 from mechinterp_attn.view.report.kinds import Asked, Maker, of_prompt, of_task
 from mechinterp_attn.view.report.page import page
 from mechinterp_attn.view.report.sections_about import receipts_table
@@ -139,7 +139,7 @@ def report(
     if isinstance(prompt, Task) or two_of(prompt) is not None:
         made = of_task(model, prompt, asked, compare, seed)
     else:
-        made = of_prompt(model, prompt, asked, compare, seed)
+        made = of_prompt(model, cast(Prompt, prompt), asked, compare, seed)
     parts = _gathered(made.makers, progress)
     study = made.study()
     own_cards, added_up = (

@@ -113,7 +113,7 @@ def of_task(
         which, about = "the first prompt", "Two prompts side by side. The first one:"
         if first.shape != second.shape:  # no position of one has its partner in the other
             made = of_prompt(model, both[0], asked, compare, seed)
-            return replace(made, makers=more | made.makers, subject=about, which=which)
+            return replace(made, makers={**more, **made.makers}, subject=about, which=which)
         task = pair_of(model, first, second, asked.position, asked.target)
     task.bind(model)  # what does not fit is said before any work
     study = TaskStudy(model, task, seed, asked.heads)

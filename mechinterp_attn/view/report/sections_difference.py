@@ -59,7 +59,7 @@ def tell_difference(found: causal.Diff, task: Task) -> list[Sentence]:
     sentences = [Sentence([f"{words}{many}."], READ, "difference-heads")]
     if not changed:
         return [*sentences, Sentence([f"None of {n:,} heads changed."], READ, "difference-heads")]
-    most = found.frame.loc[found.frame["z"].idxmax()]
+    most = found.frame.nlargest(1, "z").iloc[0]
     spans: Spans = [f"{changed:,} of {n:,} heads changed at all, the most "]
     spans += [head(str(most["head"])), f": {_times(most['z'])} more than rounding would change it."]
     sentences.append(Sentence(spans, "compared with copies that were only rounded", "difference-heads"))
@@ -98,15 +98,15 @@ def _claims(found: causal.Diff) -> Block:
     """That single heads, and sets of them, bring the change, tested both ways."""
     change = float(found.after.double().mean() - found.before.double().mean())
     rows = []
-    for one in found.frame.dropna(subset=["gained"]).itertuples():
-        there, back = (value / change if change else float("nan") for value in (one.gained, one.lost))
-        estimate = one.gained_estimate * change
-        words = f"{one.head} {'brings some of the change' if estimate > 0 else 'works against the change'}"
-        held = there > 0 and back > 0 if estimate > 0 else there < 0 and back < 0
+    for one in found.frame.dropna(subset=["gained"]).to_dict("records"):
+        there, back = (one[name] / change if change else math.nan for name in ("gained", "lost"))
+        helps = one["gained_estimate"] * change > 0
+        words = f"{one['head']} {'brings some of the change' if helps else 'works against the change'}"
+        held = there > 0 and back > 0 if helps else there < 0 and back < 0
         rows.append((words, "put it into the other model", there, back, held))
-    for two in found.together.itertuples():
-        words = f"the first {two.heads:,} heads bring at least {share(ENOUGH)} of the change"
-        there, back = two.gained_share, two.lost_share
+    for two in found.together.to_dict("records"):
+        words = f"the first {two['heads']:,} heads bring at least {share(ENOUGH)} of the change"
+        there, back = two["gained_share"], two["lost_share"]
         rows.append((words, "put them into the other model", there, back, there >= ENOUGH))
     frame = pd.DataFrame(rows, columns=["claim", "test", "there", "back", "holds"])
     frame["verdict"] = ["✓ held" if holds else "✗ did not hold" for holds in frame["holds"]]

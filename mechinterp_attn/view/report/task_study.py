@@ -177,7 +177,8 @@ class TaskStudy:
         """The row of the curve for the circuit; None where there is none."""
         if self.patch != "corrupt" or self.size is None:
             return None
-        return self.curve.frame.set_index("size", drop=False).loc[self.size]
+        frame = self.curve.frame
+        return frame[frame["size"] == self.size].iloc[0]
 
     @property
     def circuit_heads(self) -> list[str]:

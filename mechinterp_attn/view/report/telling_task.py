@@ -183,16 +183,15 @@ def task_claims(study: TaskStudy) -> list[Tested]:
         words = f"without {who} less than half of it is left"
         found.append(Tested(words, f"patched {'it' if n == 1 else 'them'}", left, nan, nan, left < 0.5))
     order = {label: i for i, label in enumerate(study.ranking.frame["head"])}
-    single = sorted(study.needed.itertuples(), key=lambda one: order[one.head])[:HEADS_TESTED]
+    single = sorted(study.needed.to_dict("records"), key=lambda one: order[one["head"]])[:HEADS_TESTED]
+    scale = abs(study.whole)
     for one in single:
-        score = study.ranking.frame["score"].iloc[order[one.head]] * study.sign
+        label, low, high = one["head"], one["low"], one["high"]
+        score = float(study.ranking.frame["score"].iloc[order[label]]) * study.sign
         helps = score > 0
-        words = f"{one.head} is {'needed' if helps else 'in the way'} (estimated {signed(score)})"
-        holds = one.low > 0 if helps else one.high < 0
-        scale = abs(study.whole)
-        found.append(
-            Tested(words, f"patched {one.head}", one.share, one.low / scale, one.high / scale, bool(holds))
-        )
+        words = f"{label} is {'needed' if helps else 'in the way'} (estimated {signed(score)})"
+        holds = bool(low > 0 if helps else high < 0)
+        found.append(Tested(words, f"patched {label}", one["share"], low / scale, high / scale, holds))
     return found + _edges_tested(study)
 
 
