@@ -1,6 +1,6 @@
 """Neurons or features: which of the two describe what a model does with fewer nodes?
 
-    OMP_NUM_THREADS=1 python benchmarks/neurons_or_features.py [--prompts 48]
+    OMP_NUM_THREADS=1 python benchmarks/neurons_or_features.py [--task induction]
 
 The bundled gelu-2l once with its 1,024 neurons as heads and once with its bundled dictionaries attached,
 their features and two errors in the neurons' place; attention heads are nodes in both. Rankings are found
@@ -19,7 +19,6 @@ add once everything that they leave out is there. "errors never in" takes them o
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import pandas as pd
 import torch
@@ -28,39 +27,11 @@ from publish import publish
 import mechinterp_attn as mia
 
 MODEL = "gelu-2l"
-METHODS = ("gradient", "eap-ig")
+METHODS = ("secant", "gradient")
 ENOUGH = 0.8
+SHOWN = (20, 100, 500)  # nodes whose faithfulness is in the table
 LENGTH = 32  # tokens of a passage
-SIZES = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    8,
-    10,
-    12,
-    15,
-    20,
-    25,
-    30,
-    40,
-    50,
-    60,
-    80,
-    100,
-    130,
-    160,
-    200,
-    250,
-    300,
-    400,
-    500,
-    650,
-)
-SIZES += (800, 1000)  # nodes, to find the fewest that are enough
+SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 700, 1000)  # nodes
 
 
 def passages(model: mia.AttentionOnlyModel, n: int) -> mia.Task:
@@ -97,7 +68,7 @@ def rankings(model: mia.AttentionOnlyModel, task: mia.Task, method: str) -> dict
     """Heads in order, by what they are called in the table."""
     frame = mia.causal.discover(model, task, method).frame
     order = frame["head"].tolist()
-    errors = [head.label for head in model.heads.of("error")] if model.spec.dictionaries else []
+    errors = list(model.heads.of("error")) if model.spec.dictionaries else []
     if not errors:
         return {"neurons": order}
     rest = [head for head in order if head not in errors]
@@ -115,40 +86,46 @@ def fewest(curve: pd.DataFrame) -> str:
     return "–" if at.empty else f"{at['size'].iloc[0]:,}"
 
 
+def measured(task: mia.Task, models: list[mia.AttentionOnlyModel]) -> list[dict[str, str]]:
+    """A row for every ranking of every model."""
+    found_on, held_out = task.split()
+    rows: list[dict[str, str]] = []
+    for method in METHODS:
+        for model in models:
+            for nodes, order in rankings(model, found_on, method).items():
+                sizes = [n for n in SIZES if n < len(order)] + [len(order)]
+                curve = mia.causal.faithfulness(model, held_out, order, sizes=sizes, draws=0).frame
+                draws = 1 if method == METHODS[0] else 0
+                shares = mia.causal.faithfulness(model, held_out, order, draws=draws)
+                at = curve.set_index("size")["faithfulness"]
+                row = {
+                    "ranked by": method,
+                    "nodes": nodes,
+                    "of": f"{model.n_heads:,}",
+                    "CMD": f"{shares.cmd:.3f}",
+                }
+                row["CMD, random"] = f"{shares.cmd_random:.3f}" if draws else "–"
+                row["nodes for 0.8"] = fewest(curve)
+                row |= {f"faithfulness of {n}": f"{at[n]:.2f}" for n in SHOWN}
+                rows.append(row)
+                print(row, flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--task", choices=["induction", "text"])
     options = parser.parse_args()
     plain = mia.load(MODEL)
     described = plain
     for layer in range(plain.spec.n_layers):
         described = mia.attach(described, mia.Dictionary.load(MODEL, layer=layer), layer=layer)
-    rows: list[dict[str, Any]] = []
-    for task in (mia.tasks.induction(plain, n=options.prompts), passages(plain, options.prompts)):
-        found_on, held_out = task.split()
-        for method in METHODS:
-            for model in (plain, described):
-                for nodes, order in rankings(model, found_on, method).items():
-                    sizes = [n for n in SIZES if n < len(order)] + [len(order)]
-                    curve = mia.causal.faithfulness(model, held_out, order, sizes=sizes, draws=0).frame
-                    shares = mia.causal.faithfulness(model, held_out, order, draws=1)
-                    ten = curve.set_index("size")["faithfulness"]
-                    rows.append(
-                        {
-                            "task": task.name,
-                            "ranked by": method,
-                            "nodes": nodes,
-                            "of": f"{model.n_heads:,}",
-                            "CMD": f"{shares.cmd:.3f}",
-                            "CMD, random": f"{shares.cmd_random:.3f}",
-                            "nodes for 0.8": fewest(curve),
-                            "faithfulness of 20": f"{ten[20]:.2f}",
-                            "of 100": f"{ten[100]:.2f}",
-                            "of 500": f"{ten[500]:.2f}",
-                        }
-                    )
-                    print(rows[-1], flush=True)
-    publish("neurons_or_features", rows, clock="none")
+    makers = {"induction": mia.tasks.induction, "text": passages}
+    for name, make in makers.items():
+        if options.task in (None, name):
+            rows = measured(make(plain, options.prompts), [plain, described])
+            publish(f"neurons_or_features_{name}", rows, clock="none")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,15 @@ FIRST = "blocks.0.hook_resid_pre"
 
 def splits(model: AttentionOnlyModel) -> None:
     """Raises:
-    MechInterpError: what heads write is no sum in front of the next reader.
+    MechInterpError: what heads write is no sum in front of the next reader, or ends in front of it.
     """
+    anew = [one.layer for one in model.spec.dictionaries if one.at == "resid_post"]
+    if anew:
+        raise MechInterpError(
+            f"features describe the residual stream behind layers {anew}: what is written before reaches "
+            "what is behind through features and errors only; edges and paths are patched in models "
+            "without them; use units='heads' or whole heads"
+        )
     if model.spec.post_norm is not None or model.spec.stream_norm is not None:
         raise MechInterpError(
             "this model has norms behind its sublayers, through which what heads write is no sum; edges "

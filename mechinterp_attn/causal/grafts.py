@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mechinterp_attn.causal.runs import wide
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.features import Copy
 from mechinterp_attn.model.heads import HeadBank
 
 Guests = Callable[[HeadBank], HeadBank]  # the bank that stands beside one of the host
@@ -47,7 +48,8 @@ def beside(
         return point, point.add_hook(lambda z, hook: seen.__setitem__(name, z))
 
     def hook(bank: HeadBank, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
-        if "guest" in seen:  # a guest that is the host itself
+        inside = any(isinstance(arg, Copy) for arg in args)  # features once more, in an error
+        if inside or "guest" in seen:  # a guest that is the host itself
             return None
         own, guest = seen.pop(bank.path), guests(bank)
         entry = watch(guest, "guest")

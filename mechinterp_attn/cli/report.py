@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,10 +15,8 @@ from mechinterp_attn.cli.common import (
     Quiet,
     Seed,
     Target,
-    TaskOption,
     load,
     prompt_of,
-    task_of,
     token_of,
     typed,
 )
@@ -28,7 +26,7 @@ from mechinterp_attn.cli.common import (
 Preset = Literal["overview", "induction", "prediction", "large"]
 SECTIONS = (
     "story", "circuit", "summary", "provenance", "fidelity", "orders", "importance", "heads", "patterns",
-    "composition", "vocabulary", "paths", "graph", "neurons", "glossary", "faithfulness", "prompts",
+    "composition", "vocabulary", "paths", "graph", "neurons", "glossary",
 )  # fmt: skip
 Mode = Literal["exact", "silu", "mixture"]
 
@@ -84,20 +82,13 @@ def report(
         Mode | None,
         typer.Option("--compare-mlp", help="Set the same model in this mode beside it."),
     ] = None,
-    task: TaskOption = None,
-    beside: Annotated[
-        str | None,
-        typer.Option(help="A second text, of as many tokens: what differs between the two."),
-    ] = None,
-    prompts: Annotated[int, typer.Option(help="How many prompts, of a behaviour by name.", min=2)] = 32,
     seed: Seed = 0,
     data: Annotated[
         bool, typer.Option("--data", help="Also write the report's data as JSON beside it.")
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the circuit report of a model on a prompt, on two, or on a behaviour (--task): one HTML file
-    that opens offline.
+    """Write the circuit report of a model on a prompt: one HTML file that opens offline.
 
     By default MODEL.html in this folder; --out - is standard output.
     """
@@ -110,10 +101,7 @@ def report(
     check_writable(file)  # before the work, not after it
     if text is not None and prompt is not None:
         raise MechInterpError("give the text once: after the model, or with --prompt")
-    text = prompt if text is None else text
-    if task is not None and (text is not None or tokens is not None or beside is not None):
-        raise MechInterpError("--task has its own prompts; leave out the text, --tokens and --beside")
-    given = None if task is not None else prompt_of(text, tokens)
+    given = prompt_of(prompt if text is None else text, tokens)
     if stream and data:
         raise MechInterpError("--data writes a file beside the page; give --out a file as well")
     if compare is not None and compare_mlp is not None:
@@ -122,12 +110,9 @@ def report(
     other = load(compare) if compare is not None else None
     if compare_mlp is not None:
         other = mia.load(model, mlp=compare_mlp)
-    subject: Any = task_of(opened, task, prompts, seed) if task is not None else given
-    if beside is not None:
-        subject = [given, beside]
     page = mia.report(
         opened,
-        subject,
+        given,
         target=token_of(opened, target),
         position=position,
         preset=preset,

@@ -1,34 +1,39 @@
-"""A dictionary's features as heads of a model, in place of a layer's neurons."""
+"""A dictionary's features as heads of a model, in place of a layer's neurons or of the stream behind it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from mechinterp_attn.conversion.dictionary import READS, Dictionary
+from mechinterp_attn.conversion.dictionary import MLP, PLACES, STREAM, Dictionary
 from mechinterp_attn.core.errors import MechInterpError, listing
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-from mechinterp_attn.model.spec import Attached
+from mechinterp_attn.model.spec import At, Attached
 
 
 def attach(
-    model: AttentionOnlyModel, dictionary: Dictionary, *, layer: int, at: str = READS
+    model: AttentionOnlyModel, dictionary: Dictionary, *, layer: int, at: str = MLP
 ) -> AttentionOnlyModel:
-    """The same model with a transcoder's features as heads, ``L5F1234``, in place of a layer's neurons.
+    """The same model with a dictionary's features as heads, ``L5F1234``.
 
-    What the transcoder does not reconstruct is one more head, the error ``L5E0``, so the new model gives
-    the logits of the old one; a linear part is the head ``L5S0``. The neurons are inside the error, and no
-    longer heads. A patched feature changes what it writes and nothing else: the error stays what it is.
+    What the dictionary does not reconstruct is one more head, the error ``L5E0``, so the new model gives
+    the logits of the old one. A patched feature changes what it writes and nothing else: the error stays
+    what it is. A transcoder's features stand in place of a layer's neurons, which are inside the error and
+    no longer heads; its linear part is the head ``L5S0``. Features of an SAE on the residual stream stand
+    behind the block: they and the error write the stream anew, so that all that was written before reaches
+    what comes behind through them.
 
     Args:
         model: the converted model; unchanged. The new one shares its weights.
-        dictionary: the transcoder, from ``Dictionary.load`` or made of tensors. It reads the MLP's
-            normalised input in front of the norm's gain, which conversion folds into weights: see
+        dictionary: from ``Dictionary.load`` or made of tensors. A transcoder reads the MLP's normalised
+            input in front of the norm's gain, which conversion folds into weights: see
             ``Dictionary.folded``.
         layer: where.
-        at: "mlp": from what the MLP reads to what it writes, the norm behind it (Gemma 2) included.
+        at: "mlp": from what the MLP reads to what it writes, the norm behind it (Gemma 2) included; or
+            "resid_post": the residual stream behind the block.
 
     Returns:
         a new model; attach to it again for more layers.
@@ -38,14 +43,18 @@ def attach(
     """
     spec, card = model.spec, dictionary.card
     wrong = []
-    if at != READS:
-        wrong.append(f"at={at!r}, expected {READS!r}: from what the MLP reads to what it writes")
-    if spec.attn_only:
+    if at not in PLACES:
+        wrong.append(f"at={at!r}, expected {' or '.join(map(repr, PLACES))}")
+    if at == MLP and spec.attn_only:
         wrong.append("this model has no MLPs")
     elif not 0 <= layer < spec.n_layers:
         wrong.append(f"layer={layer}, expected 0 to {spec.n_layers - 1}")
     elif spec.dictionary(layer) is not None:
         wrong.append(f"layer {layer} has a dictionary already; attach to the model without it")
+    if at == STREAM and dictionary.W_skip is not None:
+        wrong.append("a dictionary with a linear part, which one on the stream cannot have")
+    if at == STREAM and spec.stream_norm is not None:
+        wrong.append("this model has norms over the residual stream; at='resid_post' needs one without")
     if dictionary.d_model != spec.d_model:
         wrong.append(f"the dictionary has width {dictionary.d_model}, the model {spec.d_model}")
     given = {"layer": layer, "at": at, "model": model.provenance.get("name")}
@@ -56,7 +65,8 @@ def attach(
     ]
     if wrong:
         raise MechInterpError(listing("the dictionary cannot be attached", wrong))
-    attached = Attached(layer, dictionary.n_features, dictionary.k, dictionary.W_skip is not None)
+    place = cast(At, at)
+    attached = Attached(layer, dictionary.n_features, dictionary.k, dictionary.W_skip is not None, place)
     own = _weights(dictionary, layer, model.W_E)
     described = {key: value for key, value in card.items() if isinstance(value, str | int | float | bool)}
     attachments = {**model.provenance.get("dictionaries", {}), str(layer): described}

@@ -1,12 +1,14 @@
-"""Dictionaries: transcoders that describe an MLP by sparse features, and the public files they come in.
+"""Dictionaries: sparse features that describe a part of a model, and the public files they come in.
 
 A transcoder (Dunefsky et al. 2024) reads what an MLP reads and writes, through features of which few are
-active at a time, nearly what the MLP writes; a skip-transcoder (Paulo et al. 2025) has a linear part too.
+active at a time, nearly what the MLP writes; a skip-transcoder (Paulo et al. 2025) has a linear part too. A
+sparse autoencoder (SAE; Bricken et al. 2023, Huben et al. 2024) reads and writes the residual stream.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -28,12 +30,16 @@ from mechinterp_attn.sources.zoo import bundled_dictionaries, bundled_folder, bu
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 OWN = "dictionary.safetensors"
-READS = "mlp"  # the only hook point: what the MLP reads in, what it writes out
+MLP, STREAM = PLACES = ("mlp", "resid_post")  # from what an MLP reads to what it writes; behind a block
+HOOK = re.compile(r"blocks\.(\d+)\.(.+)")  # TransformerLens's name of a place
+
+
+SAES = ("standard", "jumprelu", "topk", "batchtopk")  # SAELens's names of those that are known
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Dictionary:
-    """A transcoder: ``gate(x @ W_enc + b_enc) @ W_dec + b_dec (+ x @ W_skip)``.
+    """A transcoder or an SAE: ``gate(x @ W_enc + b_enc) @ W_dec + b_dec (+ x @ W_skip)``.
 
     Attributes:
         W_enc: ``[d_model, feature]``.
@@ -174,6 +180,9 @@ class Dictionary:
             return _sae_lens(folder)
         if (folder / "config.yaml").is_file() or list(folder.glob("layer_*.safetensors")):
             return _circuit_tracer(folder, layer)
+        if (folder / "W_enc_0.safetensors").is_file():
+            reason = "it holds a cross-layer transcoder, whose features write at several layers"
+            raise CheckpointError(str(folder), [f"{reason}; expected one whose features write at one"])
         expected = f"{OWN}, params.npz, cfg.json or config.yaml with layer_0.safetensors"
         raise CheckpointError(str(folder), [f"it holds no dictionary; expected {expected}"])
 
@@ -211,6 +220,8 @@ def _made(where: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any], k
         for name, t in tensors.items()
         if name in (*NAMES, "threshold", "W_skip")
     }
+    if "threshold" in wide:
+        wide["threshold"] = wide["threshold"].clamp_min(0)  # a JumpReLU is a ReLU first
     return Dictionary(**wide, k=int(tensors["k"]) if "k" in tensors else k, card=card)
 
 
@@ -264,12 +275,15 @@ def _sae_lens(folder: Path) -> Dictionary:
         raise CheckpointError(str(folder), ["it has no sae_weights.safetensors"])
     meta = {**cfg, **(cfg["metadata"] if isinstance(cfg.get("metadata"), dict) else {})}
     kind = str(cfg.get("architecture", "standard"))
+    is_sae = "transcoder" not in kind
+    card: dict[str, Any] = {"format": "SAELens", "reads": meta.get("hook_name")}
     wrong = []
-    if "transcoder" not in kind:
-        wrong.append(
-            f"cfg.json has architecture={kind!r}, which reads and writes one place (an SAE); expected a "
-            "transcoder, which reads what the MLP reads and writes what it writes"
-        )
+    if is_sae and kind not in SAES:
+        wrong.append(f"cfg.json has architecture={kind!r}, expected a transcoder or {', '.join(SAES)}")
+    if is_sae:
+        card |= _stream(meta.get("hook_name"), wrong)
+    else:
+        card |= {"writes": meta.get("hook_name_out"), "at": MLP}
     if cfg.get("normalize_activations", "none") != "none":
         wrong.append(
             f"cfg.json has normalize_activations={cfg['normalize_activations']!r}, expected 'none'"
@@ -277,6 +291,27 @@ def _sae_lens(folder: Path) -> Dictionary:
     if wrong:
         raise CheckpointError(str(folder), wrong)
     tensors = _tensors(folder / "sae_weights.safetensors")
-    card = {"format": "SAELens", "reads": meta.get("hook_name"), "writes": meta.get("hook_name_out")}
     k = cfg.get("k", 0)
-    return _made(folder, tensors, card, k=k if isinstance(k, int) else 0)
+    made = _made(folder, tensors, card, k=k if isinstance(k, int) and "threshold" not in tensors else 0)
+    if cfg.get("rescale_acts_by_decoder_norm"):  # the largest of what they write, not of what they hold
+        norm = made.W_dec.norm(dim=1)
+        norm = torch.where(norm > 0, norm, 1.0)
+        made = replace(
+            made, W_enc=made.W_enc * norm, b_enc=made.b_enc * norm, W_dec=made.W_dec / norm[:, None]
+        )
+    if is_sae and cfg.get("apply_b_dec_to_input", True):
+        made = replace(made, b_enc=made.b_enc - made.b_dec @ made.W_enc)
+    return made
+
+
+def _stream(hook: Any, wrong: list[str]) -> dict[str, Any]:
+    """Where an SAE is attached: the stream behind a block is what the next one reads."""
+    found = HOOK.fullmatch(str(hook))
+    behind = {"hook_resid_post": 0, "hook_resid_pre": 1}
+    if found is None or found[2] not in behind or int(found[1]) < behind[found[2]]:
+        wrong.append(
+            f"cfg.json has hook_name={hook!r}, expected the residual stream behind a block, such as "
+            "'blocks.5.hook_resid_post'"
+        )
+        return {}
+    return {"layer": int(found[1]) - behind[found[2]], "at": STREAM}

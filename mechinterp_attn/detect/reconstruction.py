@@ -37,13 +37,13 @@ class Reconstruction(Result):
     Attributes:
         frame: one row per dictionary, and ``all`` where there are several: ``dictionary`` (``L5``),
             ``layer`` (-1 for all), ``features``, ``l0`` (features active at a token, mean), ``fve``
-            (fraction of variance explained: 1 - squared error / squared distance from the mean, of what the
-            MLP writes), ``dead`` (share of the features that are active at no token here), ``loss`` (of the
-            model, nats per token), ``loss_without_error``, ``loss_ablated`` (with the MLP at zero),
-            ``loss_recovered`` (how much of the way from the last to the first is left without the error)
-            and ``kl`` (from the model's next-token distribution to the one without the error, nats). The
-            first token of a prompt counts for none of the features' measures; a model without a next-token
-            loss has NaN where it needs one.
+            (fraction of variance explained: 1 - squared error / squared distance from the mean, of what is
+            described: what the MLP writes, or the stream), ``dead`` (share of the features that are active
+            at no token here), ``loss`` (of the model, nats per token), ``loss_without_error``,
+            ``loss_ablated`` (with what is described at zero), ``loss_recovered`` (how much of the way from
+            the last to the first is left without the error) and ``kl`` (from the model's next-token
+            distribution to the one without the error, nats). The first token of a prompt counts for none of
+            the features' measures; a model without a next-token loss has NaN where it needs one.
         n_tokens: how many tokens the features' measures are over.
     """
 
@@ -65,7 +65,7 @@ def reconstruction(
     """Measure how well attached dictionaries describe a model: sparsity, reconstruction, loss.
 
     The receipt compares with each dictionary computed another way, in float64 from its tensors: with the
-    errors it must give what the MLPs write in a run that looks at no feature. Tokens at which rounding
+    errors it must give what it describes in a run that looks at no feature. Tokens at which rounding
     decides whether a feature is active are left out of that, and counted.
 
     Args:
@@ -98,7 +98,7 @@ def reconstruction(
     n = int(batch.predicts.sum())
     error = max(tally.error for tally in tallies.values())
     unclear = sum(tally.unclear for tally in tallies.values())
-    what = "dictionaries from their tensors, in float64, and errors make what the MLPs write"
+    what = "dictionaries from their tensors, in float64, and errors make what they describe"
     check = Check(what, error, TOLERANCE[model.W_E.dtype])
     notes = {"tokens": f"{n:,}", "dtype": str(model.W_E.dtype).removeprefix("torch.")}
     if unclear:
@@ -110,9 +110,9 @@ class _Tally:
     """Sums over the tokens of one layer's dictionary."""
 
     def __init__(self, block: Block):
-        self.layer, self.bank, self.skip = block.layer, block.features, block.skip
+        self.layer, self.bank, self.skip = block.layer, block.features, getattr(block, "skip", None)
         self.read_at, self.norm = _read_by(block)
-        self.wrote_at, self.rest = f"blocks.{block.layer}.hook_mlp_out", block.error.hook("z")
+        self.wrote_at, self.rest = _described_at(block), block.error.hook("z")
         d, n = self.bank.W_out.shape[1], self.bank.n_heads
         self.n, self.left, self.square, self.active_in_all = 0, 0.0, 0.0, 0
         self.sum = torch.zeros(d, dtype=torch.float64)
@@ -125,7 +125,7 @@ class _Tally:
         split = _cached(model, part, [self.rest])
         read = self.norm[0].plain(plain[self.read_at])
         wrote = plain[self.wrote_at].double()
-        out, active, clear = _described(self.bank, self.skip, read)
+        out, active, clear = _by_tensors(self.bank, self.skip, read)
         rest = split[self.rest][..., 0, :].double()
         here = part.real & clear
         self.unclear += int((part.real & ~clear).sum())
@@ -159,6 +159,11 @@ def _read_by(block: Block) -> tuple[str, Located]:
     return sublayer.stream, sublayer.norm
 
 
+def _described_at(block: Block) -> str:
+    """The hook of what a block's dictionary describes: what the MLP writes, or the stream behind it."""
+    return f"blocks.{block.layer}.{'hook_resid_post' if block.describing else 'hook_mlp_out'}"
+
+
 def _cached(model: AttentionOnlyModel, part: Batch, names: Sequence[str]) -> dict[str, Tensor]:
     padded: dict[str, Any] = {} if part.mask is None else {"attention_mask": part.mask}
     _, cache = model.run_with_cache(
@@ -167,7 +172,7 @@ def _cached(model: AttentionOnlyModel, part: Batch, names: Sequence[str]) -> dic
     return cache
 
 
-def _described(
+def _by_tensors(
     bank: FeatureBank, skip: Any, read: Float[Tensor, "batch pos d_model"]
 ) -> tuple[
     Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos feature"], Bool[Tensor, "batch pos"]
@@ -219,7 +224,9 @@ class _Changes:
         for row, layers in self.layers.items():
             sums = self.sums.setdefault(row, [0.0, 0.0, 0.0])
             without = _logits(model, part, [f"blocks.{layer}.error.hook_act" for layer in layers])
-            silent = _logits(model, part, [f"blocks.{layer}.hook_mlp_out" for layer in layers])
+            silent = _logits(
+                model, part, [_described_at(cast(Block, model.blocks[layer])) for layer in layers]
+            )
             kl = (log_p.exp() * (log_p - without.log_softmax(-1))).sum(-1)[:, :-1]
             sums[0] += float(next_token(without, part)[0].double().sum())
             sums[1] += float(next_token(silent, part)[0].double().sum())

@@ -252,15 +252,16 @@ class Frozen:
     def carry(self, x: Float[Tensor, "*batch pos d_model"], start: int, stop: int) -> Tensor:
         """What becomes of a part of the stream that no head reads, from the sum in sublayer ``start``
         to the stream that sublayer ``stop`` reads. It stays as it is but for norms over the whole
-        stream (BERT).
+        stream (BERT), and ends where features write the stream anew.
 
         Args:
             x: ``[..., pos, d_model]``, a part of the stream.
             start: the sublayer to begin in.
             stop: the sublayer to end in front of.
         """
-        for sublayer in self.sublayers[start:stop]:
-            x = sublayer.carry(x)
+        for depth in range(start, stop):
+            sublayer = self.sublayers[depth]
+            x = sublayer.carry(x if depth == start else sublayer.kept(x))
         return x
 
     def carry_back(self, y: Float[Tensor, "*batch pos d_model"], start: int, stop: int) -> Tensor:
@@ -271,8 +272,9 @@ class Frozen:
             start: the sublayer to begin in.
             stop: the sublayer to end in front of.
         """
-        for sublayer in reversed(self.sublayers[start:stop]):
-            y = sublayer.carry_back(y)
+        for depth in reversed(range(start, stop)):
+            y = self.sublayers[depth].carry_back(y)
+            y = y if depth == start else self.sublayers[depth].kept(y)
         return y
 
     def carry_rank_one(
@@ -286,8 +288,9 @@ class Frozen:
             start: the sublayer to begin in.
             stop: the sublayer to end in front of.
         """
-        for sublayer in reversed(self.sublayers[start:stop]):
-            w, v = sublayer.carry_rank_one(w, v)
+        for depth in reversed(range(start, stop)):
+            w, v = self.sublayers[depth].carry_rank_one(w, v)
+            w = w if depth == start else self.sublayers[depth].kept(w)
         return w, v
 
     @property

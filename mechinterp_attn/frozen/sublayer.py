@@ -2,11 +2,12 @@
 
 The equation of a sublayer stands here, once, and every analysis of frozen prompts goes through it::
 
-    x  ->  out(x + sum_i (heads_i(x) + bias_i)) + out_bias
+    x  ->  out(kept(x) + sum_i (heads_i(x) + bias_i)) + out_bias
 
 ``heads_i`` are the heads of one bank with their value biases, ``bias_i`` is what the bank adds beside
 them, and ``out`` is a norm over the whole stream with bias ``out_bias`` (BERT); in most models it is
-the identity.
+the identity. ``kept`` is the identity too, but for features that describe the stream itself: they and their
+error write it anew, and nothing passes them by.
 """
 
 from __future__ import annotations
@@ -61,12 +62,18 @@ class FrozenSublayer:
         stream: the residual stream they read in the run, ``[pos, d_model]``.
         out: the norm over the whole stream behind them; the identity in most models.
         out_bias: what that norm adds, ``[d_model]``, or None.
+        anew: the banks write the stream anew.
     """
 
     banks: tuple[FrozenBank, ...]
     stream: Float[Tensor, "pos d_model"]
     out: FrozenNorm
     out_bias: Float[Tensor, " d_model"] | None
+    anew: bool = False
+
+    def kept(self, x: Tensor) -> Tensor:
+        """What passes the heads by: all of the stream, or nothing. Its own transpose."""
+        return torch.zeros_like(x) if self.anew else x
 
     def forward(self, x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
         """The stream behind the sublayer, for a stream ``x`` in front of it."""
@@ -79,7 +86,7 @@ class FrozenSublayer:
     def after(self, x: Float[Tensor, "*batch pos d_model"], held: Sequence[Tensor]) -> Tensor:
         """The stream behind the sublayer when the heads of each bank hold ``held``."""
         written = (bank.write(z) for bank, z in zip(self.banks, held, strict=True))
-        return self.carry(sum(written, x)) + self.beside
+        return self.carry(sum(written, self.kept(x))) + self.beside
 
     @cached_property
     def held(self) -> list[Float[Tensor, "pos head d_head"]]:
@@ -97,7 +104,7 @@ class FrozenSublayer:
         front of it. The transpose of ``forward`` without its biases.
         """
         at_sum = self.carry_back(y)
-        return at_sum, sum((bank.adjoint(at_sum) for bank in self.banks), at_sum)
+        return at_sum, sum((bank.adjoint(at_sum) for bank in self.banks), self.kept(at_sum))
 
     def carry(self, x: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
         """What becomes of a part of the sum that no head reads: only a norm over the stream changes it."""
@@ -149,7 +156,7 @@ class FrozenSublayer:
                         own[min(order + lift, last)] += moved
                 own[min(lift, last)] += bank.constant
             written.append(own)
-        behind = self.carry(sum(written, streams))
+        behind = self.carry(sum(written, self.kept(streams)))
         behind = behind.clone() if behind is streams else behind
         behind[0] += self.beside
         return written, behind
@@ -197,7 +204,7 @@ def freeze_sublayer(sublayer: Sublayer, cache: Cache) -> FrozenSublayer:
         for bank, post in zip(sublayer.banks, sublayer.posts, strict=True)
     )
     if sublayer.out is None:
-        return FrozenSublayer(banks, cache[sublayer.stream], IDENTITY, None)
+        return FrozenSublayer(banks, cache[sublayer.stream], IDENTITY, None, sublayer.anew)
     bias, stream = sublayer.out[0].b, cache[sublayer.stream]
     out = frozen(*sublayer.out)
     return FrozenSublayer(banks, stream, out, None if bias is None else bias.detach().to(stream.dtype))

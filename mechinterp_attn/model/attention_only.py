@@ -304,7 +304,8 @@ class AttentionOnlyModel(TokenDoor, Generates, NamedWeights, Hooked):
         once more. They have the gates and hooks of heads; what they write is the error's.
         """
         blocks = [cast(Block, block) for block in self.blocks]
-        return tuple(part for b in blocks if b.stand_ins for part in (b.neurons, b.error.features))
+        neurons = [b.neurons for b in blocks if b.stand_ins]
+        return (*neurons, *(b.error.features for b in blocks if b.stand_ins or b.describing))
 
     def sublayer_of(self, bank: HeadBank) -> Sublayer:
         """The sublayer that a bank belongs to.

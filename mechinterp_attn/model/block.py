@@ -13,13 +13,13 @@ from transformer_lens.hook_points import HookPoint
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.model.attention import AttentionBank, ForkedInput
 from mechinterp_attn.model.experts import ExpertBank
-from mechinterp_attn.model.features import FeatureBank
+from mechinterp_attn.model.features import FeatureBank, StreamFeatureBank
 from mechinterp_attn.model.gates import Function, Rule
 from mechinterp_attn.model.half import HALF
 from mechinterp_attn.model.heads import HeadBank
 from mechinterp_attn.model.neurons import MLPNames, NeuronBank
 from mechinterp_attn.model.norm import Norm
-from mechinterp_attn.model.rest import ErrorBank, SkipBank
+from mechinterp_attn.model.rest import ErrorBank, SkipBank, StreamErrorBank
 from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.model.step import Step
 
@@ -84,7 +84,8 @@ class PredictionHead(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Sublayer:
-    """Banks that read one stream and write to it: ``x -> out(x + sum_i post_i(bank_i(norm(x))))``.
+    """Banks that read one stream and write to it: ``x -> out(x + sum_i post_i(bank_i(norm(x))))``, without
+    the first ``x`` where they write it anew.
 
     Attributes:
         banks: one, or attention and neurons where they run in parallel.
@@ -92,6 +93,7 @@ class Sublayer:
         norm: the norm in front of them, with its path in caches.
         posts: the norm on what each bank writes, with its path; of kind None in most models.
         out: the norm over the whole stream behind them (BERT), with its path, or None.
+        anew: nothing of the stream passes them by: they are features that describe it, and their error.
     """
 
     banks: tuple[HeadBank, ...]
@@ -99,6 +101,7 @@ class Sublayer:
     norm: Located
     posts: tuple[Located, ...]
     out: Located | None
+    anew: bool = False
 
 
 @dataclass
@@ -154,7 +157,15 @@ class Block(nn.Module):
             self.ln2_post = post("ln2_post")
             self.hook_mlp_out = HookPoint()
         self.stand_ins: tuple[HeadBank, ...] = ()  # in place of the neurons, which are then in the error
-        if (attached := spec.dictionary(layer)) is not None:
+        self.describing: tuple[HeadBank, ...] = ()  # the stream behind the block, by features and an error
+        attached = spec.dictionary(layer)
+        self.features: FeatureBank
+        self.error: ErrorBank
+        if attached is not None and attached.at == "resid_post":
+            self.features = StreamFeatureBank(spec, attached, weights["features"])
+            self.error = StreamErrorBank(spec, attached, (), self.features, None)
+            self.describing = (self.features, self.error)
+        elif attached is not None:
             self.features = FeatureBank(spec, attached, weights["features"])
             self.skip = SkipBank(spec, attached, weights["skip"]) if attached.skip else None
             whole = self.mlp, self.ln2_post
@@ -181,23 +192,26 @@ class Block(nn.Module):
         normed = self.ln1(x)
         attn = self.hook_attn_out(self.ln1_post(self.attn(normed, step, self._forked(x, self.ln1))))
         if self.neurons is None:
-            return self.hook_resid_post(x + attn)
+            return self._described(self.hook_resid_post(x + attn))
         if not self.parallel:
             x = self.hook_resid_mid(x + attn)
             normed, attn = self.ln2(self._mlp_in(x)), 0.0
         elif self.forks.mlp_in:
             normed = self.ln1.plain(self._mlp_in(x))
         mlp = self.hook_mlp_out(self._mlp(normed))
-        return self.hook_resid_post(x + attn + mlp)
+        return self._described(self.hook_resid_post(x + attn + mlp))
 
     def _mlp(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """What the neurons write, or those that stand in for them: the same unless a hook edits one."""
-        looked = (
-            point for bank in self.stand_ins for point in bank.modules() if isinstance(point, HookPoint)
-        )
-        if any(point.has_hooks() for point in looked):
+        if _looked_at(self.stand_ins):
             return sum((bank(x) for bank in self.stand_ins), torch.zeros_like(x))
         return self.ln2_post(self.mlp(x))
+
+    def _described(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """The stream behind the block as features and an error write it: itself unless a hook edits one."""
+        if _looked_at(self.describing):
+            return sum((bank(x) for bank in self.describing), torch.zeros_like(x))
+        return x
 
     def _forked(self, x: Float[Tensor, "batch pos d_model"], norm: Norm | None) -> ForkedInput | None:
         """A copy of the stream for every head's query, key and value, normed; None where nobody asked."""
@@ -224,9 +238,8 @@ class Block(nn.Module):
     @property
     def banks(self) -> tuple[HeadBank, ...]:
         """In order."""
-        if self.neurons is None:
-            return (self.attn,)
-        return (self.attn, *(self.stand_ins or (self.neurons,)))
+        mlp = () if self.neurons is None else self.stand_ins or (self.neurons,)
+        return (self.attn, *mlp, *self.describing)
 
     def sublayers(self) -> Iterator[Sublayer]:
         """The block's banks in order, with the norms around them."""
@@ -237,7 +250,7 @@ class Block(nn.Module):
         if self.neurons is None:
             parts = [((self.attn,), pre, ln1, (post1,))]
         else:
-            _, *after = self.banks
+            after = self.stand_ins or (self.neurons,)
             behind = (
                 (Norm(None, 1.0), f"{at}.no_norm") if self.stand_ins else (self.ln2_post, f"{at}.ln2_post")
             )
@@ -246,9 +259,18 @@ class Block(nn.Module):
                 parts = [((self.attn, *after), pre, ln1, (post1, *posts2))]
             else:
                 ln2 = (self.ln2, f"{at}.ln2")
-                parts = [((self.attn,), pre, ln1, (post1,)), (tuple(after), mid, ln2, posts2)]
+                parts = [((self.attn,), pre, ln1, (post1,)), (after, mid, ln2, posts2)]
         for banks, stream, norm, posts in parts:
             if self.out_norms:
                 yield Sublayer(banks, stream, (Norm(None, 1.0), f"{at}.no_norm"), posts, norm)
             else:
                 yield Sublayer(banks, stream, norm, posts, None)
+        if self.describing:
+            plain = (Norm(None, 1.0), f"{at}.no_norm")
+            yield Sublayer(self.describing, f"{at}.hook_resid_post", plain, (plain,) * 2, None, anew=True)
+
+
+def _looked_at(banks: tuple[HeadBank, ...]) -> bool:
+    """Whether a hook sees or edits any of them."""
+    points = (point for bank in banks for point in bank.modules() if isinstance(point, HookPoint))
+    return any(point.has_hooks() for point in points)

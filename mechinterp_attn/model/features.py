@@ -63,6 +63,12 @@ class FeatureBank(NeuronBank):
         return seen.hook_act(own * seen.hook_read(z)) @ self.W_out + self.b_out
 
 
+class StreamFeatureBank(FeatureBank):
+    """The features of an SAE on the residual stream behind a block: they read and write that stream."""
+
+    place: ClassVar[int] = 2
+
+
 class Copy(nn.Module):
     """The features once more, inside the error: hooks on the heads do not reach what they leave out, and
     what reaches that (the rules of a backward pass) has these.

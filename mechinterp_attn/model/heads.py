@@ -240,7 +240,7 @@ class HeadBank(nn.Module, ABC):
     @property
     def step(self) -> int:
         """When the bank reads and writes: a head reads what banks of smaller steps have written."""
-        return 2 * self.layer + (0 if self.parallel else self.place)
+        return 3 * self.layer + (0 if self.parallel and self.place < 2 else self.place)
 
     @property
     def reads(self) -> dict[str, Float[Tensor, "head d_model d_head"]]:

@@ -149,7 +149,8 @@ class ErrorBank(WideBank):
         skip: SkipBank | None,
     ):
         """Args:
-        whole: what the dictionary stands for, as modules that follow one another; the block's own.
+        whole: what the dictionary stands for, as modules that follow one another; the block's own. None:
+            it stands for what it reads.
         features, skip: the dictionary.
         """
         super().__init__(spec, attached)
@@ -168,3 +169,9 @@ class ErrorBank(WideBank):
         if (skip := self._skip[0]) is not None:
             rest = rest - skip.moves(x)
         return rest[..., None, :]
+
+
+class StreamErrorBank(ErrorBank):
+    """What an SAE on the residual stream leaves out of it."""
+
+    place: ClassVar[int] = 2

@@ -11,6 +11,7 @@ from mechinterp_attn.core.errors import MechInterpError, listing
 from mechinterp_attn.core.fields import wrong_fields
 
 NormKind = Literal["LN", "RMS"] | None
+At = Literal["mlp", "resid_post"]
 # What the norm on queries and keys is taken over: one head with one gain for all heads, one head with a
 # gain of its own, or all heads together.
 NormOver = Literal["head", "each", "all"]
@@ -50,6 +51,8 @@ class Attached:
 
     Attributes:
         layer: the block.
+        at: what it describes: "mlp", from what the block's MLP reads to what it writes, or "resid_post",
+            the residual stream behind the block.
         n: features.
         k: how many are active at a token (TopK); 0 where each has its own threshold.
         skip: whether it has a linear part.
@@ -59,6 +62,7 @@ class Attached:
     n: int
     k: int = 0
     skip: bool = False
+    at: At = "mlp"
 
 
 @dataclass(frozen=True)
@@ -164,8 +168,11 @@ class Spec:
 
     @property
     def mean_unseen(self) -> bool:
-        """Whether nothing that reads the residual stream sees its mean over d_model: all norms centre."""
-        return self.norm == self.final_norm == "LN" and self.stream_norm is None
+        """Whether nothing that reads the residual stream sees its mean over d_model: all norms centre, and
+        no dictionary reads the stream itself.
+        """
+        centred = self.norm == self.final_norm == "LN" and self.stream_norm is None
+        return centred and all(one.at == "mlp" for one in self.dictionaries)
 
     def rotary(self, layer: int) -> int | None:
         """Which rotary table a layer's queries and keys are turned by; None where they are not."""
@@ -283,12 +290,21 @@ class Spec:
         if self.experts and (not self.gated or self.mixtures):
             wrong.append("experts that are not gated, or in a mode other than 'exact'")
         layers = [one.layer for one in self.dictionaries]
+        of_mlps = [one for one in self.dictionaries if one.at != "resid_post"]
         if (
-            (self.attn_only and layers)
+            (self.attn_only and of_mlps)
             or len(set(layers)) != len(layers)
             or not all(0 <= layer < self.n_layers for layer in layers)
         ):
-            wrong.append(f"dictionaries in layers {layers}, expected one per layer that has an MLP")
+            wrong.append(
+                f"dictionaries in layers {layers}, expected one per layer, and an MLP where it reads one"
+            )
+        wrong += [
+            f"a dictionary at {one.at!r}, expected 'mlp' or 'resid_post'"
+            for one in self.dictionaries
+            if one.at not in ("mlp", "resid_post")
+            or (one.at == "resid_post" and (one.skip or self.stream_norm))
+        ]
         wrong += [
             f"a dictionary of {one.n} features, {one.k} of them active, expected at least 1"
             for one in self.dictionaries

@@ -149,6 +149,8 @@ class Search:
             partials[0].v.new_zeros(0, len(partials[0].v)),
         )
         for j in range(partials[0].depth, -1, -1):
+            if j < len(self.frozen.sublayers):  # past its heads, on the way to what it reads
+                w = self.frozen.sublayers[j].kept(w)
             joining = [one for one in partials if one.depth == j]
             if joining:
                 rows += joining

@@ -304,7 +304,7 @@ class _Search:
         sublayer = self.frozen.sublayers[depth]
         biases = biases + (fields * sublayer.beside).sum((1, 2))
         at_sum = sublayer.carry_back(fields)
-        fields = at_sum
+        fields = sublayer.kept(at_sum)
         for i, (bank, held) in enumerate(zip(sublayer.banks, sublayer.held, strict=True)):
             if not counted(bank, "attention"):
                 fields = fields + bank.adjoint(at_sum)

@@ -190,6 +190,7 @@ def walk(frozen: Frozen, nodes: Nodes) -> Iterator[tuple[int, Tensor, Tensor, Te
     number = 0
     for depth, sublayer in enumerate(frozen.sublayers):
         yield depth, earlier, torch.cat([outputs, tokens]), biases
+        outputs, tokens, biases = map(sublayer.kept, (outputs, tokens, biases))
         for bank, held in zip(sublayer.banks, sublayer.held, strict=True):
             own = nodes.of(number)
             written = [_written(bank, held, nodes, chunk) for chunk in own.split(CHUNK)]

@@ -271,7 +271,7 @@ def _traced(
     for sublayer in reversed(frozen.sublayers[:depth]):
         so_far = so_far + (y * sublayer.beside).sum((-1, -2))
         y = sublayer.carry_back(y)
-        passed = [y]
+        passed = [sublayer.kept(y)]
         for bank, held in zip(reversed(sublayer.banks), reversed(sublayer.held), strict=True):
             number -= 1
             part = nodes.get(number)

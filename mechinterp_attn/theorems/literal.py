@@ -318,6 +318,7 @@ def _refuse_unsupported(model: AttentionOnlyModel) -> None:
         "soft-capped attention scores": spec.score_cap is not None,
         "clamped queries, keys and values": spec.qkv_clip is not None,
         "a mixture of experts": bool(spec.experts),
+        "the features of a dictionary": bool(spec.dictionaries),
         "attention sinks": spec.sinks,
         f"{spec.positions} positions": spec.positions in ("alibi", "shortformer"),
         "queries that grow with the position": spec.query_growth is not None,

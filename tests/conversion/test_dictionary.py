@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,6 +268,11 @@ def test_public_files_are_read(tmp_path):
 def test_bad_files_are_named(tmp_path):
     with pytest.raises(mia.MechInterpError, match="it holds no dictionary"):
         mia.Dictionary.load(tmp_path)
+    (tmp_path / "W_enc_0.safetensors").write_bytes(b"nothing")
+    with pytest.raises(
+        mia.MechInterpError, match="cross-layer transcoder, whose features write at several"
+    ):
+        mia.Dictionary.load(tmp_path)
     np.savez(tmp_path / "params.npz", W_enc=np.array([object()]), threshold=np.zeros(1))  # a pickle inside
     with pytest.raises(mia.MechInterpError, match="holds objects, which are not read"):
         mia.Dictionary.load(tmp_path)
@@ -275,7 +281,7 @@ def test_bad_files_are_named(tmp_path):
         '{"architecture": "standard", "normalize_activations": "layer_norm"}'
     )
     (tmp_path / "sae_weights.safetensors").write_bytes(b"nothing")
-    with pytest.raises(mia.MechInterpError, match=r"architecture='standard'.*normalize_activations"):
+    with pytest.raises(mia.MechInterpError, match=r"hook_name=None.*normalize_activations"):
         mia.Dictionary.load(tmp_path)
     (tmp_path / "cfg.json").write_text('{"architecture": "transcoder"}')
     with pytest.raises(mia.MechInterpError, match="damaged or not safetensors"):
@@ -319,6 +325,11 @@ def test_bundled_dictionaries_are_what_their_cards_say(layer):
     assert dictionary.n_features > model.spec.d_mlp
     for key in ("data", "licence", "command", "recipe", "kl", "minutes"):
         assert card[key], key
+    losses = " / ".join(f"{card[name]:.3f}" for name in ("loss", "loss_without_error", "loss_ablated"))
+    numbers = f"{card['l0']:.1f} | {card['fve']:.3f} | {card['dead']:.1%} | {losses} |"
+    recovered = f"{card['loss_recovered']:.3f} | {card['kl']:.3f} |"
+    page = (Path(__file__).parents[2] / "docs" / "features.md").read_text(encoding="utf-8")
+    assert f"| {layer} | {dictionary.n_features:,} | {numbers} {recovered}" in page
     with pytest.raises(mia.MechInterpError, match=f"card says layer {layer}, not {1 - layer}"):
         mia.attach(model, dictionary, layer=1 - layer)
     with pytest.raises(mia.MechInterpError, match="card says model 'gelu-2l', not 'silu-2l'"):
@@ -334,3 +345,29 @@ def test_bundled_dictionaries_are_found_by_name():
         mia.Dictionary.load("attn-2l", layer=0)
     files = list(bundled_dictionaries("gelu-2l").rglob("*"))
     assert sum(file.stat().st_size for file in files if file.is_file()) <= 3_000_000
+
+
+def test_two_models_with_dictionaries_are_compared(plain):
+    """A feature that writes something else is found, and nothing is found where nothing is different."""
+    one = attached(plain)
+    weights = {name: tensor.clone() for name, tensor in one.state_dict().items()}
+    _, cache = one.run_with_cache(random_tokens(one, 6))
+    active = int(cache["blocks.0.features.hook_act"].sum((0, 1)).argmax())
+    weights["blocks.0.features.W_out"][active] += 1.0
+    two = mia.AttentionOnlyModel(one.spec, weights)
+    task = mia.Task(
+        random_tokens(one, 6), corrupt=random_tokens(one, 6, seed=1), answer=[1] * 6, against=[2] * 6
+    )
+    found = mia.causal.diff(one, two, task, draws=2)
+    assert found.frame["head"].iloc[0] in (
+        f"L0F{active}",
+        "L0E0",
+    )  # what it no longer writes, the error does
+    same = mia.causal.diff(one, one, task, draws=2).frame
+    changed = same[["OV", "QK", "output", "gained_estimate", "lost_estimate"]]
+    assert float(changed.abs().max().max()) < 1e-9
+
+
+def test_the_literal_construction_refuses_features(plain):
+    with pytest.raises(mia.MechInterpError, match="the features of a dictionary"):
+        mia.theorems.attention_only(attached(mia.convert(tiny_bridge(act_fn="silu"))))

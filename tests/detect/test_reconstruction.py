@@ -106,7 +106,7 @@ def test_the_check_can_fail(plain, monkeypatch):
     value = ErrorBank.value
     monkeypatch.setattr(ErrorBank, "value", lambda self, v: value(self, v) + 0.01)
     model = mia.attach(plain, transcoder(16), layer=0)
-    with pytest.warns(mia.FailedCheckWarning, match="make what the MLPs write"):
+    with pytest.warns(mia.FailedCheckWarning, match="make what they describe"):
         mia.detect.reconstruction(model, random_tokens(plain))
 
 

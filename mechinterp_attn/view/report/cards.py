@@ -153,8 +153,8 @@ def _outputs(study: Study, labels: Sequence[str]) -> dict[str, Block]:
             own = index[start : start + ROWS]
             at = torch.full_like(own, position)
             written = bank.write_at(held[position, own], own, at)
-            for sublayer in frozen.sublayers[depth:]:
-                written = sublayer.carry_at(written, at)
+            for behind, sublayer in enumerate(frozen.sublayers[depth:]):
+                written = sublayer.carry_at(sublayer.kept(written) if behind else written, at)
             logits = frozen.read_out_at(written, position)
             for i, label in enumerate(group[start : start + ROWS]):
                 whole = float(brought[start + i].sum() + bias[start + i])

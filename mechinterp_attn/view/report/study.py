@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
+import torch
 
 from mechinterp_attn import circuits, detect, paths
 from mechinterp_attn.core.text import signed
@@ -17,6 +18,8 @@ from mechinterp_attn.view.report.story import SOME, Story, find_story
 from mechinterp_attn.view.report.telling import Claim, claims, through_patterns
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mechinterp_attn.frozen.prompt import Frozen
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
@@ -133,7 +136,7 @@ class Study:
     def direct(self) -> dict[str, float]:
         """What every head writes straight to the explained logit."""
         frame = self.attribution.frame
-        frame = frame[frame["kind"].isin(("attention", "mlp"))]
+        frame = frame[~frame["kind"].isin(("embed", "bias"))]
         return dict(zip(frame["head"], frame["value"], strict=True))
 
     @property
@@ -322,3 +325,8 @@ class Study:
     @property
     def n_attention(self) -> int:
         return len(self.model.heads.of("attention"))
+
+
+def tokens_of(model: AttentionOnlyModel, prompt: str | list[int] | Tensor) -> Tensor:
+    """Validated ids ``[1, pos]`` of a prompt given as text or ids."""
+    return model.as_tokens(torch.as_tensor(prompt) if isinstance(prompt, list) else prompt)
