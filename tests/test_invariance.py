@@ -293,7 +293,7 @@ def test_ratios_have_no_units():
 # two models (tests/causal/test_diff.py writes one of them in another basis).
 NO_SCORES = {
     "assert_circuit", "check_circuit", "diff", "faithfulness", "freeze", "minimality", "path_patch",
-    "random_repeats", "resolve_head", "tasks", "virtual_head",
+    "random_repeats", "resolve_head", "stability", "tasks", "virtual_head",
 }  # fmt: skip
 
 

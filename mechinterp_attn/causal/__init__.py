@@ -1,13 +1,15 @@
 """Behaviours and causes: what does it, proven by intervention."""
 
 from mechinterp_attn.causal import tasks
+from mechinterp_attn.causal.again import Overlap, overlap
 from mechinterp_attn.causal.circuit import Circuit
 from mechinterp_attn.causal.differences import Diff, diff
 from mechinterp_attn.causal.discovery import Discovery, discover
-from mechinterp_attn.causal.evaluation import Faithfulness, Minimality, faithfulness, minimality
+from mechinterp_attn.causal.evaluation import Faithfulness, faithfulness
 from mechinterp_attn.causal.head_effects import Effects, effects
 from mechinterp_attn.causal.intervention import Edit, Intervention, intervene
 from mechinterp_attn.causal.loadings import HeadLoadings, head_loadings
+from mechinterp_attn.causal.minimal import Minimality, minimality
 from mechinterp_attn.causal.path import PathEffects, path_patch
 from mechinterp_attn.causal.prompt_circuits import (
     PromptCircuits,
@@ -28,6 +30,7 @@ __all__ = [
     "HeadLoadings",
     "Intervention",
     "Minimality",
+    "Overlap",
     "PathEffects",
     "PromptCircuits",
     "PromptClusters",
@@ -41,6 +44,7 @@ __all__ = [
     "head_loadings",
     "intervene",
     "minimality",
+    "overlap",
     "path_patch",
     "prompt_circuits",
     "tasks",

@@ -62,6 +62,16 @@ class Alone(ABC):
     def drawn(self, n: int, generator: torch.Generator) -> Int[Tensor, " n"]:
         """``n`` parts of the model at random."""
 
+    def held_out(self, task: Task) -> dict[str, str]:
+        """For a receipt: how many of a task's prompts the parts were ranked on, where that is known."""
+        if self.task is None:
+            return {}
+        seen = {repr(prompt) for prompt in self.task.clean}
+        same = sum(repr(prompt) in seen for prompt in task.clean)
+        if not same:
+            return {"held out": "none of the prompts was used to find the ranking"}
+        return {"not held out": f"{same} of {len(task)} prompts were used to find the ranking"}
+
 
 class AloneHeads(Alone):
     """Heads; all others hold what they hold in the counterfactual. The embedding is always there."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NotRequired
 
 from typing_extensions import TypedDict
 
-from mechinterp_attn.causal.evaluation import Faithfulness, Minimality, faithfulness, minimality
+from mechinterp_attn.causal.evaluation import Faithfulness, faithfulness
+from mechinterp_attn.causal.minimal import Minimality, minimality
 from mechinterp_attn.causal.task import Task
 from mechinterp_attn.causal.wires import ENDS, POOL, Edge, edge_name
 from mechinterp_attn.core.errors import MechInterpError, listing

@@ -62,7 +62,9 @@ class Faithfulness(Result):
     total: int
 
 
-def _plan_of_runs(model: AttentionOnlyModel, task: Task, alone: Alone, runs: int, max_bytes: int) -> Plan:
+def plan_of_circuits(
+    model: AttentionOnlyModel, task: Task, alone: Alone, runs: int, max_bytes: int
+) -> Plan:
     """So many circuits, each run alone; each edge has a stream of its own."""
     n, edges = len(task), alone.units == "edges"
     ids = CELL * runs * min(alone.total, 4 * len(alone.order))
@@ -85,12 +87,7 @@ def _plan(
     alone = alone_of(model, task.bind(model), ranking, max_bytes)
     counts = _counts(sizes, len(alone.order), alone.total, alone.units)
     curves = 1 + (1 + (len(alone.order) == alone.total) + draws if draws else 0)
-    return _plan_of_runs(model, task, alone, curves * len(counts), max_bytes)
-
-
-def _plan_of_minimality(model: AttentionOnlyModel, task: Task, circuit: Any, max_bytes: int) -> Plan:
-    alone = alone_of(model, task.bind(model), circuit, max_bytes)
-    return _plan_of_runs(model, task, alone, 1 + len(alone.order), max_bytes)
+    return plan_of_circuits(model, task, alone, curves * len(counts), max_bytes)
 
 
 @plans(_plan)
@@ -136,7 +133,7 @@ def faithfulness(
     bound.counterfactual("faithfulness")
     alone = alone_of(model, bound, ranking, max_bytes)
     counts = _counts(sizes, len(alone.order), alone.total, alone.units)
-    found, ends = _ends(model, bound, max_bytes)
+    found, ends = ends_of(model, bound, max_bytes)
     generator = torch.Generator().manual_seed(seed)
     top = [Parts(alone.order[:n]) for n in counts]
     curves = {"faithfulness": top}
@@ -150,8 +147,8 @@ def faithfulness(
     metric = _measured(alone, curves)
     shares = [n / alone.total for n in counts]
     rows = torch.randint(len(bound), (DRAWS, len(bound)), generator=generator)
-    boot = _faithful(metric["faithfulness"], ends, rows)  # [draw, size]
-    values = {name: _faithful(m, ends)[0] for name, m in metric.items()}
+    boot = faithful(metric["faithfulness"], ends, rows)  # [draw, size]
+    values = {name: faithful(m, ends)[0] for name, m in metric.items()}
     random = [v for name, v in values.items() if name.startswith("random")]
     frame = pd.DataFrame({"share": shares, "size": counts, "faithfulness": values["faithfulness"].tolist()})
     for name, q in (("low", 0.025), ("high", 0.975)):
@@ -164,12 +161,12 @@ def faithfulness(
     areas = [(_area(shares, (1 - v).abs()), _area(shares, v)) for v in random]
     notes: dict[str, Any] = {
         "metric": bound.about, "units": f"{alone.units}, {alone.total:,} in the model",
-        **found.notes, **_held_out(task, alone.task), "random rankings": draws, "seed": seed,
+        **found.notes, **alone.held_out(task), "random rankings": draws, "seed": seed,
         "dtype": str(model.W_E.dtype).removeprefix("torch."),
     }  # fmt: skip
     return Faithfulness(
         frame=frame,
-        receipt=Receipt((_check(alone, ends),), notes),
+        receipt=Receipt((whole_check(alone, ends),), notes),
         cmd=float(_area(shares, (1 - values["faithfulness"]).abs())),
         cpr=float(_area(shares, values["faithfulness"])),
         cmd_interval=(float(cmd.quantile(0.025)), float(cmd.quantile(0.975))),
@@ -183,56 +180,10 @@ def faithfulness(
     )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Minimality(Result):
-    """How much each head or edge of a circuit contributes to it.
-
-    Attributes:
-        frame: one row per head or edge, the worthiest first: ``head`` or ``edge``; ``without``, the
-            circuit's faithfulness when it alone is held to the counterfactual too; ``loss``, how much less
-            that is than the whole circuit's. Near 0: the circuit does not need it (Wang et al. 2022).
-        faithfulness: of the whole circuit.
-    """
-
-    title: ClassVar[str] = "Minimality of a circuit"
-    sort_by: ClassVar[str | None] = "loss"
-    faithfulness: float
-
-
-@plans(_plan_of_minimality)
-def minimality(
-    model: AttentionOnlyModel, task: Task, circuit: Any, *, max_bytes: int = MAX_BYTES
-) -> Minimality:
-    """Remove each head or edge from a circuit, one at a time.
-
-    Args:
-        model: the converted model.
-        task: the prompts, with counterfactuals.
-        circuit: a ``Circuit``, or what else ``faithfulness`` takes as a ranking, all of it.
-        max_bytes: memory beyond the model's that may be used, the result included.
-
-    Raises:
-        MechInterpError: as for ``faithfulness``.
-    """
-    made = _plan_of_minimality(model, task, circuit, max_bytes)
-    max_bytes = within(made, max_bytes, "fewer prompts").left(max_bytes)
-    bound = ready(model, task.bind(model), max_bytes)
-    bound.counterfactual("minimality")
-    alone = alone_of(model, bound, circuit, max_bytes)
-    found, ends = _ends(model, bound, max_bytes)
-    parts = [Parts(alone.order), *(Parts(alone.order[alone.order != own]) for own in alone.order)]
-    whole, *without = _faithful(alone.metric(parts), ends)[0].tolist()
-    frame = pd.DataFrame({alone.units[:-1]: alone.names(), "without": without})
-    frame["loss"] = whole - frame["without"]
-    frame = frame.sort_values("loss", ascending=False, kind="stable", ignore_index=True)
-    notes = {"metric": bound.about, "faithfulness of the circuit": round(whole, 4), **found.notes}
-    return Minimality(frame=frame, receipt=Receipt((_check(alone, ends),), notes), faithfulness=whole)
-
-
-def _ends(
+def ends_of(
     model: AttentionOnlyModel, bound: Bound, max_bytes: int
 ) -> tuple[Standing, Float[Tensor, "two n"]]:
-    """The metric of counterfactuals and of prompts.
+    """How the model stands, and the metric of counterfactuals and of prompts.
 
     Raises:
         MechInterpError: there is no difference to explain.
@@ -258,7 +209,7 @@ def _measured(alone: Alone, curves: dict[str, list[Parts]]) -> dict[str, Float[T
     return dict(zip(curves, metric.split(sizes), strict=True))
 
 
-def _check(alone: Alone, ends: Float[Tensor, "two n"]) -> Check:
+def whole_check(alone: Alone, ends: Float[Tensor, "two n"]) -> Check:
     """The circuit of everything is the model, in the very way in which circuits are run."""
     nothing = torch.zeros(0, dtype=torch.long)
     whole = alone.metric([Parts(nothing, rest=True)])[0]
@@ -266,7 +217,7 @@ def _check(alone: Alone, ends: Float[Tensor, "two n"]) -> Check:
     return Check("everything as a circuit is the model", float((whole - ends[1]).abs().max()), 1e-4 * scale)
 
 
-def _faithful(
+def faithful(
     metric: Float[Tensor, "size n"], ends: Float[Tensor, "two n"], rows: Tensor | None = None
 ) -> Float[Tensor, "draw size"]:
     """Ratios of means over prompts: all of them, or those of every draw."""
@@ -311,13 +262,3 @@ def _counts(sizes: Any, known: int, total: int, units: str) -> list[int]:
             "(top_k= of discover)"
         )
     return sorted(set(counts))
-
-
-def _held_out(task: Task, found_on: Task | None) -> dict[str, str]:
-    if found_on is None:
-        return {}
-    seen = {repr(prompt) for prompt in found_on.clean}
-    same = sum(repr(prompt) in seen for prompt in task.clean)
-    if not same:
-        return {"held out": "none of the prompts was used to find the ranking"}
-    return {"not held out": f"{same} of {len(task)} prompts were used to find the ranking"}

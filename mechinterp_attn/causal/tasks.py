@@ -20,6 +20,10 @@ from mechinterp_attn.causal.task import Task
 from mechinterp_attn.core.errors import MechInterpError, listing
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
+WORDINGS = {
+    "ioi": len(words.IOI), "sva": len(words.SVA), "greater_than": len(words.YEARS),
+    "pronouns": len(words.PRONOUNS), "brackets": len(words.BRACKETS),
+}  # fmt: skip
 TRIES = 40  # drawn for each prompt that is wanted, before a generator gives up
 
 
@@ -77,17 +81,19 @@ def induction(model: AttentionOnlyModel, n: int = 32, seed: int = 0) -> Task:
     return Task(clean, corrupt=corrupt, answer=answer, against=against, name="induction")
 
 
-def ioi(model: AttentionOnlyModel, n: int = 64, seed: int = 0) -> Task:
+def ioi(model: AttentionOnlyModel, n: int = 64, seed: int = 0, *, wording: int | None = None) -> Task:
     """Indirect objects (Wang et al. 2022): "When Mary and John went to the shop, John gave a book to" Mary.
 
     The counterfactual names the other person the second time, so that the answers change places.
 
     Args:
         n: how many prompts.
+        wording: a single one of its templates, by number; all of them by default.
 
     Raises:
-        MechInterpError: too few prompts fit the tokenizer; says why.
+        MechInterpError: too few prompts fit the tokenizer; says why. No such wording.
     """
+    templates = _worded(words.IOI, wording)
 
     def draw(random: Random) -> Example:
         one, two = random.sample(words.WOMEN + words.MEN, 2)
@@ -96,30 +102,32 @@ def ioi(model: AttentionOnlyModel, n: int = 64, seed: int = 0) -> Task:
             random.choice(words.THINGS),
             random.choice(words.GIVES),
         )
-        template = random.choice(words.IOI)
+        template = random.choice(templates)
         first, second = random.sample([one, two], 2)
         parts = {"A": first, "B": second, "place": place, "thing": thing, "verb": verb}
         return Example(
             template.format(S=two, **parts), template.format(S=one, **parts), f" {one}", f" {two}"
         )
 
-    return _drawn(model, draw, n, seed, name="ioi")
+    return _drawn(model, draw, n, seed, name=_named("ioi", wording))
 
 
-def sva(model: AttentionOnlyModel, n: int = 64, seed: int = 0) -> Task:
+def sva(model: AttentionOnlyModel, n: int = 64, seed: int = 0, *, wording: int | None = None) -> Task:
     """Subject-verb agreement across another noun: "The keys to the cabinet" are. The counterfactual has the
     subject in the other number.
 
     Args:
         n: how many prompts.
+        wording: a single one of its templates, by number; all of them by default.
 
     Raises:
-        MechInterpError: too few prompts fit the tokenizer; says why.
+        MechInterpError: too few prompts fit the tokenizer; says why. No such wording.
     """
+    templates = _worded(words.SVA, wording)
 
     def draw(random: Random) -> Example:
         subject, noun = random.choice(words.NOUNS), random.choice(words.NOUNS)
-        template = random.choice(words.SVA)
+        template = random.choice(templates)
         singular, plural = random.choice(words.VERBS)
         between = random.choice(noun)
         number = random.randrange(2)
@@ -127,10 +135,12 @@ def sva(model: AttentionOnlyModel, n: int = 64, seed: int = 0) -> Task:
         verbs = [f" {singular}", f" {plural}"]
         return Example(texts[number], texts[1 - number], verbs[number], verbs[1 - number])
 
-    return _drawn(model, draw, n, seed, name="sva")
+    return _drawn(model, draw, n, seed, name=_named("sva", wording))
 
 
-def greater_than(model: AttentionOnlyModel, n: int = 64, seed: int = 0) -> Task:
+def greater_than(
+    model: AttentionOnlyModel, n: int = 64, seed: int = 0, *, wording: int | None = None
+) -> Task:
     """Years (Hanna et al. 2023): "The war lasted from the year 1732 to the year 17" ends in more than 32.
 
     The metric is the probability of all larger endings less that of the others. The counterfactual starts
@@ -139,54 +149,60 @@ def greater_than(model: AttentionOnlyModel, n: int = 64, seed: int = 0) -> Task:
 
     Args:
         n: how many prompts.
+        wording: a single one of its templates, by number; all of them by default.
 
     Raises:
-        MechInterpError: too few prompts fit the tokenizer; says why.
+        MechInterpError: too few prompts fit the tokenizer; says why. No such wording.
     """
+    templates = _worded(words.YEARS, wording)
 
     def two_digits(random: Random) -> Example:
         century, year = random.randrange(11, 18), random.randrange(2, 98)
-        text = random.choice(words.YEARS)
+        text = random.choice(templates)
         more, less = ([f"{y:02d}" for y in span] for span in (range(year + 1, 100), range(year + 1)))
         clean, corrupt = (text.format(start=f"{century}{y:02d}", end=century) for y in (year, 1))
         return Example(clean, corrupt, more, less)
 
     def one_digit(random: Random) -> Example:
         decade, year = random.randrange(110, 180), random.randrange(2, 9)
-        text = random.choice(words.YEARS)
+        text = random.choice(templates)
         more, less = ([str(y) for y in span] for span in (range(year + 1, 10), range(year + 1)))
         clean, corrupt = (text.format(start=f"{decade}{y}", end=decade) for y in (year, 0))
         return Example(clean, corrupt, more, less)
 
     try:
-        return _drawn(model, two_digits, n, seed, name="greater_than", metric="prob_diff")
+        return _drawn(model, two_digits, n, seed, name=_named("greater_than", wording), metric="prob_diff")
     except MechInterpError as error:
         try:
-            return _drawn(model, one_digit, n, seed, name="greater_than", metric="prob_diff")
+            return _drawn(
+                model, one_digit, n, seed, name=_named("greater_than", wording), metric="prob_diff"
+            )
         except MechInterpError as other:
             raise MechInterpError(f"two digits: {error}; one digit: {other}") from None
 
 
-def pronouns(model: AttentionOnlyModel, n: int = 64, seed: int = 0) -> Task:
+def pronouns(model: AttentionOnlyModel, n: int = 64, seed: int = 0, *, wording: int | None = None) -> Task:
     """Gendered pronouns: "Mary left the house because" she. The counterfactual has a man's name, and the
     other way round.
 
     Args:
         n: how many prompts.
+        wording: a single one of its templates, by number; all of them by default.
 
     Raises:
-        MechInterpError: too few prompts fit the tokenizer; says why.
+        MechInterpError: too few prompts fit the tokenizer; says why. No such wording.
     """
+    templates = _worded(words.PRONOUNS, wording)
 
     def draw(random: Random) -> Example:
         names = [random.choice(words.WOMEN), random.choice(words.MEN)]
-        template = random.choice(words.PRONOUNS)
+        template = random.choice(templates)
         which = random.randrange(2)
         texts = [template.format(name=name) for name in names]
         said = [" she", " he"]
         return Example(texts[which], texts[1 - which], said[which], said[1 - which])
 
-    return _drawn(model, draw, n, seed, name="pronouns")
+    return _drawn(model, draw, n, seed, name=_named("pronouns", wording))
 
 
 def docstring(model: AttentionOnlyModel, n: int = 64, seed: int = 0) -> Task:
@@ -216,26 +232,45 @@ def docstring(model: AttentionOnlyModel, n: int = 64, seed: int = 0) -> Task:
     return _drawn(model, draw, n, seed, name="docstring")
 
 
-def brackets(model: AttentionOnlyModel, n: int = 64, seed: int = 0) -> Task:
+def brackets(model: AttentionOnlyModel, n: int = 64, seed: int = 0, *, wording: int | None = None) -> Task:
     """Closing the bracket that is open: "names = [red, blue" is closed by "]". The counterfactual opens the
     other kind.
 
     Args:
         n: how many prompts.
+        wording: a single one of its templates, by number; all of them by default.
 
     Raises:
-        MechInterpError: too few prompts fit the tokenizer; says why.
+        MechInterpError: too few prompts fit the tokenizer; says why. No such wording.
     """
+    templates = _worded(words.BRACKETS, wording)
     kinds = {"(": ")", "[": "]", "{": "}"}
 
     def draw(random: Random) -> Example:
         one, two = random.sample(list(kinds), 2)
         inside = ", ".join(random.sample(words.ARGUMENTS, random.choice((2, 3))))
-        text = random.choice(words.BRACKETS)
+        text = random.choice(templates)
         clean, corrupt = (text.format(open=kind, inside=inside) for kind in (one, two))
         return Example(clean, corrupt, kinds[one], kinds[two])
 
-    return _drawn(model, draw, n, seed, name="brackets")
+    return _drawn(model, draw, n, seed, name=_named("brackets", wording))
+
+
+def _worded(templates: list[str], wording: int | None) -> list[str]:
+    """All templates, or one of them.
+
+    Raises:
+        MechInterpError: there is no such one.
+    """
+    if wording is None:
+        return templates
+    if not 0 <= wording < len(templates):
+        raise MechInterpError(f"wording={wording}; this behaviour has 0 to {len(templates) - 1}")
+    return [templates[wording]]
+
+
+def _named(name: str, wording: int | None) -> str:
+    return name if wording is None else f"{name}, wording {wording}"
 
 
 def _drawn(

@@ -31,6 +31,8 @@ class Analysis(StrEnum):
     faithfulness = "faithfulness"
     path = "path"
     loadings = "loadings"
+    minimality = "minimality"
+    stability = "stability"
 
 
 def register(app: typer.Typer) -> None:
@@ -46,7 +48,9 @@ def causal(
             help="effects: what the behaviour loses when heads are patched; discover: heads or edges "
             "ranked by what it goes through; faithfulness: what circuits of growing size carry alone, on "
             "prompts held out; path: patches along single paths; loadings: what makes up a "
-            "head's score over its other keys.",
+            "head's score over its other keys; minimality: what each of a circuit's --size heads or edges "
+            "is worth, on prompts held out; stability: whether the circuit is found again on halves of the "
+            "prompts and in other wordings.",
             metavar="|".join(Analysis),
             show_default=False,
         ),
@@ -77,6 +81,9 @@ def causal(
     patch: Annotated[
         str, typer.Option(help="What a head is given: corrupt, zero, mean or resample.")
     ] = "corrupt",
+    size: Annotated[
+        int, typer.Option(help="Of minimality and stability: how many heads or edges a circuit has.", min=1)
+    ] = 10,
     prompts: Annotated[int, typer.Option(help="How many prompts, of a behaviour by name.", min=2)] = 32,
     seed: Seed = 0,
     top: Top = None,
@@ -84,13 +91,14 @@ def causal(
     answer: Answer,
 ) -> None:
     """What a behaviour goes through, proven by intervention: heads, edges, paths, circuits."""
+    from mechinterp_attn import causal as own
     from mechinterp_attn.core.errors import MechInterpError
 
     if model in tuple(Analysis) and analysis not in tuple(Analysis):
         model, analysis = analysis, model  # the analysis may come first
     if analysis not in tuple(Analysis):
         raise MechInterpError(f"no analysis {analysis!r}; there are {', '.join(Analysis)}")
-    if analysis in (Analysis.discover, Analysis.faithfulness) and heads:
+    if analysis not in (Analysis.effects, Analysis.path, Analysis.loadings) and heads:
         raise MechInterpError(f"{analysis} looks at all heads; leave out {' '.join(heads)}")
     opened = load(model)
     behaviour = task_of(opened, task, prompts, seed)
@@ -100,8 +108,14 @@ def causal(
         result = answer.run(_patching(opened, behaviour, analysis, heads, chosen))
     else:
         chosen |= {"method": method, "units": units, "pools": pools}
-        ranked_only = analysis == Analysis.discover
-        result = _ranking(opened, behaviour, ranked_only, chosen, answer)
+        if analysis == Analysis.stability:
+            others = _rephrasings(opened, task, prompts, seed)
+            call: Call = own.stability, (opened, behaviour, size), chosen | {"rephrasings": others}
+            result = answer.run(call)
+        elif analysis == Analysis.minimality:
+            result = _minimality(opened, behaviour, size, chosen, answer)
+        else:
+            result = _ranking(opened, behaviour, analysis == Analysis.discover, chosen, answer)
     rows = result.frame.head(top or len(result.frame))
     answer.give(result, rows)
 
@@ -197,3 +211,35 @@ def _ranking(
     result = answer.now((own.faithfulness, (model, held_out, ranked), options))
     remark(f"CMD {result.cmd:.3f}, CPR {result.cpr:.3f}; of random rankings {result.cmd_random:.3f}")
     return cast("Result", result)
+
+
+def _minimality(
+    model: AttentionOnlyModel, task: Task, size: int, chosen: dict[str, Any], answer: Answer
+) -> Result:
+    """The circuit of one half of the prompts, its parts taken out one by one on the other half."""
+    from mechinterp_attn import causal as own
+    from mechinterp_attn.core.errors import MechInterpError
+
+    found_on, held_out = task.split(seed=chosen["seed"])
+    ranking: Call = own.discover, (model, found_on), chosen
+    options = {"seed": chosen["seed"]}
+    if answer.plan:
+        if chosen["units"] != "heads":
+            raise MechInterpError(
+                "the cost of circuits of edges depends on the ranking; plan discover alone"
+            )
+        answer.run(ranking, (own.minimality, (model, held_out, list(model.heads)[:size]), options))
+    circuit = answer.now(ranking).circuit(size)
+    result = answer.now((own.minimality, (model, held_out, circuit), options))
+    remark(f"faithfulness of the circuit {result.faithfulness:.3f}")
+    return cast("Result", result)
+
+
+def _rephrasings(model: AttentionOnlyModel, name: str, prompts: int, seed: int) -> list[Task]:
+    """A behaviour by name in each of its wordings alone; none of a file."""
+    import mechinterp_attn as mia
+
+    return [
+        getattr(mia.tasks, name)(model, n=prompts, seed=seed + 1, wording=k)
+        for k in range(mia.tasks.WORDINGS.get(name, 0))
+    ]
