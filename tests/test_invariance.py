@@ -292,8 +292,8 @@ def test_ratios_have_no_units():
 # What only looks up or draws, what is about a set or a path of heads that is given to it, and what compares
 # two models (tests/causal/test_diff.py writes one of them in another basis).
 NO_SCORES = {
-    "assert_circuit", "check_circuit", "diff", "faithfulness", "freeze", "minimality", "path_patch",
-    "random_repeats", "resolve_head", "stability", "tasks", "virtual_head",
+    "assert_circuit", "check_circuit", "diff", "faithfulness", "freeze", "minimality", "overlap",
+    "path_patch", "random_repeats", "resolve_head", "tasks", "virtual_head",
 }  # fmt: skip
 
 

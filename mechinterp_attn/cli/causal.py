@@ -32,7 +32,7 @@ class Analysis(StrEnum):
     path = "path"
     loadings = "loadings"
     minimality = "minimality"
-    stability = "stability"
+    overlap = "overlap"
 
 
 def register(app: typer.Typer) -> None:
@@ -49,7 +49,7 @@ def causal(
             "ranked by what it goes through; faithfulness: what circuits of growing size carry alone, on "
             "prompts held out; path: patches along single paths; loadings: what makes up a "
             "head's score over its other keys; minimality: what each of a circuit's --size heads or edges "
-            "is worth, on prompts held out; stability: whether the circuit is found again on halves of the "
+            "is worth, on prompts held out; overlap: whether the circuit is found again on halves of the "
             "prompts and in other wordings.",
             metavar="|".join(Analysis),
             show_default=False,
@@ -82,7 +82,7 @@ def causal(
         str, typer.Option(help="What a head is given: corrupt, zero, mean or resample.")
     ] = "corrupt",
     size: Annotated[
-        int, typer.Option(help="Of minimality and stability: how many heads or edges a circuit has.", min=1)
+        int, typer.Option(help="Of minimality and overlap: how many heads or edges a circuit has.", min=1)
     ] = 10,
     prompts: Annotated[int, typer.Option(help="How many prompts, of a behaviour by name.", min=2)] = 32,
     seed: Seed = 0,
@@ -108,9 +108,9 @@ def causal(
         result = answer.run(_patching(opened, behaviour, analysis, heads, chosen))
     else:
         chosen |= {"method": method, "units": units, "pools": pools}
-        if analysis == Analysis.stability:
+        if analysis == Analysis.overlap:
             others = _rephrasings(opened, task, prompts, seed)
-            call: Call = own.stability, (opened, behaviour, size), chosen | {"rephrasings": others}
+            call: Call = own.overlap, (opened, behaviour, size), chosen | {"rephrasings": others}
             result = answer.run(call)
         elif analysis == Analysis.minimality:
             result = _minimality(opened, behaviour, size, chosen, answer)

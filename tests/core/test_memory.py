@@ -66,7 +66,7 @@ CALLS = {
         {"draws": 1},
     ),
     "minimality": lambda m, t, k: (mia.causal.minimality, (m, k, ["L1H0", "L0H0"]), {}),
-    "stability": lambda m, t, k: (mia.causal.stability, (m, k, 4), {"resamples": 1}),
+    "overlap": lambda m, t, k: (mia.causal.overlap, (m, k, 4), {"resamples": 1}),
     "diff": lambda m, t, k: (mia.diff, (m, copy.deepcopy(m), k), {"exact": 2, "draws": 2, "edges": 0}),
     "diff edges": lambda m, t, k: (mia.diff, (m, copy.deepcopy(m), k), {"exact": 0, "edges": 100}),
     "token composition": lambda m, t, k: (mia.circuits.token_composition, (m,), {}),

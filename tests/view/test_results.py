@@ -73,7 +73,7 @@ def results(model, tmp_path_factory) -> dict[str, Result]:
         single,
         single.clusters(2),
         single.stability(3, draws=5),
-        mia.causal.stability(model, behaviour, 3, resamples=1),
+        mia.causal.overlap(model, behaviour, 3, resamples=1),
         detect.ablate(model, PROMPT),
         detect.check_circuit(model, {"heads": {"L0H0": {"previous_token": 0.0}}}),
         detect.in_context_learning(model, PROMPT, early=1, late=8),

@@ -27,7 +27,7 @@ DRAWS = 10_000  # pairs of random circuits that an overlap is held against
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Stability(Result):
+class Overlap(Result):
     """How much circuits overlap that were found on different prompts, and carry on each other's.
 
     Attributes:
@@ -83,7 +83,7 @@ def _plan(
 
 
 @plans(_plan)
-def stability(
+def overlap(
     model: AttentionOnlyModel,
     task: Task,
     size: int,
@@ -97,7 +97,7 @@ def stability(
     draws: int = 3,
     seed: int = 0,
     max_bytes: int = MAX_BYTES,
-) -> Stability:
+) -> Overlap:
     """Find a circuit again and again: on halves of the prompts, and on rephrasings of the behaviour.
 
     Every circuit is the ``size`` heads or edges with the largest scores of ``discover``. For a half, the
@@ -152,18 +152,18 @@ def stability(
         one, two = (ranked(half) for half in halves)
         there = carried(one, halves[1]), carried(two, halves[0])
         both = {name: (there[0][name] + there[1][name]) / 2 for name in there[0]}
-        rows.append({"between": f"halves (seed {seed + k})", **chance.overlap(one, two), **both})
+        rows.append({"between": f"halves (seed {seed + k})", **chance.of(one, two), **both})
     for number, other in enumerate(rephrasings):
         again = ranked(other)
         name = f"rephrasing {number}" + (f" ({other.name})" if other.name else "")
-        rows.append({"between": name, **chance.overlap(whole, again), **carried(whole, other)})
+        rows.append({"between": name, **chance.of(whole, again), **carried(whole, other)})
     notes: dict[str, Any] = {
         "metric": task.about, "method": all_of_it.method, "units": units, "prompts": len(task),
         "circuits": len(found), "seed": seed,
     }  # fmt: skip
     if all_of_it.standing.absent is not None:
         notes["warning"] = all_of_it.standing.absent
-    return Stability(
+    return Overlap(
         frame=pd.DataFrame(rows),
         receipt=Receipt(_worst(checks), notes),
         members=_members(found, units),
@@ -201,7 +201,7 @@ class _Chance:
         self._of = Counter({"": ranking.total}) if self._edges else Counter(kinds)
         self._seed = seed
 
-    def overlap(self, one: Circuit, two: Circuit) -> dict[str, Any]:
+    def of(self, one: Circuit, two: Circuit) -> dict[str, Any]:
         mine, theirs = set(names_of(one)), set(names_of(two))
         shared, either = len(mine & theirs), len(mine | theirs)
         counts = [Counter(self._kind.get(name, "") for name in names) for names in (mine, theirs)]

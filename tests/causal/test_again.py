@@ -67,7 +67,7 @@ def chance(model, mine, theirs):
 def test_halves_and_rephrasings(model, task):
     clean, corrupt = (random_tokens(model, 4, 9, seed=seed) for seed in (5, 6))
     other = mia.Task(clean, corrupt=corrupt, answer=[1, 2, 3, 4], against=[5, 6, 7, 8], name="other")
-    found = mia.causal.stability(model, task, 5, rephrasings=[other], resamples=2, seed=4)
+    found = mia.causal.overlap(model, task, 5, rephrasings=[other], resamples=2, seed=4)
 
     def ranked(prompts):
         return list(mia.causal.discover(model, prompts).frame["head"].head(5))
@@ -106,7 +106,7 @@ def test_halves_and_rephrasings(model, task):
 def test_a_planted_circuit_is_found_every_time_and_edges_too():
     model = mia.load("attn-2l")
     task = mia.tasks.induction(model, n=8)
-    found = mia.causal.stability(model, task, 3, resamples=1, units="edges", draws=1)
+    found = mia.causal.overlap(model, task, 3, resamples=1, units="edges", draws=1)
     assert (found.frame["jaccard"] == 1).all()
     assert (found.frame["p"] < 0.01).all()
     assert (found.members["share"] == 1).all()
@@ -134,9 +134,9 @@ def test_refusals(model, task):
         (dict(size=99), "n=99; this table has 20 heads"),
     ):
         with pytest.raises(mia.MechInterpError, match=said):
-            mia.causal.stability(model, task, **({"size": 3} | options))
+            mia.causal.overlap(model, task, **({"size": 3} | options))
     with pytest.raises(mia.MechInterpError, match="a task of 1 prompt has no halves"):
-        mia.causal.stability(model, task.take([0]), 3)
+        mia.causal.overlap(model, task.take([0]), 3)
     with pytest.raises(mia.MechInterpError, match="draws=-1"):
         mia.causal.minimality(model, task, ["L0H1"], draws=-1)
 
@@ -154,5 +154,5 @@ def test_the_commands():
     own = circuit.minimality(model, held_out).frame
     assert [row["head"] for row in worth] == own["head"].tolist()
     assert [row["loss"] for row in worth] == pytest.approx(own["loss"].tolist(), abs=1e-6)
-    again = run("stability", "induction", "--size", "3", "--prompts", "4")
+    again = run("overlap", "induction", "--size", "3", "--prompts", "4")
     assert [row["between"] for row in again] == [f"halves (seed {k})" for k in range(3)]
