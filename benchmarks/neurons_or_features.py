@@ -31,7 +31,33 @@ METHODS = ("secant", "gradient")
 ENOUGH = 0.8
 SHOWN = (20, 100, 500)  # nodes whose faithfulness is in the table
 LENGTH = 32  # tokens of a passage
-SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 700, 1000)  # nodes
+SIZES = (
+    1,
+    2,
+    3,
+    5,
+    8,
+    10,
+    15,
+    20,
+    30,
+    40,
+    60,
+    80,
+    100,
+    150,
+    200,
+    250,
+    300,
+    350,
+    400,
+    450,
+    500,
+    550,
+    600,
+    700,
+    800,
+)
 
 
 def passages(model: mia.AttentionOnlyModel, n: int) -> mia.Task:
@@ -93,7 +119,7 @@ def measured(task: mia.Task, models: list[mia.AttentionOnlyModel]) -> list[dict[
     for method in METHODS:
         for model in models:
             for nodes, order in rankings(model, found_on, method).items():
-                sizes = [n for n in SIZES if n < len(order)] + [len(order)]
+                sizes = [*(n for n in SIZES if n < len(order)), len(order)]
                 curve = mia.causal.faithfulness(model, held_out, order, sizes=sizes, draws=0).frame
                 draws = 1 if method == METHODS[0] else 0
                 shares = mia.causal.faithfulness(model, held_out, order, draws=draws)

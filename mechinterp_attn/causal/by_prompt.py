@@ -131,7 +131,8 @@ class PromptCircuits(Result):
         several = len(set(self.tasks)) > 1
         found = silhouette(spread, own)
         limit = float(torch.tensor(null).quantile(0.95))
-        check = Check("clusters are farther apart than in shuffled scores (short by)", limit - found, 0.0)
+        short = max(0.0, limit - found)
+        check = Check("clusters are farther apart than in shuffled scores (short by)", short, 0.0)
         return PromptClusters(
             frame=frame,
             receipt=Receipt(

@@ -119,3 +119,28 @@ def test_what_does_not_fit_is_named(trained):
         mia.causal.prompt_circuits(model, tasks, "exact")
     with pytest.raises(mia.MechInterpError, match="patch='corrupt' only"):
         mia.causal.prompt_circuits(model, tasks, patch="zero")
+
+
+def test_frozen_edges_of_a_task_are_its_graphs_added_up():
+    """Attribution graphs of single prompts, one search each, against one backward pass over all of them:
+    edges between heads and to the logits, the mean over prompts of the sums over positions.
+    """
+    model = mia.convert(tiny_bridge())
+    tokens, answer, against = random_tokens(model, 3), [1, 2, 3], [4, 5, 6]
+    task = mia.Task(tokens, answer=answer, against=against)
+    found = mia.causal.discover(model, task, "frozen", units="edges", patch="zero", top_k=10_000).frame
+    total: dict[tuple[str, str], float] = {}
+    for row, one, other in zip(tokens, answer, against, strict=True):
+        whole = dict(pools=False, max_nodes=5000, edge_threshold=1.0, patch=None)
+        graph = mia.paths.attribution_graph(model, row, target=one, against=other, **whole)
+        label = dict(zip(graph.nodes["node"], graph.nodes["label"], strict=True))
+        kind = dict(zip(graph.nodes["node"], graph.nodes["kind"], strict=True))
+        for edge in graph.edges[graph.edges["kind"] == "value"].itertuples():
+            src = label[edge.source]
+            dst = "logits" if kind[edge.target] == "logit" else label[edge.target]
+            total[src, dst] = total.get((src, dst), 0.0) + edge.weight / 3
+    found = found[found["mode"].isin(("V", "")) & (found["src"] != "embed")]
+    assert len(found) > 500
+    for edge in found.itertuples():
+        expected = total.get((edge.src, edge.dst), 0.0)
+        assert edge.score == pytest.approx(expected, abs=1e-6), edge.edge  # scores are float32
