@@ -72,3 +72,23 @@ def test_unusable_texts_are_refused(shell, sorting, content, message):
     code, _, err = shell("verify", model, "--text", text)
     assert code == 2
     assert message in err
+
+
+def test_attach_measures_and_writes_a_model_that_load_reads(shell, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. Call me Ishmael.\n")
+    words = ("attach", "gelu-2l", "gelu-2l", "--layer", 1, "--text", text)
+    code, out, err = shell(*words, "--out", tmp_path / "out", "--json")
+    assert code == 0, err
+    (row,) = json.loads(out)
+    assert row["dictionary"] == "L1"
+    assert 0.5 < row["fve"] < 1
+    saved = mia.load(tmp_path / "out")
+    assert len(saved["L1F*"]) == row["features"]
+    assert saved["L1E0"].kind == "error"
+    code, out, err = shell("attach", tmp_path / "out", "gelu-2l", "--layer", 1, "--text", text)
+    assert (code, out) == (2, "")
+    assert "layer 1 has a dictionary already" in err
+    code, _, err = shell("attach", "silu-2l", "gelu-2l", "--layer", 1, "--text", text)
+    assert code == 2
+    assert "card says model 'gelu-2l', not 'silu-2l'" in err
