@@ -164,6 +164,8 @@ def _changed(node: ast.expr) -> Iterator[ast.expr]:
     elif isinstance(other, ast.Constant) and type(other.value) in (int, float):
         other.value += 1  # type: ignore[operator]
     elif isinstance(other, ast.UnaryOp) and isinstance(other.op, ast.Not | ast.USub):
+        if isinstance(other.operand, ast.Constant):  # -1 becomes -2; 1 is the same axis of a matrix
+            return
         other = other.operand
     elif isinstance(other, ast.IfExp):
         other.body, other.orelse = other.orelse, other.body
