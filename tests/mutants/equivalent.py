@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.draw import Slip
+from tests.mutants.draw import ROOMS, Slip, files_of, slips
 
 # File, the line, what stands there, what it becomes, and why that changes nothing.
 EQUIVALENT: list[tuple[str, str, str, str, str]] = [
@@ -12,13 +12,27 @@ EQUIVALENT: list[tuple[str, str, str, str, str]] = [
         "10", "11", "a budget of work: longer sequences fit, none of them is needed",
     ),
     (
-        "frozen/attention.py", "at = y.new_zeros(len(group), self.pattern.shape[-1])",
-        "1", "2", "the pattern of a prompt is square",
+        "conversion/check.py",
+        "_MOST_WORK = 10**12  # multiplications, about as many as a minute on one core gives",
+        "12", "13", "the same budget",
     ),
     (
-        "frozen/attention.py",
-        "return torch.cat([scores, sink.expand(len(scores), 1)], -1).softmax(-1)[:, :-1]",
-        "-1", "1", "scores are [row, key]: their last axis is axis 1",
+        "paths/best_first.py", "QUEUE = 100_000  # partial paths that wait to be opened",
+        "100_000", "100001", "how long a queue may grow before it is cut, and what is cut is counted",
+    ),
+    (
+        "paths/best_first.py",
+        "best = torch.where(live, carried.abs(), -1.0).topk(min(WIDTH, carried.shape[1]), dim=1)",
+        "1.0", "2.0", "any number below every magnitude",
+    ),
+    (
+        "circuits/pair_search.py", "free = max_bytes - 3 * block[0] * block[1] * size",
+        "3", "4", "memory set aside for a block: the rest is cut into smaller pieces, of the same result",
+    ),
+    ("causal/edges.py", "flops, widest = 0, 0", "0", "1", "one operation more in an estimate"),
+    (
+        "frozen/attention.py", "at = y.new_zeros(len(group), self.pattern.shape[-1])",
+        "1", "2", "the pattern of a prompt is square",
     ),
     (
         "circuits/streaming.py", "return best.entries._replace(value=best.entries.value * sign)",
@@ -35,3 +49,11 @@ EQUIVALENT: list[tuple[str, str, str, str, str]] = [
 
 def is_equivalent(slip: Slip) -> bool:
     return (slip.file, slip.text, slip.old, slip.new) in {known[:4] for known in EQUIVALENT}
+
+
+def stale() -> list[str]:
+    """Those of the list that are in no file any more."""
+    every = {
+        (s.file, s.text, s.old, s.new) for room in ROOMS for f in files_of(room) for s in slips(f, room)
+    }
+    return [f"{known[0]}: `{known[2]}` in {known[1]!r}" for known in EQUIVALENT if known[:4] not in every]

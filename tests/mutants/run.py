@@ -28,7 +28,7 @@ from typing import Any
 
 from tests.mutants.by_hand import MUTANTS, Mutant
 from tests.mutants.draw import ROOMS, ROOT, Slip, drawn, files_of, tests_of
-from tests.mutants.equivalent import is_equivalent
+from tests.mutants.equivalent import is_equivalent, stale
 
 BROKEN = 70  # exit code of a child in which pytest did not even start
 LIMIT = 300  # seconds for the tests of one mutant; a slip that never ends is noticed, too
@@ -46,6 +46,9 @@ def main() -> int:
     chosen = [m for m in MUTANTS if given.only in m.name]
     if wrong := [f"{m.name}: {n} times in {m.file}: {m.old!r}" for m in chosen if (n := found(m)) != 1]:
         print("The text that a mutant changes must stand in its file once:", *wrong, sep="\n  ")
+        return 2
+    if given.random and (gone := stale()):
+        print("Slips listed as equivalent that no file has any more:", *gone, sep="\n  ")
         return 2
     _warm_up()
     rows = list[tuple[str, str, str]]()
