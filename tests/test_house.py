@@ -3,6 +3,7 @@
 import importlib
 import json
 import pkgutil
+import re
 import subprocess
 import sys
 import zipfile
@@ -53,12 +54,45 @@ def test_no_module_hides_behind_a_function() -> None:
     assert hidden == []
 
 
+def test_files_are_short() -> None:
+    """A file that one can read in one sitting: where it grows longer, it has a seam."""
+    files = [*(ROOT / "mechinterp_attn").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    lines = {p.relative_to(ROOT).as_posix(): len(p.read_text().splitlines()) for p in files}
+    assert {name: n for name, n in lines.items() if n > 400} == {}
+
+
 def test_public_names_all_load() -> None:
     """The stub names what is exported; each name must be there."""
     import mechinterp_attn as mia
 
     missing = [name for name in mia.__all__ if not hasattr(mia, name)]
     assert missing == []
+
+
+@pytest.mark.parametrize("room", ["circuits", "paths", "detect", "causal", "theorems"])
+def test_a_room_offers_what_one_calls(room: str) -> None:
+    """Completion shows calls and what one builds for them, each named in a guide; the types that calls
+    return can be imported, but nobody looks for them in the list."""
+    import mechinterp_attn as mia
+    from mechinterp_attn.core.results import Result
+
+    module = getattr(mia, room)
+    assert dir(module) == sorted(module.__all__)
+    offered = {name: getattr(module, name) for name in module.__all__}
+    assert [name for name, x in offered.items() if isinstance(x, type) and issubclass(x, Result)] == []
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]
+    guides = " ".join(page.read_text(encoding="utf-8") for page in pages)
+    assert [name for name in offered if not re.search(rf"\b{name}\b", guides)] == []
+
+
+def test_names_that_left_a_room_work_with_a_warning() -> None:
+    import mechinterp_attn as mia
+    from mechinterp_attn.theorems.omega import check_omega
+
+    with pytest.warns(FutureWarning, match=r"theorems\.check_omega is .*\.omega\.check_omega now"):
+        assert mia.theorems.check_omega is check_omega
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        mia.theorems.nonsense  # noqa: B018
 
 
 @pytest.fixture(scope="module")

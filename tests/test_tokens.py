@@ -9,8 +9,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import mechinterp_attn as mia
 from mechinterp_attn.core.errors import MechInterpError

@@ -18,8 +18,7 @@ from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.cuts import ByPath, Cut, cutting
 from mechinterp_attn.causal.rules import Hook
 from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.core.plan import MAX_BYTES as MAX_BYTES
-from mechinterp_attn.core.plan import Plan
+from mechinterp_attn.core.plan import MAX_BYTES as MAX_BYTES, Plan
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
 from mechinterp_attn.model.cost import plan_runs
 

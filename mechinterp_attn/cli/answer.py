@@ -16,11 +16,10 @@ from mechinterp_attn.cli.common import AsJson, CsvFile, FigureFile, Quiet, Wide,
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mechinterp_attn.core.plan import Call
     from mechinterp_attn.core.results import Result
 
 Command = TypeVar("Command", bound=Callable[..., None])
-# A function, and what it is called with.
-Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from mechinterp_attn.cli.answer import Answer, Call, answering
+from mechinterp_attn.cli.answer import Answer, answering
 from mechinterp_attn.cli.common import (
     TASKS,
     Model,
@@ -21,6 +21,7 @@ from mechinterp_attn.cli.common import (
 
 if TYPE_CHECKING:
     from mechinterp_attn.causal import Task
+    from mechinterp_attn.core.plan import Call
     from mechinterp_attn.core.results import Result
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
 

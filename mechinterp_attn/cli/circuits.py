@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mechinterp_attn.cli.answer import Answer, Call, answering
+from mechinterp_attn.cli.answer import Answer, answering
 from mechinterp_attn.cli.common import (
     Heads,
     Model,
@@ -20,6 +20,7 @@ from mechinterp_attn.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from mechinterp_attn.core.plan import Call
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -86,6 +86,7 @@ def report(
     data: Annotated[
         bool, typer.Option("--data", help="Also write the report's data as JSON beside it.")
     ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what it would cost, and stop.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Write the circuit report of a model on a prompt: one HTML file that opens offline.
@@ -110,18 +111,20 @@ def report(
     other = load(compare) if compare is not None else None
     if compare_mlp is not None:
         other = mia.load(model, mlp=compare_mlp)
-    page = mia.report(
-        opened,
-        given,
-        target=token_of(opened, target),
-        position=position,
-        preset=preset,
-        sections=section,
-        heads=head or (),
-        compare=other,
-        seed=seed,
-        progress=not quiet,
-    )
+    options: dict[str, Any] = {
+        "target": token_of(opened, target),
+        "position": position,
+        "preset": preset,
+        "sections": section,
+        "heads": head or (),
+        "compare": other,
+        "seed": seed,
+        "progress": not quiet,
+    }
+    if plan:
+        typer.echo(str(mia.plan(mia.report, opened, given, **options)))
+        return
+    page = mia.report(opened, given, **options)
     page.save(file, data=data)
     if not stream:
         typer.echo(str(file))

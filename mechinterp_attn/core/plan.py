@@ -25,6 +25,8 @@ CELL = 8  # bytes of a number, or of a reference to a text, in a table
 
 P = ParamSpec("P")
 R = TypeVar("R")
+# A function, and what it is called with.
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)

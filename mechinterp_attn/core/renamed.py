@@ -1,10 +1,11 @@
-"""Arguments that got another name: the old one works for one version more, with a warning."""
+"""Names that changed: the old ones work for one version more, with a warning."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any, ParamSpec, TypeVar
 
 from mechinterp_attn.core.errors import MechInterpError
@@ -46,3 +47,26 @@ def renamed_arguments(
         return call
 
     return decorate
+
+
+def moved_names(room: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a room that no longer offers some names.
+
+    Args:
+        room: its module.
+        names: each old name, and where the same thing stands: module and name, with dots.
+
+    Raises:
+        AttributeError: (when it is called) a name that the room never had.
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {room!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{room}.{name} is {names[name]} now; the old name goes next time", FutureWarning, stacklevel=2
+        )
+        module, _, own = names[name].rpartition(".")
+        return getattr(import_module(module), own)
+
+    return find

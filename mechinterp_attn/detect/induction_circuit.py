@@ -19,8 +19,14 @@ from mechinterp_attn.core.plan import MAX_BYTES, Plan, joined, plan, plans
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.ablation import Ablations, ablate
 from mechinterp_attn.detect.measures import SEEN, sums_of
+from mechinterp_attn.detect.null import DRAWS
 from mechinterp_attn.detect.probes import random_repeats
-from mechinterp_attn.detect.removals import Removals, removals_from_repeats, removals_from_task
+from mechinterp_attn.detect.removals import (
+    NULL_SEQUENCES,
+    Removals,
+    removals_from_repeats,
+    removals_from_task,
+)
 from mechinterp_attn.detect.scores import HeadScores, score_heads
 from mechinterp_attn.detect.weights import WeightScores, score_weights
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -129,21 +135,24 @@ class Induction(Result):
 def _plan(
     model: AttentionOnlyModel, task: Task | None, seed: int, draws: int, neurons: int, max_bytes: int
 ) -> Plan:
-    """Scores, weights and cuts; the removals at random take as long as the cuts."""
+    """Scores, weights and cuts; removals at random are as many runs as there are draws of them."""
     number = len(model.heads.between_positions) + neurons
+    more = float(DRAWS)
     if task is None:
         tokens = random_repeats(model, draws=draws, seed=seed).tokens
         estimate, cuts = (plan(ablate, model, tokens, exact=n, max_bytes=max_bytes) for n in (0, number))
+        more *= min(NULL_SEQUENCES, len(tokens)) / len(tokens)
     else:
         estimate, cuts = (
             plan(effects, model, task, patch="zero", exact=n, max_bytes=max_bytes) for n in (0, number)
         )
+    removals = replace(cuts, flops=int(more * cuts.flops), seconds=more * cuts.seconds)
     parts = [
         plan(score_heads, model, seed=seed, draws=draws, max_bytes=max_bytes),
         plan(score_weights, model, max_bytes=max_bytes),
         estimate,
         cuts,
-        cuts,
+        removals,
     ]
     made = joined("the induction circuit", parts)
     return replace(made, bytes=max(part.bytes for part in parts))

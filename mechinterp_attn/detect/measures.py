@@ -12,7 +12,7 @@ from torch import Tensor
 from mechinterp_attn.causal.batches import Batch
 from mechinterp_attn.detect.probes import ROLES, pairs_by_role
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-from mechinterp_attn.model.heads import Cache
+from mechinterp_attn.model.on_a_run import Cache
 from mechinterp_attn.model.virtual import VirtualHead
 
 SEEN = ("pattern", "v")  # what ``sums_of`` reads from a cache

@@ -29,8 +29,8 @@ from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.measures import SEEN, Sums, hooks_of, sums_of, sums_of_chain
 from mechinterp_attn.detect.probes import pairs_by_role, random_probe
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-from mechinterp_attn.model.heads import Cache
 from mechinterp_attn.model.index import Heads
+from mechinterp_attn.model.on_a_run import Cache
 from mechinterp_attn.model.virtual import VirtualHead
 
 if TYPE_CHECKING:

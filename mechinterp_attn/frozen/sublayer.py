@@ -26,8 +26,8 @@ import mechinterp_attn.frozen.neurons
 import mechinterp_attn.frozen.wide  # noqa: F401  (they tell freeze_bank about their kinds)
 from mechinterp_attn.frozen.bank import FrozenBank, freeze_bank
 from mechinterp_attn.model.block import Sublayer
-from mechinterp_attn.model.heads import Cache
 from mechinterp_attn.model.norm import IDENTITY, FrozenNorm, Norm
+from mechinterp_attn.model.on_a_run import Cache
 
 ROWS = 256  # positions that go through a bank at once: short prompts read its weights once for many orders
 

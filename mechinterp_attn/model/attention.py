@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.model.heads import Cache, HeadBank, Kind, Side
+from mechinterp_attn.model.heads import HeadBank, Kind, Side
 from mechinterp_attn.model.norm import FrozenNorm, Norm
+from mechinterp_attn.model.on_a_run import Cache
 from mechinterp_attn.model.rotary import rotary_of
 from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.model.step import Step

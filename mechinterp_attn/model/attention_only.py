@@ -16,7 +16,7 @@ from transformer_lens import TransformerBridgeConfig
 from transformer_lens.hook_points import HookPoint
 
 from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.model.block import Block, Embed, PosEmbed, PredictionHead, Sublayer, Unembed
+from mechinterp_attn.model.block import Block, Embed, PosEmbed, PredictionHead, Sublayer, Unembed, nested
 from mechinterp_attn.model.config import transformer_lens_config
 from mechinterp_attn.model.gates import GATES, rule_for
 from mechinterp_attn.model.generation import Generates
@@ -85,7 +85,7 @@ class AttentionOnlyModel(TokenDoor, Generates, NamedWeights, Hooked):
                 spec.embed_norm, spec.eps, weights["embed_norm.w"], weights.get("embed_norm.b")
             )
         self.blocks = nn.ModuleList(
-            Block(spec, layer, rule_for(spec, layer), _nested(weights, f"blocks.{layer}."))
+            Block(spec, layer, rule_for(spec, layer), nested(weights, f"blocks.{layer}."))
             for layer in range(spec.n_layers)
         )
         if spec.positions == "shortformer":
@@ -390,13 +390,3 @@ class AttentionOnlyModel(TokenDoor, Generates, NamedWeights, Hooked):
             f"{kinds}, {s.n_layers} layers, "
             f"d_model {s.d_model}, vocabulary {s.d_vocab}, context {s.n_ctx}, mode {self.mode})"
         )
-
-
-def _nested(weights: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
-    """``{"attn": {"W_Q": ...}, "neurons": {...}}`` of one block."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in weights.items():
-        if key.startswith(prefix):
-            part, name = key.removeprefix(prefix).split(".", 1)
-            parts.setdefault(part, {})[name] = tensor
-    return parts

@@ -274,3 +274,18 @@ def _looked_at(banks: tuple[HeadBank, ...]) -> bool:
     """Whether a hook sees or edits any of them."""
     points = (point for bank in banks for point in bank.modules() if isinstance(point, HookPoint))
     return any(point.has_hooks() for point in points)
+
+
+def nested(weights: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
+    """The weights of one block, by part: ``{"attn": {"W_Q": ...}, "neurons": {...}}``.
+
+    Args:
+        weights: of the whole model, by name.
+        prefix: of the block's names, ``blocks.0.``.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in weights.items():
+        if key.startswith(prefix):
+            part, name = key.removeprefix(prefix).split(".", 1)
+            parts.setdefault(part, {})[name] = tensor
+    return parts

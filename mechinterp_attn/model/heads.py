@@ -9,10 +9,10 @@ Row vectors multiply from the left: a head reads ``x @ W_V`` and writes ``z @ W_
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -23,19 +23,13 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import Page, draw
 from mechinterp_attn.model.low_rank import LowRank
 from mechinterp_attn.model.norm import Norm
+from mechinterp_attn.model.on_a_run import Cache, OnARun
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 Kind = Literal["attention", "mlp", "feature", "skip", "error", "virtual"]
 Side = Literal["Q", "K", "V", "O"]
-
-
-@runtime_checkable
-class Cache(Protocol):
-    """Activations by hook name: a TransformerLens ActivationCache or a dict."""
-
-    def __getitem__(self, name: str, /) -> Any: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +180,7 @@ class Head:
             )
 
 
-class HeadBank(nn.Module, ABC):
+class HeadBank(nn.Module, OnARun):
     """All heads of one sublayer that share a rule for their pattern.
 
     Subclasses hold the weights. Whatever differs between attention and neurons is a method here;
@@ -360,51 +354,6 @@ class HeadBank(nn.Module, ABC):
     def turned(self, x: Float[Tensor, "*n d_head"], position: int) -> Float[Tensor, "*n d_head"]:
         """Queries or keys as they are at a position: rotary heads turn them, others leave them."""
         return x
-
-    @abstractmethod
-    def by_head(self, z: Tensor) -> Float[Tensor, "*batch pos head d_head"]:
-        """What ``hook_z`` (or, without grouped values, ``hook_v``) holds, with the axes of every kind: a
-        view, in which a neuron's number is a vector of length one.
-        """
-
-    @abstractmethod
-    def cached_pattern(self, cache: Cache, batch: int) -> Tensor:
-        """The bank's compact pattern for one sequence, out of a cache."""
-
-    @abstractmethod
-    def dense_pattern(self, pattern: Tensor, index: int) -> Float[Tensor, "query key_plus_bias"]:
-        """One head's [query, key + bias column] picture from the compact pattern."""
-
-    @abstractmethod
-    def attention_on(
-        self,
-        pattern: Tensor,
-        pairs: Shaped[Tensor, "*batch query key"],
-        moved: Float[Tensor, "batch key head"] | None = None,
-    ) -> Float[Tensor, " head"]:
-        """Sum over the batch and its (query, key) of pattern times ``pairs``, for every head.
-
-        Args:
-            pattern: the bank's compact pattern of a batch.
-            pairs: weights of pairs of real tokens, the same for the whole batch or one by one.
-            moved: weights of keys, such as the norm of what the head moves from there.
-        """
-
-    @abstractmethod
-    def entropy(self, pattern: Tensor) -> Float[Tensor, "batch pos head"]:
-        """Entropy (nats) of every row of the pattern, the bias token included; NaN where a row is
-        no distribution, as the gate of a gated neuron.
-        """
-
-    @abstractmethod
-    def moved(self, cache: Cache) -> Float[Tensor, "batch pos head"]:
-        """Norm of what every head would write if it attended to one position alone, out of a cache
-        with the bank's values.
-        """
-
-    @abstractmethod
-    def written(self, cache: Cache) -> Float[Tensor, "batch pos head"]:
-        """Norm of what every head writes at every position, out of a cache with the bank's ``z``."""
 
     def after(self, index: int, moved: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """``W_Q W_K b_Q b_K`` of a head at the end of a chain, whose score is about what the chain moved.

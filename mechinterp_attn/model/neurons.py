@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from mechinterp_attn.model.gates import Rule
-from mechinterp_attn.model.heads import Cache, Kind, Side
+from mechinterp_attn.model.heads import Kind, Side
+from mechinterp_attn.model.on_a_run import Cache
 from mechinterp_attn.model.own_token import OwnTokenBank
 from mechinterp_attn.model.spec import Spec
 

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from mechinterp_attn.model.heads import Cache, HeadBank
+from mechinterp_attn.model.heads import HeadBank
+from mechinterp_attn.model.on_a_run import Cache
 
 
 class OwnTokenBank(HeadBank, ABC):

@@ -17,8 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.model.heads import Cache, Head, Side
+from mechinterp_attn.model.heads import Head, Side
 from mechinterp_attn.model.low_rank import LowRank
+from mechinterp_attn.model.on_a_run import Cache
 
 JOIN = " > "  # L0H1 > L1H4: first L0H1 acts, then L1H4 on what it wrote
 

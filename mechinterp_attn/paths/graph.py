@@ -183,8 +183,8 @@ def _plan(frozen: Frozen, max_nodes: int, pools: bool) -> Plan:
     edges = (candidates + 1) * (candidates + pos)
     wrote = (candidates + pos) * (4 * d_model + 4 * pos)
     fields = (3 * len(frozen.sublayers) + 8) * frozen.end.numel()
-    widest = max(bank.bank.n_heads * (bank.bank.d_head + 4) for bank in frozen.banks)
-    terms = max(bank.most_terms for bank in frozen.banks)
+    widest = max((bank.bank.n_heads * (bank.bank.d_head + 4) for bank in frozen.banks), default=0)
+    terms = max((bank.most_terms for bank in frozen.banks), default=0)
     chunk = min(CHUNK, candidates) * (3 * widest + terms * (3 * d_model + 3 * pos + 2 * candidates))
     return plan_runs(
         frozen.model,

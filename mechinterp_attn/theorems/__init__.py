@@ -6,16 +6,19 @@ a sublayer), ``activations``, ``neurons``, ``linear``, ``gated``, ``omega`` (mas
 transformer; ``watched`` is its forward pass through hooks), ``costs``, ``regularisation``.
 """
 
+from typing import TYPE_CHECKING
+
+from mechinterp_attn.core.renamed import moved_names
 from mechinterp_attn.theorems import masks
 from mechinterp_attn.theorems.activations import (
-    SoftmaxActivation,
+    SoftmaxActivation as SoftmaxActivation,
     best_in_class,
     class_error,
     generalised_silu,
     relu_bound,
     softmax_activation,
 )
-from mechinterp_attn.theorems.cost_model import Costs, Shape, costs, public_costs
+from mechinterp_attn.theorems.cost_model import Costs as Costs, Shape, costs, public_costs
 from mechinterp_attn.theorems.gated import (
     gated_mlp,
     glu_heads,
@@ -26,38 +29,30 @@ from mechinterp_attn.theorems.gated import (
 from mechinterp_attn.theorems.heads import SoftmaxHeads, Sublayer, run
 from mechinterp_attn.theorems.linear import (
     activation_heads,
-    clearing_head,
     linear_heads,
     linear_sublayer,
     three_sublayers,
 )
-from mechinterp_attn.theorems.literal import LiteralModel
+from mechinterp_attn.theorems.literal import LiteralModel as LiteralModel
 from mechinterp_attn.theorems.neurons import bias_head, mlp_sublayer, neuron_heads
-from mechinterp_attn.theorems.norms import PartialNorm
-from mechinterp_attn.theorems.omega import check_omega, least_omega, log_leak, mask_error_bound
+from mechinterp_attn.theorems.norms import PartialNorm as PartialNorm
+from mechinterp_attn.theorems.omega import least_omega, mask_error_bound
 from mechinterp_attn.theorems.regularisation import attention_dropout, decay
-from mechinterp_attn.theorems.steps import Steps
+from mechinterp_attn.theorems.steps import Steps as Steps
 from mechinterp_attn.theorems.stream import Layout
 from mechinterp_attn.theorems.whole import (
-    MaskSweep,
-    OmegaCalibration,
+    MaskSweep as MaskSweep,
+    OmegaCalibration as OmegaCalibration,
     attention_only,
     calibrate_omega,
-    inductive_steps,
     mask_sweep,
 )
 
+# What one calls or builds; the types that calls give back can be imported for annotations.
 __all__ = [
-    "Costs",
     "Layout",
-    "LiteralModel",
-    "MaskSweep",
-    "OmegaCalibration",
-    "PartialNorm",
     "Shape",
-    "SoftmaxActivation",
     "SoftmaxHeads",
-    "Steps",
     "Sublayer",
     "activation_heads",
     "attention_dropout",
@@ -65,19 +60,15 @@ __all__ = [
     "best_in_class",
     "bias_head",
     "calibrate_omega",
-    "check_omega",
     "class_error",
-    "clearing_head",
     "costs",
     "decay",
     "gated_mlp",
     "generalised_silu",
     "glu_heads",
-    "inductive_steps",
     "least_omega",
     "linear_heads",
     "linear_sublayer",
-    "log_leak",
     "mask_error_bound",
     "mask_sweep",
     "masks",
@@ -92,3 +83,19 @@ __all__ = [
     "solu_heads",
     "three_sublayers",
 ]
+
+if not TYPE_CHECKING:  # a checker must not take every name for one of these
+    __getattr__ = moved_names(
+        __name__,
+        {
+            "check_omega": "mechinterp_attn.theorems.omega.check_omega",
+            "clearing_head": "mechinterp_attn.theorems.linear.clearing_head",
+            "inductive_steps": "mechinterp_attn.theorems.whole.inductive_steps",
+            "log_leak": "mechinterp_attn.theorems.omega.log_leak",
+        },
+    )
+
+
+def __dir__() -> list[str]:
+    """What completion offers."""
+    return __all__

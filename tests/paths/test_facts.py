@@ -5,8 +5,7 @@ import math
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import mechinterp_attn as mia
 from mechinterp_attn.core.errors import MechInterpError

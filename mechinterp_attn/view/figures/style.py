@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from mechinterp_attn.core.palette import DIVERGING as DIVERGING
-from mechinterp_attn.core.palette import KIND_COLOURS as KIND_COLOURS
-from mechinterp_attn.core.palette import NEGATIVE as NEGATIVE
-from mechinterp_attn.core.palette import POSITIVE as POSITIVE
-from mechinterp_attn.core.palette import SEQUENTIAL as SEQUENTIAL
+from mechinterp_attn.core.palette import (
+    DIVERGING as DIVERGING,
+    KIND_COLOURS as KIND_COLOURS,
+    NEGATIVE as NEGATIVE,
+    POSITIVE as POSITIVE,
+    SEQUENTIAL as SEQUENTIAL,
+)
 from mechinterp_attn.core.text import shown
 
 

@@ -15,7 +15,7 @@ import torch
 from mechinterp_attn import paths
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.files import write_text
-from mechinterp_attn.core.plan import MAX_BYTES, plan
+from mechinterp_attn.core.plan import MAX_BYTES, Plan, joined, plan, plans
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.reading import read_json
 from mechinterp_attn.core.results import Receipt
@@ -23,6 +23,7 @@ from mechinterp_attn.core.text import inert_json, shown
 from mechinterp_attn.version import __version__
 from mechinterp_attn.view.report.blocks import Block, receipt_block, section
 from mechinterp_attn.view.report.cards import cards, named
+from mechinterp_attn.view.report.cost import plan_second, plan_sections
 from mechinterp_attn.view.report.page import page
 from mechinterp_attn.view.report.presets import PRESETS, SECTIONS, preset_for
 from mechinterp_attn.view.report.sections_about import receipts_table
@@ -100,6 +101,28 @@ class Report:
         return f"Report({self.data['title']!r}: {names}); .save(path) writes the page"
 
 
+def _plan(
+    model: AttentionOnlyModel,
+    prompt: str | list[int] | Tensor,
+    target: str | int | None,
+    position: int,
+    preset: str | None,
+    sections: Sequence[str] | None,
+    heads: Heads,
+    compare: AttentionOnlyModel | None,
+    seed: int,
+) -> Plan:
+    """The prompt is frozen for it, and everything that stands on it is planned."""
+    study, names = _begin(model, prompt, target, position, preset, sections, heads, seed)
+    parts = [plan(paths.freeze, model, study.frozen.tokens)]
+    if compare is not None:
+        names = [*names, "comparison"]
+        parts += [plan(paths.freeze, compare, study.frozen.tokens), plan_second(_beside(study, compare))]
+    made = plan_sections(study, names)
+    return joined(made.what, [*parts, made])
+
+
+@plans(_plan)
 @torch.no_grad()
 def report(
     model: AttentionOnlyModel,
@@ -137,22 +160,7 @@ def report(
             token, a position outside the prompt, an unknown preset, section or head, a second model
             with another vocabulary.
     """
-    n_weights = sum(weight.numel() for weight in model.parameters())
-    automatic = preset is None and sections is None
-    preset = preset_for(n_weights) if preset is None else preset
-    if preset not in PRESETS:
-        raise MechInterpError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
-    names = list(PRESETS[preset] if sections is None else sections)
-    unknown = [name for name in names if name not in SECTIONS]
-    if unknown or not names:
-        raise MechInterpError(f"no section {unknown}; there are {', '.join(SECTIONS)}")
-    frozen = _freeze(model, tokens_of(model, prompt))
-    chosen = tuple(model.heads.labels(heads)) if heads else ()
-    study = Study(model, frozen, target=target, position=position, seed=seed, chosen=chosen)
-    if automatic and preset != "overview":
-        why = f"since the model has {n_weights:,} weights; preset='overview' makes them all"
-        study.left_out = f"preset {preset!r}, {why}"
-    study.attribution  # noqa: B018  (a bad target or position stops here, not in every section)
+    study, names = _begin(model, prompt, target, position, preset, sections, heads, seed)
     makers: dict[str, Callable[[], Block | None]] = {name: partial(SECTIONS[name], study) for name in names}
     if compare is not None:
         makers["comparison"] = partial(comparison, study, _beside(study, compare))
@@ -186,13 +194,43 @@ def report(
             "software": f"mechinterp_attn {__version__}",
             "title": f"Circuit report: {shown(origin)}",
             "model": shown(origin),
-            "prompt": [shown(t) for t in frozen.str_tokens],
+            "prompt": [shown(t) for t in study.names],
             "checks": {"passed": sum(passed), "failed": len(passed) - sum(passed)},
             "claims": _claims(parts),
             "cards": own_cards,
             "sections": parts,
         }
     )
+
+
+def _begin(
+    model: AttentionOnlyModel,
+    prompt: str | list[int] | Tensor,
+    target: str | int | None,
+    position: int,
+    preset: str | None,
+    sections: Sequence[str] | None,
+    heads: Heads,
+    seed: int,
+) -> tuple[Study, list[str]]:
+    """Everything that was asked for, checked: the study and the names of the sections."""
+    n_weights = sum(weight.numel() for weight in model.parameters())
+    automatic = preset is None and sections is None
+    preset = preset_for(n_weights) if preset is None else preset
+    if preset not in PRESETS:
+        raise MechInterpError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
+    names = list(PRESETS[preset] if sections is None else sections)
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown or not names:
+        raise MechInterpError(f"no section {unknown}; there are {', '.join(SECTIONS)}")
+    frozen = _freeze(model, tokens_of(model, prompt))
+    chosen = tuple(model.heads.labels(heads)) if heads else ()
+    study = Study(model, frozen, target=target, position=position, seed=seed, chosen=chosen)
+    if automatic and preset != "overview":
+        why = f"since the model has {n_weights:,} weights; preset='overview' makes them all"
+        study.left_out = f"preset {preset!r}, {why}"
+    study.attribution  # noqa: B018  (a bad target or position stops here, not in every section)
+    return study, names
 
 
 def _claims(parts: Sequence[Block]) -> dict[str, int]:

@@ -22,8 +22,9 @@ from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.cuts import Cut, cut_of_all, cutting
 from mechinterp_attn.causal.head_effects import Effects, effects, estimates_of
 from mechinterp_attn.causal.patches import Fill, fill_of
-from mechinterp_attn.causal.runs import MAX_BYTES, rows_at_once, run
+from mechinterp_attn.causal.runs import plan_prompts, rows_at_once, run
 from mechinterp_attn.causal.task import Task
+from mechinterp_attn.core.plan import MAX_BYTES, Plan, joined, plan
 
 if TYPE_CHECKING:
     from mechinterp_attn.frozen.prompt import Frozen
@@ -96,11 +97,34 @@ class Causes:
         model = self.frozen.model
         rough = model.heads.frame.assign(size=self.estimates.sum(1).abs().numpy())
         rough = rough.sort_values("size", ascending=False, kind="stable")
+        most = self.measured.items()
+        chosen = [label for kind, k in most for label in rough["head"][rough["kind"] == kind][:k]]
+        return effects(model, self.task, patch=self.patch, exact=chosen)
+
+    @property
+    def measured(self) -> dict[str, int]:
+        """How many heads of each kind are measured by cutting."""
+        model = self.frozen.model
         cost = 2 * sum(p.numel() for p in model.parameters()) * len(self.frozen.tokens)
         affordable = max(LEAST, int(FLOPS / cost))
         most = {"attention": affordable, "mlp": min(NEURONS, affordable)}
-        chosen = [label for kind, k in most.items() for label in rough["head"][rough["kind"] == kind][:k]]
-        return effects(model, self.task, patch=self.patch, exact=chosen)
+        return {kind: min(k, len(model.heads.of(kind))) for kind, k in most.items()}
+
+    def plan(self, cuts: int) -> Plan:
+        """The cost of estimates and effects, and of so many runs with something cut.
+
+        Args:
+            cuts: how many runs.
+        """
+        model, options = self.frozen.model, {"patch": self.patch}
+        exact = sum(self.measured.values())
+        runs = plan_prompts(model, self._bound, f"{cuts:,} cuts", MAX_BYTES, runs=cuts + 1, together=cuts)
+        parts = [
+            plan(effects, model, self.task, **options, positions="each", exact=0),
+            plan(effects, model, self.task, **options, exact=exact),
+            runs,
+        ]
+        return joined("causes", parts)
 
     @cached_property
     def frame(self) -> pd.DataFrame:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 
 from mechinterp_attn import causal, detect
 from mechinterp_attn.causal.wires import edge_name
 from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.core.plan import plan
+from mechinterp_attn.core.plan import Call, plan
 from mechinterp_attn.core.text import number, shown
 from mechinterp_attn.view.report.blocks import (
     Block,
@@ -73,33 +71,43 @@ def _average(study: Study) -> str:
     return "average over the prompt" if study.causes.patch == "mean" else "absence"
 
 
+def induction_call(study: Study) -> Call:
+    """The search for the induction circuit."""
+    return detect.induction, (study.model,), {"seed": study.seed}
+
+
+def edges_call(study: Study) -> Call:
+    """The edges of the prediction."""
+    options = {"units": "edges", "patch": study.causes.patch, "pools": True}
+    return causal.discover, (study.model, study.causes.task, "gradient"), options
+
+
 def _induction(study: Study) -> detect.Induction | str:
     """The circuit, or why it was not looked for."""
-    model = study.model
-    if model.spec.no_next_token is not None:
-        return f"No search for an induction circuit: {model.spec.no_next_token}"
+    if study.model.spec.no_next_token is not None:
+        return f"No search for an induction circuit: {study.model.spec.no_next_token}"
+    function, args, options = induction_call(study)
     try:
-        cost = plan(detect.induction, model, seed=study.seed)
+        cost = plan(function, *args, **options)
         if cost.flops > FLOPS:
             return (
                 f"No search for an induction circuit here ({cost}); mia.detect.induction(model) makes one"
             )
-        return detect.induction(model, seed=study.seed)
+        return function(*args, **options)
     except MechInterpError as error:  # a context or vocabulary too small for repeated tokens
         return f"No search for an induction circuit: {shown(str(error))}"
 
 
 def _edges(study: Study) -> causal.Discovery | str:
     """The edges of this prediction, or why they are left out."""
-    task, patch = study.causes.task, study.causes.patch
-    options: dict[str, Any] = {"units": "edges", "patch": patch, "pools": True}
+    function, args, options = edges_call(study)
     try:
-        cost = plan(causal.discover, study.model, task, "gradient", **options)
+        cost = plan(function, *args, **options)
         if cost.flops > FLOPS:
             return (
                 f"The edges of this prediction are left out here ({cost}); mia.causal.discover finds them."
             )
-        return causal.discover(study.model, task, "gradient", **options)
+        return function(*args, **options)
     except MechInterpError as error:
         return f"The edges of this prediction are not shown: {shown(str(error))}."
 

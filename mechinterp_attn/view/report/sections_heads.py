@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from mechinterp_attn import circuits
 from mechinterp_attn.circuits.listed import fewest
-from mechinterp_attn.core.plan import plan
+from mechinterp_attn.core.plan import Call, plan
 from mechinterp_attn.core.text import signed
 from mechinterp_attn.view.charts import largest_terms
 from mechinterp_attn.view.report.blocks import (
@@ -125,9 +127,8 @@ def vocabulary(study: Study) -> Block | None:
     if not chosen:
         return None
     wide = [label for label in chosen if study.model[label].kind != "mlp"]
-    every = all(plan(circuits.ov_top, study.model, label).flops <= FLOPS for label in wide)
-    sources = None if every else study.own_tokens
-    first = "over all pairs of tokens" if every else (
+    sources = _sources(study, wide)
+    first = "over all pairs of tokens" if sources is None else (
         "for the tokens of this prompt as the first of a pair (mia.circuits.ov_top and qk_top go over all)"
     )  # fmt: skip
     lead = [
@@ -139,37 +140,49 @@ def vocabulary(study: Study) -> Block | None:
         ]
     ]
     blocks, receipts = [], {}
-    for label in wide:
-        why = chosen[label]
-        for circuit, run, columns in (
-            ("OV", circuits.ov_top, ("Attended token", "Output token")),
-            ("QK", circuits.qk_top, ("Query token", "Key token")),
-        ):
-            n = fewest(study.model)
-            most = n * (n if sources is None else len(sources))
-            result = run(study.model, label, top_k=min(20, most), sources=sources)
-            blocks.append(
-                table(
-                    f"{circuit.lower()}-{label}",
-                    f"{label} {circuit}: the strongest pairs ({why})",
-                    result.frame,
-                    [
-                        column("rank", "Rank", "id"),
-                        column("source", columns[0], "token"),
-                        column("token", columns[1], "token"),
-                        column("value", "Value"),
-                    ],
-                    rows=10,
-                )
+    ends = {"OV": ("Attended token", "Output token"), "QK": ("Query token", "Key token")}
+    for (label, circuit), (ranked, args, options) in pair_calls(study, wide).items():
+        result = ranked(*args, **options)
+        blocks.append(
+            table(
+                f"{circuit.lower()}-{label}",
+                f"{label} {circuit}: the strongest pairs ({chosen[label]})",
+                result.frame,
+                [
+                    column("rank", "Rank", "id"),
+                    column("source", ends[circuit][0], "token"),
+                    column("token", ends[circuit][1], "token"),
+                    column("value", "Value"),
+                ],
+                rows=10,
             )
-            receipts[f"{label} {circuit}"] = result.receipt
+        )
+        receipts[f"{label} {circuit}"] = result.receipt
     if own := [label for label in chosen if study.model[label].kind == "mlp"]:
         frame, found = _with_tokens(study, pd.DataFrame({"head": own}))
-        ends = [column("head", "Head", "head"), *_token_columns(frame)]
-        blocks.append(table("ov-neurons", "What the chosen neurons read and write", frame, ends))
+        columns = [column("head", "Head", "head"), *_token_columns(frame)]
+        blocks.append(table("ov-neurons", "What the chosen neurons read and write", frame, columns))
         receipts["chosen neurons"] = found.receipt
     finding: Spans = ["What ", *_names(list(chosen)), " write and look for, from the weights alone"]
     return section("vocabulary", "OV and QK circuits", lead, blocks, receipts, finding=finding)
+
+
+def _sources(study: Study, labels: Sequence[str]) -> list[int] | None:
+    """The first tokens of the pairs: all, or the prompt's own where all pairs would take too long."""
+    costs = (plan(circuits.ov_top, study.model, label).flops for label in labels)
+    return None if all(flops <= FLOPS for flops in costs) else study.own_tokens
+
+
+def pair_calls(study: Study, labels: Sequence[str]) -> dict[tuple[str, str], Call]:
+    """The tables of attention heads' circuits, by label and circuit."""
+    sources, n = _sources(study, labels), fewest(study.model)
+    options = {"top_k": min(20, n * (n if sources is None else len(sources))), "sources": sources}
+    ranked = {"OV": circuits.ov_top, "QK": circuits.qk_top}
+    return {
+        (label, circuit): (function, (study.model, label), options)
+        for label in labels
+        for circuit, function in ranked.items()
+    }
 
 
 def _names(labels: list[str]) -> Spans:

@@ -8,7 +8,7 @@ import numpy as np
 
 from mechinterp_attn import circuits
 from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.core.plan import plan
+from mechinterp_attn.core.plan import Call, plan
 from mechinterp_attn.view.report.blocks import Block, column, matrix, section, table
 from mechinterp_attn.view.report.study import Study
 
@@ -75,19 +75,25 @@ def _pictures(kind: str, reads: str, result: circuits.CompositionScores) -> list
     ]
 
 
+def pairs_call(study: Study) -> Call:
+    """V-composition among all heads."""
+    few = study.model.n_heads <= 2 * PAIRS**0.5  # so few heads have too few pairs: all are listed
+    return circuits.composition, (study.model, "V"), {"top_k": None if few else PAIRS, "rank_by": "z"}
+
+
 def _all_heads(study: Study) -> circuits.CompositionScores | str | None:
     """V-composition among attention heads and MLP-derived heads together, or why it is left out."""
     n = study.model.n_heads
     if study.n_attention == n:
         return None
-    cost = plan(circuits.composition, study.model, "V", top_k=1)
+    function, args, options = pairs_call(study)
+    cost = plan(function, *args, **options)
     if cost.flops > FLOPS:
         return (
             f"The pairs of all {n:,} heads, MLP-derived ones among them, are left out here ({cost}); "
             f"mia.circuits.composition(model, 'V', top_k={PAIRS}, rank_by='z') lists them."
         )
-    top_k = PAIRS if n > 2 * PAIRS**0.5 else None  # so few heads have too few pairs: all are listed
-    return circuits.composition(study.model, "V", top_k=top_k, rank_by="z")
+    return function(*args, **options)
 
 
 def _pairs_of_all(result: circuits.CompositionScores) -> Block:

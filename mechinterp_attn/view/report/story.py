@@ -18,6 +18,10 @@ HALF = math.log(2)  # nats: the answer becomes half as likely
 SOME = 0.1  # nats that a head must be worth, and its share of what heads write for the answer, to be named
 LOOKS = 0.1  # least attention that is called looking at a token
 CANDIDATES = 24  # heads tried at a position
+# Of the model, to find a story: with all attention cut; of heads where the answer is predicted, those that
+# write at least SOME of it among them; with the looks of each taken away; of heads before them, at two
+# places, one of each held; with the rest cut.
+MOST_RUNS = 1 + 2 * (CANDIDATES + int(1 / SOME)) + 2 * (CANDIDATES + 1) + 1
 
 
 @dataclass(frozen=True)

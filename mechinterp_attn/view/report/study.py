@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from mechinterp_attn import circuits, detect, paths
+from mechinterp_attn.core.plan import Call
 from mechinterp_attn.core.text import signed
 from mechinterp_attn.view.report.causes import Causes
 from mechinterp_attn.view.report.story import SOME, Story, find_story
@@ -33,8 +34,7 @@ WAYS = 24  # heads that are asked how they act
 SEARCH, LEAST_SEARCH = 200, 32  # partial paths to open: seconds, and the section says what is not proven
 OPENED = 2 * 10**6  # heads that they may pass together: deep models with many neurons open fewer
 CLEAR = 0.3  # a score from here on makes a head one of that kind
-
-SIDES_READ: tuple[Literal["K", "Q", "V"], ...] = ("K", "Q", "V")
+CIRCUITS_OF = ("induction", "previous_token")  # scores whose best head's OV and QK circuits are shown
 
 # What a head's name in the score table means in words.
 SCORES = {
@@ -68,35 +68,54 @@ class Study:
     left_out: str = ""
 
     @cached_property
+    def calls(self) -> dict[str, Call]:
+        """The analyses, by the name under which this study keeps their results: made here, planned in
+        ``cost.py``.
+        """
+        model, frozen = self.model, self.frozen
+        goal = {"target": self.target, "position": self.position}
+        quiet = {"progress": False}
+        per_order = frozen.logits.numel() * frozen.logits.element_size()
+        orders = max(2, min(MOST_ORDERS, LOGIT_BYTES // per_order - 2))
+        terms = {"heads": 16 if len(self.names) <= LONG else 0, "layers": False}
+        between = {"src": "attention", "dst": "attention"}
+        search = {"max_expansions": self._search}
+        found: dict[str, Call] = {
+            "scores": (detect.score_heads, (model,), {"seed": self.seed}),
+            "orders": (paths.orders, (frozen,), {"max_order": orders}),
+            "attribution": (paths.logit_attribution, (frozen,), goal),
+            "importance": (paths.term_importance, (frozen.model, frozen.tokens), quiet | terms),
+            "top_paths": (paths.top_paths, (frozen,), goal | {"top_k": 30} | search | quiet),
+            "top_circuits": (paths.top_circuits, (frozen,), goal | {"top_k": 20} | search | quiet),
+            "graph": (paths.attribution_graph, (frozen,), goal),
+        }
+        for kind in self.sides_read:
+            found[f"composition_{kind}"] = circuits.composition, (model, kind), between
+        return found
+
+    def _made(self, name: str) -> Any:
+        function, args, options = self.calls[name]
+        return function(*args, **options)
+
+    @cached_property
     def scores(self) -> detect.HeadScores:
-        return detect.score_heads(self.model, seed=self.seed)
+        return self._made("scores")
 
     @cached_property
     def orders(self) -> paths.Orders:
-        per_order = self.frozen.logits.numel() * self.frozen.logits.element_size()
-        return paths.orders(self.frozen, max_order=max(2, min(MOST_ORDERS, LOGIT_BYTES // per_order - 2)))
+        return self._made("orders")
 
     @cached_property
     def attribution(self) -> paths.LogitAttribution:
-        return paths.logit_attribution(self.frozen, target=self.target, position=self.position)
+        return self._made("attribution")
 
     @cached_property
     def importance(self) -> paths.TermImportance:
-        heads = 16 if len(self.names) <= LONG else 0
-        return paths.term_importance(
-            self.frozen.model, self.frozen.tokens, heads=heads, layers=False, progress=False
-        )
+        return self._made("importance")
 
     @cached_property
     def top_paths(self) -> paths.TopPaths:
-        return paths.top_paths(
-            self.frozen,
-            target=self.target,
-            position=self.position,
-            top_k=30,
-            max_expansions=self._search,
-            progress=False,
-        )
+        return self._made("top_paths")
 
     @property
     def _search(self) -> int:
@@ -105,28 +124,21 @@ class Study:
     @cached_property
     def top_circuits(self) -> paths.TopCircuits:
         """Chains of attention heads, neurons pooled."""
-        return paths.top_circuits(
-            self.frozen,
-            target=self.target,
-            position=self.position,
-            top_k=20,
-            max_expansions=self._search,
-            progress=False,
-        )
+        return self._made("top_circuits")
 
     @cached_property
     def graph(self) -> paths.AttributionGraph:
-        return paths.attribution_graph(self.frozen, target=self.target, position=self.position)
+        return self._made("graph")
+
+    @property
+    def sides_read(self) -> str:
+        """The sides on which attention heads compose here, "K", "Q", "V"; none where no head can."""
+        return "KQV" if self.model.spec.n_layers > 1 and self.n_attention else ""
 
     @cached_property
     def compositions(self) -> dict[str, circuits.CompositionScores]:
-        """Of attention heads with later ones, by the side that reads: "K", "Q", "V"."""
-        if self.model.spec.n_layers < 2 or not self.n_attention:
-            return {}
-        return {
-            kind: circuits.composition(self.model, kind, src="attention", dst="attention")
-            for kind in SIDES_READ
-        }
+        """Of attention heads with later ones, by the side that reads."""
+        return {kind: self._made(f"composition_{kind}") for kind in self.sides_read}
 
     @cached_property
     def causes(self) -> Causes:
@@ -313,7 +325,7 @@ class Study:
         if self.chosen or not self.n_attention:
             return dict.fromkeys(self.chosen, "asked for")
         reasons: dict[str, str] = {}
-        for score in ("induction", "previous_token"):
+        for score in CIRCUITS_OF:
             best = self.best(score)
             if best is None:
                 continue
