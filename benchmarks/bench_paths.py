@@ -1,12 +1,13 @@
 """Cost of path analyses in GPT-2-small shape with random weights: time and memory, as ratios.
 
 Run: python benchmarks/bench_paths.py [--tokens 64] [--max-order 8]
-     python benchmarks/bench_paths.py --long [--small] [--tokens 2300] [--only orders "term importance"]
+     python benchmarks/bench_paths.py --long [--small] [--tokens 2300] [--layers 3] [--only orders]
 
 Times are processor seconds over all threads; every one is compared with one forward and backward pass
 of the same model in the same run. ``--long`` measures a prompt of 1,024 tokens or ``--tokens``: what each
-analysis adds to the memory in use, and its time; ``--small`` does so in a model of 4 layers. Above 1,024
-tokens the model's context is as long as the prompt, and the unit is a forward pass alone.
+analysis adds to the memory in use, and its time; ``--small`` does so in a model of 4 layers, ``--layers``
+in one of GPT-2 small's shape with fewer. Above 1,024 tokens the model's context is as long as the prompt,
+and the unit is a forward pass alone.
 """
 
 from __future__ import annotations
@@ -101,8 +102,9 @@ def watched(work: Callable[[], object]) -> tuple[object, float, float]:
     return result, time.process_time() - start, top - before
 
 
-def long_prompt(small: bool, n: int, only: list[str]) -> None:
+def long_prompt(small: bool, n: int, layers: int | None, only: list[str]) -> None:
     shape = (SMALL if small else SHAPE) | {"n_ctx": max(n, 1024)}
+    shape |= {} if layers is None else {"n_layers": layers}
     net = model(shape)
     tokens = torch.randint(shape["d_vocab"], (n,), generator=torch.Generator().manual_seed(0))
     print(f"{net}\n{n:,} tokens, {torch.get_num_threads()} threads; {resident():.2f} GiB before work")
@@ -148,10 +150,11 @@ def main() -> None:
     parser.add_argument("--max-order", type=int, default=8)
     parser.add_argument("--long", action="store_true")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--layers", type=int, help="of --long, how many instead of the shape's own")
     parser.add_argument("--only", nargs="+", default=[], help="of --long, analyses whose names hold these")
     args = parser.parse_args()
     if args.long:
-        long_prompt(args.small, args.tokens or 1024, args.only)
+        long_prompt(args.small, args.tokens or 1024, args.layers, args.only)
         return
     args.tokens = args.tokens or 64
     net = model(SHAPE)

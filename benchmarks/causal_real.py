@@ -1,6 +1,6 @@
 """Causal methods on a real model: circuits, neurons, and the correlation with exact patches.
 
-    OMP_NUM_THREADS=2 python benchmarks/causal_real.py [--only circuits|edges|correlation] [--task sva]
+    OMP_NUM_THREADS=2 python benchmarks/causal_real.py [--only circuits|edges|correlation|speed] [--task X]
 
 The model is SmolLM2-135M-Instruct with weights rounded to 4 bits (`make real`). Rankings are found on one
 half of the prompts and measured on the other.
@@ -12,6 +12,8 @@ half of the prompts and measured on the other.
 - correlation: Pearson's, over layers and positions, of every method's estimate with the exact effect of
   patching the residual stream, what attention writes, and what the MLP writes, on IOI prompts of one
   length.
+- speed: what ranking all heads and neurons costs, in forward and backward passes over the same prompts
+  in the same run, by processor time.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import argparse
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +134,38 @@ def correlation(model: mia.AttentionOnlyModel, prompts: int) -> None:
     publish("causal_correlation", rows, clock="none")
 
 
+def speed(model: mia.AttentionOnlyModel, prompts: int) -> None:
+    task = mia.tasks.sva(model, n=prompts)
+    bound = task.bind(model)
+
+    def forward_backward() -> None:
+        logits = model(bound.clean.tokens)
+        bound.measure(logits[torch.arange(len(bound)), bound.position][:, None]).sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    def seconds(work: Callable[[], object]) -> float:
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+
+    unit = min(seconds(forward_backward) for _ in range(3))
+    rows = []
+    for method in ("secant", "gradient", "relp", "frozen", "eap-ig"):
+        given: Any = method
+        spent = seconds(lambda given=given: mia.causal.discover(model, task, given, steps=STEPS))
+        steps = STEPS if method == "eap-ig" else 1
+        rows.append(
+            {
+                "method": method,
+                "passes": f"{spent / unit:.1f}",
+                "steps": steps,
+                "passes for each step": f"{spent / unit / steps:.1f}",
+            }
+        )
+        print(rows[-1], flush=True)
+    publish("causal_speed", rows, clock="processor time")
+
+
 @torch.no_grad()
 def patches(model: mia.AttentionOnlyModel, task: mia.Task) -> dict[str, Tensor]:
     """Exact effects ``[layer, pos]`` by kind, means over prompts: what the metric loses."""
@@ -195,7 +230,7 @@ def estimates(model: mia.AttentionOnlyModel, task: mia.Task, rules: Rules, steps
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("circuits", "edges", "correlation"))
+    parser.add_argument("--only", choices=("circuits", "edges", "correlation", "speed"))
     parser.add_argument("--methods", default="secant,eap-ig,gradient", help="of edges")
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--task", choices=("ioi", "sva"), help="circuits of this one alone")
@@ -206,6 +241,8 @@ def main() -> None:
         correlation(model, min(given.prompts, 16))
     if given.only in (None, "circuits"):
         circuits(model, given.prompts, tasks)
+    if given.only in (None, "speed"):
+        speed(model, min(given.prompts, 8))
     if given.only in (None, "edges"):
         edges(model, given.prompts, tasks, given.methods.split(","))
 

@@ -1,12 +1,12 @@
 """Edge scores beside those of the peers' own package, on the same models and prompts.
 
-    EAP_IG=folder/src python benchmarks/peer_eap.py PYTHON
+    EAP_IG_PYTHON=... EAP_IG=.../src python benchmarks/peer_eap.py
 
-PYTHON is the interpreter of an environment with `transformer_lens` 2.16, which must not share one with this
-package, and EAP_IG the source of Hanna et al.'s package (github.com/hannamw/EAP-IG, commit 795f560; its
-`device='cuda'` changed to 'cpu' where there is no GPU). Both compute EAP and EAP-IG (inputs) for every edge
-between the embedding, heads (queries, keys and values apart), whole MLPs and the logits, of bundled models
-in float64, on 16 prompts of random tokens said twice.
+EAP_IG_PYTHON is the interpreter of an environment with `transformer_lens` 2.16, which must not share one
+with this package, and EAP_IG the source of Hanna et al.'s package (github.com/hannamw/EAP-IG, commit
+795f560; its `device='cuda'` changed to 'cpu' where there is no GPU). Both compute EAP and EAP-IG (inputs)
+for every edge between the embedding, heads (queries, keys and values apart), whole MLPs and the logits, of
+bundled models in float64, on 16 prompts of random tokens said twice.
 
 Theirs takes gradients at ``k / steps`` of the way from the counterfactual, from k = 0; ours at the middles
 of these steps. The points of twice as many of their steps are their points and our middles, so
@@ -15,7 +15,6 @@ of these steps. The points of twice as many of their steps are their points and 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -35,12 +34,13 @@ STEPS = 5
 PROMPTS = 16
 
 
-def theirs(python: str, source: Path, prompts: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def theirs(source: Path, prompts: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_file({key: x.contiguous() for key, x in prompts.items()}, folder / "prompts.safetensors")
         script = Path(__file__).with_name("peer_eap_theirs.py")
         env = dict(os.environ) | {"PYTHONPATH": os.environ.get("EAP_IG", "")}
+        python = os.environ["EAP_IG_PYTHON"]
         subprocess.run([python, str(script), name, str(source), str(STEPS)], check=True, env=env)
         readers = json.loads((folder / "readers.json").read_text())
         return load_file(folder / "scores.safetensors"), readers
@@ -58,7 +58,7 @@ def our_edge(source: int, reader: str, heads: int) -> tuple[str, str, str]:
     return written, name, mode[:1].upper()
 
 
-def compared(model: mia.AttentionOnlyModel, name: str, python: str) -> list[dict[str, str]]:
+def compared(model: mia.AttentionOnlyModel, name: str) -> list[dict[str, str]]:
     task = mia.tasks.induction(model, n=PROMPTS)
     bound = task.bind(model)
     assert bound.answer is not None
@@ -70,7 +70,7 @@ def compared(model: mia.AttentionOnlyModel, name: str, python: str) -> list[dict
         "answer": bound.answer[:, 0],
         "against": bound.against[:, 0],
     }
-    peer, readers = theirs(python, WEIGHTS / name, prompts)
+    peer, readers = theirs(WEIGHTS / name, prompts)
     keys = peer["real"].nonzero()
     edges = [our_edge(i, readers[j], model.spec.n_heads) for i, j in keys.tolist()]
     methods = {
@@ -97,12 +97,9 @@ def compared(model: mia.AttentionOnlyModel, name: str, python: str) -> list[dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("python", help="interpreter of the environment with the peers' package")
-    given = parser.parse_args()
     rows = []
     for name in MODELS:
-        rows += compared(mia.load(name, dtype=torch.float64), name, given.python)
+        rows += compared(mia.load(name, dtype=torch.float64), name)
     publish("peer_eap", rows, clock="none")
 
 

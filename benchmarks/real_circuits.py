@@ -44,7 +44,7 @@ def main() -> None:
                     "circuit": row.circuit,
                     "logits": f"{row.contribution:.3f}",
                     "share": f"{row.share:.2f}",
-                    "score": row.score or "",
+                    "score": row.score if by_score else "",
                 }
             )
     publish("real_circuits", rows, clock="none")
