@@ -2,12 +2,14 @@
 
 Run: python benchmarks/bench_paths.py [--tokens 64] [--max-order 8]
      python benchmarks/bench_paths.py --long [--small] [--tokens 2300] [--layers 3] [--only orders]
+     python benchmarks/bench_paths.py --announced 2300 6000
 
 Times are processor seconds over all threads; every one is compared with one forward and backward pass
 of the same model in the same run. ``--long`` measures a prompt of 1,024 tokens or ``--tokens``: what each
 analysis adds to the memory in use, and its time; ``--small`` does so in a model of 4 layers, ``--layers``
 in one of GPT-2 small's shape with fewer. Above 1,024 tokens the model's context is as long as the prompt,
-and the unit is a forward pass alone.
+and the unit is a forward pass alone. ``--announced`` runs nothing: it prints how much memory freezing
+prompts of such lengths would need at most.
 """
 
 from __future__ import annotations
@@ -144,8 +146,15 @@ def long_prompt(small: bool, n: int, layers: int | None, only: list[str]) -> Non
     print(f"peak {peak_gib():.2f} GiB, the model included")
 
 
+def announced(lengths: list[int]) -> None:
+    net = model(SHAPE | {"n_ctx": max(lengths)})
+    for n in lengths:
+        print(f"{n:,} tokens: {mia.plan(mia.paths.freeze, net, torch.zeros(n, dtype=torch.long))}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--announced", type=int, nargs="+", metavar="TOKENS")
     parser.add_argument("--tokens", type=int, help="by default 64, and 1,024 of --long")
     parser.add_argument("--max-order", type=int, default=8)
     parser.add_argument("--long", action="store_true")
@@ -153,6 +162,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of --long, how many instead of the shape's own")
     parser.add_argument("--only", nargs="+", default=[], help="of --long, analyses whose names hold these")
     args = parser.parse_args()
+    if args.announced:
+        announced(args.announced)
+        return
     if args.long:
         long_prompt(args.small, args.tokens or 1024, args.layers, args.only)
         return

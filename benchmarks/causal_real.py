@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from publish import publish
 from smollm2 import FOLDER
@@ -84,15 +85,28 @@ def circuits(model: mia.AttentionOnlyModel, prompts: int, tasks: list[str]) -> N
         publish(f"causal_{name}", rows)
 
 
-def edges(model: mia.AttentionOnlyModel, prompts: int, tasks: list[str], methods: list[str]) -> None:
+def ranked(model: mia.AttentionOnlyModel, task: mia.Task, method: str, file: Path | None) -> pd.DataFrame:
+    """Edges by a method, with the seconds that it took; from a file where an earlier run has left them."""
+    if file is not None and file.exists():
+        return pd.read_csv(file, keep_default_na=False)
+    start = time.perf_counter()
+    given: Any = method if method in METHODS else RULES[method]
+    frame = mia.causal.discover(model, task, given, "edges", pools=True).frame
+    frame = frame.assign(seconds=time.perf_counter() - start)
+    if file is not None:
+        frame.to_csv(file, index=False)
+    return frame
+
+
+def edges(
+    model: mia.AttentionOnlyModel, prompts: int, tasks: list[str], methods: list[str], keep: Path | None
+) -> None:
     for name in tasks:
         found_on, held_out = getattr(mia.tasks, name)(model, n=prompts).split()
         rows: list[dict[str, str]] = []
         for method in methods:
-            start = time.perf_counter()
-            given: Any = method if method in METHODS else RULES[method]
-            ranking = mia.causal.discover(model, found_on, given, "edges", pools=True)
-            seconds = time.perf_counter() - start
+            file = None if keep is None else keep / f"{name}_{prompts}_{method}.csv"
+            ranking = ranked(model, found_on, method, file)
             result = mia.causal.faithfulness(model, held_out, ranking, draws=0)
             curve = dict(zip(result.frame["share"].round(3), result.frame["faithfulness"], strict=True))
             rows.append(
@@ -104,12 +118,12 @@ def edges(model: mia.AttentionOnlyModel, prompts: int, tasks: list[str], methods
                     "at 0.1 %": f"{curve[0.001]:.2f}",
                     "at 1 %": f"{curve[0.01]:.2f}",
                     "at 10 %": f"{curve[0.1]:.2f}",
-                    "seconds": f"{seconds:.0f}",
+                    "seconds": f"{ranking['seconds'][0]:.0f}",
                 }
             )
             print(rows[-1], flush=True)
         if "secant" in methods:
-            drawn = ranking.frame.sample(frac=1, random_state=0)
+            drawn = ranking.sample(frac=1, random_state=0)
             order = list(drawn[["src", "dst", "mode"]].itertuples(index=False, name=None))
             chance = mia.causal.faithfulness(model, held_out, order, draws=0)
             rows.append(dict.fromkeys(rows[0], "") | {"method": "random", "CMD": f"{chance.cmd:.3f}"})
@@ -232,6 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("circuits", "edges", "correlation", "speed"))
     parser.add_argument("--methods", default="secant,eap-ig,gradient", help="of edges")
+    parser.add_argument("--keep", type=Path, help="a folder for rankings of edges, to go on from")
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--task", choices=("ioi", "sva"), help="circuits of this one alone")
     given = parser.parse_args()
@@ -244,7 +259,7 @@ def main() -> None:
     if given.only in (None, "speed"):
         speed(model, min(given.prompts, 8))
     if given.only in (None, "edges"):
-        edges(model, given.prompts, tasks, given.methods.split(","))
+        edges(model, given.prompts, tasks, given.methods.split(","), given.keep)
 
 
 if __name__ == "__main__":
