@@ -66,6 +66,8 @@ class AttributionGraph(Explanation):
             and add up: a node's value is the sum of its incoming "value" edges and ``pruned``.
             "query" and "key" edges lead to a score node and are in units of the score, a "pattern"
             edge leads from it to the head: the logits that the head moves from that key.
+        strongest: of each pool, the members that contribute the most, signs aside: ``node`` (the pool's
+            id), ``head`` and ``value``.
         frame: the edges.
         kept: the part of the total that is inside.
         kept_influence: share of the candidates' influence that the kept nodes hold.
@@ -83,6 +85,7 @@ class AttributionGraph(Explanation):
     title: ClassVar[str] = "Attribution graph"
     nodes: pd.DataFrame = field(repr=False)
     edges: pd.DataFrame = field(repr=False)
+    strongest: pd.DataFrame = field(repr=False)
     kept: float
     kept_influence: float
     n_candidates: int
@@ -289,6 +292,7 @@ def attribution_graph(
         receipt=Receipt(checks, notes),
         nodes=nodes,
         edges=edges,
+        strongest=tables.members(gradients),
         **Explanation.of(goal),
         kept=total_inside,
         kept_influence=kept_influence,

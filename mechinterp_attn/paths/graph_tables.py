@@ -12,6 +12,8 @@ from mechinterp_attn.frozen.prompt import Fields, Frozen
 from mechinterp_attn.paths.flow import POOL, Flow, Nodes
 from mechinterp_attn.paths.score_edges import score_edges
 
+MEMBERS = 12  # of a pool, that are listed
+
 
 class Tables:
     """The rows of both tables, as they are found."""
@@ -106,6 +108,37 @@ class Tables:
         nodes, edges = score_edges(self.frozen, self.kept, self.ids, gradients)
         self._nodes += nodes
         self._edges += edges
+
+    def members(self, gradients: list[Tensor]) -> pd.DataFrame:
+        """The members of every pool that contribute the most, signs aside: ``node`` (the pool's), ``head``,
+        ``value`` (all paths through it, in logits).
+        """
+        found: list[tuple[str, str, float]] = []
+        number = 0
+        for depth, sublayer in enumerate(self.frozen.sublayers):
+            for bank, held in zip(sublayer.banks, self.frozen.held[depth], strict=True):
+                own = self.kept.of(number)
+                number += 1
+                pool = self.kept.head[own] == POOL
+                if not bool(pool.any()):
+                    continue
+                inside = self.kept.members(own, bank.bank.n_heads)[pool]
+                at = self.kept.position[own[pool]]
+                values = (held * bank.unwrite(gradients[depth])).sum(-1)[at]
+                best = values.abs().where(inside, -1.0).topk(min(MEMBERS, values.shape[1])).indices
+                for row, heads, value, known in zip(
+                    own[pool].tolist(),
+                    best.tolist(),
+                    values.gather(1, best).double().tolist(),
+                    inside.gather(1, best).tolist(),
+                    strict=True,
+                ):
+                    found += [
+                        (self.ids[row], bank.bank.label(head), v)
+                        for head, v, ok in zip(heads, value, known, strict=True)
+                        if ok
+                    ]
+        return pd.DataFrame(found, columns=["node", "head", "value"])
 
     def nodes(self) -> pd.DataFrame:
         columns = [

@@ -11,7 +11,7 @@ from importlib.resources import files
 GRAPH_SCRIPTS = (
     "graph_model.js",
     "graph_layout.js",
-    "graph_edges.js",
+    "graph_picture.js",
     "graph_paint.js",
     "graph_state.js",
     "graph_card.js",

@@ -76,6 +76,10 @@ def test_a_pool_is_the_sum_of_its_members(graph, frozen):
     for row in pools.itertuples():
         members = [f"{head}@{row.position}" for head in graph.members(row.node)]
         assert row.value == pytest.approx(value[members].sum(), **CLOSE)
+        listed = graph.strongest[graph.strongest["node"] == row.node]
+        expected = value[members].abs().nlargest(12)
+        assert set(listed["head"] + f"@{row.position}") == set(expected.index)
+        assert listed["value"].tolist() == pytest.approx(value[expected.index].tolist(), **CLOSE)
 
 
 @torch.no_grad()

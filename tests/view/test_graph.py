@@ -52,12 +52,11 @@ def test_it_opens_offline_on_the_target_and_fits_its_window(saved, graph, watche
     watched.assert_quiet()
 
 
-# How many pixels of the stage are not its ground.
-INK = """(canvas => {
+# How many pixels are painted in the picture that is shown.
+INK = """[...document.querySelectorAll(".graph-sheet:not([hidden]) canvas")].reduce((sum, canvas) => {
     const image = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-    const data = new Uint32Array(image.data.buffer);
-    return data.reduce((n, pixel) => n + (pixel !== data[data.length - 1]), 0);
-})(document.querySelector(".graph-stage canvas"))"""
+    return sum + new Uint32Array(image.data.buffer).filter((pixel) => pixel !== 0).length;
+}, 0)"""
 
 
 def test_presses_and_keys_choose_nodes(saved, graph, watched):

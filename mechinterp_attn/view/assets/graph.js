@@ -9,10 +9,10 @@ function drawAttributionGraph(host, data, place = "graph") {
   let view = state.window || wholeGraph(layout);
   let scene = null, hovered = null, found = new Set(), version = 0, waiting = false;
 
-  const canvas = el("canvas", { "aria-hidden": "true" });
-  const stage = el("div", { class: "graph-stage", tabindex: "0", role: "application", "aria-roledescription": "graph, arrow keys walk", "aria-label": data.title }, canvas);
+  const canvas = el("canvas", { class: "graph-over" }), holder = el("div", { class: "graph-sheets", "aria-hidden": "true" });
+  const stage = el("div", { class: "graph-stage", tabindex: "0", role: "application", "aria-roledescription": "graph, arrow keys walk", "aria-label": data.title }, holder, canvas);
   const panel = el("div", { class: "graph-panel", "aria-live": "polite" });
-  const paint = graphPainter(canvas, model, layout);
+  const paint = graphPainter(holder, canvas, model, layout);
   const size = () => ({ width: stage.clientWidth, height: stage.clientHeight });
   const area = () => plotArea(stage.clientWidth, stage.clientHeight);
   const seen = (node) => !state.hidden.has(node.group);
@@ -20,9 +20,9 @@ function drawAttributionGraph(host, data, place = "graph") {
   function redraw() {
     if (waiting) return;
     waiting = true;
-    requestAnimationFrame(() => {
+    requestAnimationFrame((now) => {
       waiting = false;
-      if (stage.clientWidth && paint({ ...scene, ...size(), view, hovered, found, version, seen })) redraw();
+      if (stage.clientWidth && paint({ ...scene, ...size(), view, hovered, found, version, seen }, now)) redraw();
       else stage.dataset.painted = version;
     });
   }
@@ -61,8 +61,9 @@ function drawAttributionGraph(host, data, place = "graph") {
     const wanted = text.trim().toLowerCase();
     const matching = wanted === "" ? [] : model.nodes.filter((node) => seen(node) && node.label.toLowerCase().includes(wanted));
     found = new Set(matching.map((node) => node.i));
-    if (matching.length) choose((matching.find((node) => node.label.toLowerCase() === wanted) || matching[0]).id);
-    else redraw();
+    const first = matching.find((node) => node.label.toLowerCase() === wanted) || matching[0];
+    if (first) choose(first.id);
+    else update(state);
     return wanted === "" ? "" : ` ${matching.length} found`;
   }
 
@@ -113,8 +114,9 @@ function drawAttributionGraph(host, data, place = "graph") {
   new ResizeObserver(() => { if (stage.clientWidth) look(view); }).observe(stage);
   onColours(() => update(state));
   update(state);
-  host.viewer = { // for scripts that look on: where a node stands on the stage, what is seen, what is pinned
+  host.viewer = { // for scripts that look on or drive it: where a node stands on the stage, what is seen, what is pinned
     place: (id) => toScreen(layout, area(), view, layout.x[model.byId.get(id).i], layout.y[model.byId.get(id).i]),
-    window: () => view, state: () => state, nodes: model.nodes,
+    window: () => view, state: () => state, nodes: model.nodes, zoomBy, panBy: (dx, dy) => look(panned(layout, area(), view, dx, dy)),
+    painted: () => stage.dataset.painted === String(version), // with the edges as they are now
   };
 }

@@ -87,7 +87,7 @@ class Study:
             "importance": (paths.term_importance, (frozen.model, frozen.tokens), quiet | terms),
             "top_paths": (paths.top_paths, (frozen,), goal | {"top_k": 30} | search | quiet),
             "top_circuits": (paths.top_circuits, (frozen,), goal | {"top_k": 20} | search | quiet),
-            "graph": (paths.attribution_graph, (frozen,), goal),
+            "graph": (paths.attribution_graph, (frozen,), goal | {"scores": True}),
         }
         for kind in self.sides_read:
             found[f"composition_{kind}"] = circuits.composition, (model, kind), between
