@@ -78,9 +78,9 @@ def graph_data(graph: AttributionGraph, *, edges: int = EDGES) -> dict[str, Any]
     """What every picture of a graph is drawn from: nodes, edges, scores, tokens, columns and rows.
 
     ``nodes`` is a list of dicts. ``edges`` holds three lists, the strongest edge first: the places of
-    ``source`` and ``target`` in the list of nodes, and ``weight``. ``scores`` says where heads look and which
-    nodes move query and key there; ``members`` lists the strongest of each pool. Long prompts: only
-    the tokens with most influence get a column, beside those where heads are drawn.
+    ``source`` and ``target`` in the list of nodes, and ``weight``. ``scores`` says where heads look
+    and which nodes move query and key there; ``members`` lists the strongest of each pool. Long
+    prompts: only the tokens with most influence get a column, beside those where heads are drawn.
 
     Args:
         edges: how many edges to draw, the strongest ones; what others bring is in the ``rest`` of a node.
