@@ -131,16 +131,20 @@ class Bound:
         """The whole task ``n`` times, one after the other."""
         return self.take(torch.arange(len(self)).repeat(n))
 
-    def counterfactual(self, why: str) -> Batch:
+    def counterfactual(self, why: str, instead: str = "") -> Batch:
         """The counterfactual prompts.
+
+        Args:
+            why: what needs them.
+            instead: what to do without, where anything can be done.
 
         Raises:
             MechInterpError: there are none.
         """
         if self.corrupt is None:
             raise MechInterpError(
-                f"{why} needs counterfactual prompts and this task has none: Task(..., corrupt=[...]), "
-                "one for each prompt with as many tokens, or patch='zero' or 'mean' where that is offered"
+                f"{why} needs counterfactual prompts and this task has none: give Task(..., corrupt=[...]),"
+                f" one for each prompt with as many tokens{instead}"
             )
         return self.corrupt
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mechinterp_attn.causal.batches import Batch
 from mechinterp_attn.causal.bound import Bound
+from mechinterp_attn.causal.metrics import NO_GRADIENT
 from mechinterp_attn.causal.rules import TRUE, Hook, Rules, applied
 from mechinterp_attn.causal.runs import keeping, run
 from mechinterp_attn.core.errors import MechInterpError
@@ -126,6 +127,17 @@ def graph(
             "a smooth one such as 'logit_diff', or method='exact'"
         )
     return Graph(metric, logits, held, seen["embed"], rules.paired)
+
+
+def has_gradient(model: AttentionOnlyModel, bound: Bound) -> bool:
+    """Whether the metric changes smoothly with the logits; a step, such as "accuracy", does not."""
+    if isinstance(bound.metric, str):
+        return bound.metric not in NO_GRADIENT
+    longest = bound.clean.real.sum(1).argmax()[None]
+    one = bound.take(longest)
+    logits = model.W_U.detach().new_zeros(1, one.clean.tokens.shape[1], model.spec.d_vocab_out)
+    with torch.enable_grad():
+        return one.measure(logits.requires_grad_()).requires_grad
 
 
 def _seed(metric: Tensor, logits: Tensor) -> Tensor:

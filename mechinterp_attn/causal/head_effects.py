@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.cuts import Cut, Target, cut_of, cut_of_all, no_rows, remade, targets_of
-from mechinterp_attn.causal.gradients import graph
+from mechinterp_attn.causal.gradients import graph, has_gradient
 from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of, some
 from mechinterp_attn.causal.runs import (
     MAX_BYTES,
@@ -209,7 +209,7 @@ def estimates_of(
     """
     width = bound.clean.tokens.shape[1]
     total = torch.zeros(len(model.heads), width, dtype=torch.float64)
-    if bound.metric == "accuracy":
+    if not has_gradient(model, bound):
         return total.fill_(torch.nan)
     rows = rows_at_once(model, bound, max_bytes, backward=True)
     sign = 1.0 if direction == "noising" else -1.0

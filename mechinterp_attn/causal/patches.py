@@ -18,6 +18,7 @@ from mechinterp_attn.model.attention_only import AttentionOnlyModel
 Patch = Literal["corrupt", "zero", "mean", "resample"]
 PATCHES = ("corrupt", "zero", "mean", "resample")
 ValueBias = Literal["cut", "kept"]
+INSTEAD = ", or patch='mean' (or 'zero'), with which a ranking needs method='gradient'"
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ def fill_of(
             )
         return Fill(bound.counterfactual("denoising"), bound.clean, None)
     if patch == "corrupt":
-        return Fill(bound.clean, bound.counterfactual("patch='corrupt'"), None)
+        return Fill(bound.clean, bound.counterfactual("patch='corrupt'", INSTEAD), None)
     if patch == "resample":
         return Fill(bound.clean, _others(bound, seed), None)
     if patch == "mean":

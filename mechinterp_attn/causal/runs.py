@@ -201,7 +201,7 @@ class Standing:
             return None
         return (
             f"the model hardly has this behaviour: its answer wins on {self.accuracy:.0%} of the prompts, "
-            f"chance is {self.chance:.0%}"
+            f"chance is {self.chance:.0%} (mean clean score {float(self.clean.mean()):.3g})"
         )
 
     @property
@@ -229,6 +229,8 @@ def standing(model: AttentionOnlyModel, bound: Bound, max_bytes: int = MAX_BYTES
     for _, part in bound.split(rows):
         logits = run(model, part, part.clean)
         clean.append(part.measure(logits).cpu())
+        if len(clean) == 1:
+            _refuse_constant(part, logits)
         hit = part.right(logits) if part.at_position else None
         hits += [] if hit is None else [hit.cpu()]
         if part.corrupt is not None:
@@ -249,6 +251,20 @@ def standing(model: AttentionOnlyModel, bound: Bound, max_bytes: int = MAX_BYTES
             "counterfactuals different at all, and does the metric read the logits?"
         )
     return found
+
+
+def _refuse_constant(part: Bound, logits: Tensor) -> None:
+    """Raises:
+    MechInterpError: a function of the logits that gives the same for any of them.
+    """
+    if isinstance(part.metric, str):
+        return
+    own = part.measure(logits)
+    if all(torch.equal(part.measure(other), own) for other in (-logits, logits.roll(1, -1))):
+        raise MechInterpError(
+            f"the metric {part.about} is constant: it is {float(own.mean()):.4g} whatever the logits are; "
+            "there is nothing to explain. Give a function that reads the logits [n, pos, d_vocab_out]"
+        )
 
 
 @torch.no_grad()

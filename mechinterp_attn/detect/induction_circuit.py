@@ -216,6 +216,8 @@ def induction(
     notes = {"tokens": str(probe), "seed": seed, "draws": draws, "all views agree": agree}
     if task is not None:
         notes["by intervention"] = f"{task.about}, on {len(task)} prompts of {task.name or 'a task'}"
+        if isinstance(cut.result, Effects) and cut.result.standing.absent is not None:
+            notes["warning"] = cut.result.standing.absent
         frame = frame.rename(columns={"loss_change": "effect", "loss_z": "effect_z"})
     return Induction(
         frame=frame,

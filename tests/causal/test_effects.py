@@ -161,7 +161,7 @@ def test_refusals(model, task):
     with pytest.raises(mia.MechInterpError, match="is constant"):
         mia.causal.effects(model, same)
     flat = mia.Task(task.clean, metric=lambda logits: torch.ones(len(logits)))
-    with pytest.raises(mia.MechInterpError, match="does not depend on the logits"):
+    with pytest.raises(mia.MechInterpError, match="is constant: it is 1 whatever the logits are"):
         mia.causal.effects(model, flat, patch="zero")
     with pytest.raises(mia.MechInterpError, match="no use for patch='zero'"):
         mia.causal.effects(model, task, patch="zero", direction="denoising")
