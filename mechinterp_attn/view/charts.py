@@ -1,6 +1,7 @@
-"""What a picture shows, said once: a notebook draws it with plotly, the report as SVG.
+"""What a picture shows, said once: a notebook draws it with plotly, the report in its own way.
 
-A result becomes a ``Chart`` here. ``figures/chart.py`` and ``report/svg.py`` draw one, and know no result.
+A result becomes a ``Chart`` or a ``Matrix`` here. ``figures/chart.py`` draws them with plotly, the report
+as SVG and as a heatmap of its page; none of them knows a result.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 
+from mechinterp_attn.circuits.composition_scores import CompositionScores
 from mechinterp_attn.paths.by_order import Orders
 from mechinterp_attn.paths.importance import TermImportance
 from mechinterp_attn.paths.logits import LogitAttribution
@@ -56,6 +59,49 @@ class Chart:
     value: str
     over: str = ""
     reference: tuple[str, float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A number for each pair of a row and a column.
+
+    Attributes:
+        caption: what it shows.
+        rows, columns: their names; each has at least one pair.
+        values: ``[row, column]``; NaN marks pairs that do not exist.
+        axes: what rows and columns are.
+        value: what the numbers are.
+    """
+
+    caption: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: np.ndarray
+    axes: tuple[str, str]
+    value: str
+
+
+def composition_matrix(result: CompositionScores) -> Matrix:
+    """How far the composition of each pair of heads is above that of random heads of the same shape, as
+    Elhage et al. 2021 draw it: the baseline depends on the heads' ranks, so plain scores of neurons and
+    attention heads cannot be compared. Heads without a partner are left out.
+    """
+    frame = result.frame
+    sources = [label for label in result.sources if label in set(frame["src"])]
+    readers = [label for label in result.readers if label in set(frame["dst"])]
+    values = np.full((len(sources), len(readers)), NAN)
+    i = frame["src"].map({label: i for i, label in enumerate(sources)})
+    j = frame["dst"].map({label: j for j, label in enumerate(readers)})
+    values[i, j] = frame["score"] - frame["baseline"]
+    reads = {"K": "keys", "Q": "queries", "V": "values"}[result.kind]
+    return Matrix(
+        f"{result.kind}-composition above random heads: the later head's {reads} read the earlier head",
+        tuple(sources),
+        tuple(readers),
+        values,
+        ("earlier head", "later head"),
+        "score − baseline",
+    )
 
 
 def loss_by_order(results: Sequence[Orders], names: Sequence[str] = ("",)) -> Chart:

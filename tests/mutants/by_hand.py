@@ -72,8 +72,8 @@ SURVIVED = [
            "logits = self.frozen.logits[0].double()", GUARDS + "report_names"),
     Mutant("rows_within divided by 4", "causal/batches.py", "return max_bytes // need",
            "return max(1, max_bytes // need // 4)", GUARDS + "as_many_rows"),
-    Mutant("composition heatmap without its baseline", "view/figures/circuits.py",
-           'result.frame["score"] - result.frame["baseline"]', 'result.frame["score"]',
+    Mutant("composition heatmap without its baseline", "view/charts.py",
+           'frame["score"] - frame["baseline"]', 'frame["score"]',
            GUARDS + "heatmap"),
 ]  # fmt: skip
 

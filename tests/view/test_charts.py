@@ -1,20 +1,23 @@
 """One picture, two drawings: what a notebook shows and what the report shows have the same numbers."""
 
+import math
 import re
 
+import numpy as np
 import pytest
 
 import mechinterp_attn as mia
 from mechinterp_attn.view.charts import (
     Chart,
     Series,
+    composition_matrix,
     largest_paths,
     largest_terms,
     loss_by_order,
     worth_of_orders,
 )
-from mechinterp_attn.view.figures.chart import plotly_chart
-from mechinterp_attn.view.report.blocks import chart_block
+from mechinterp_attn.view.figures.chart import plotly_chart, plotly_matrix
+from mechinterp_attn.view.report.blocks import chart_block, matrix
 from mechinterp_attn.view.report.svg import svg
 from tests.conftest import random_tokens, tiny_bridge
 from tests.view.test_safety import HOSTILE
@@ -69,3 +72,21 @@ def test_text_stays_text():
     assert "<script" not in picture
     assert "<img" not in picture
     assert "<iframe" not in picture
+
+
+def test_composition_is_drawn_above_its_baseline_in_both():
+    """Neurons and attention heads have baselines of their own, which plain scores would show."""
+    result = mia.circuits.composition(mia.convert(tiny_bridge()), "V")
+    drawn = composition_matrix(result)
+    heatmap = plotly_matrix(drawn).data[0]
+    frame = result.frame.set_index(["src", "dst"])
+    for i, src in enumerate(drawn.rows):
+        for j, dst in enumerate(drawn.columns):
+            if (src, dst) in frame.index:
+                pair = frame.loc[(src, dst)]
+                assert heatmap.z[i][j] == pytest.approx(pair["score"] - pair["baseline"], abs=1e-12)
+            else:
+                assert math.isnan(heatmap.z[i][j])
+    block = matrix("composition-V", drawn)
+    assert (block["rows"], block["columns"]) == (list(drawn.rows), list(drawn.columns))
+    assert block["top"] == pytest.approx(float(np.nanmax(drawn.values)), rel=1e-5)  # six digits

@@ -11,6 +11,7 @@ import pytest
 import mechinterp_attn as mia
 from mechinterp_attn.core.results import Check, Receipt
 from mechinterp_attn.core.text import shown
+from mechinterp_attn.view.charts import Matrix
 from mechinterp_attn.view.report.blocks import (
     column,
     fact,
@@ -98,7 +99,9 @@ def hostile_report(report):
                 shown(t): {"meaning": shown(t), "links": [{"text": shown(t), "url": None}]} for t in HOSTILE
             },
         },
-        matrix("matrix", HOSTILE[2], np.eye(n), HOSTILE, HOSTILE, (HOSTILE[0], HOSTILE[3])),
+        matrix(
+            "matrix", Matrix(HOSTILE[2], HOSTILE, HOSTILE, np.eye(n), (HOSTILE[0], HOSTILE[3]), HOSTILE[1])
+        ),
     ]
     graph = next(b for s in report.data["sections"] for b in s["blocks"] if b["type"] == "graph")
     graph = json.loads(json.dumps(graph))

@@ -1,4 +1,4 @@
-"""A ``Chart`` as a plotly figure."""
+"""A ``Chart`` and a ``Matrix`` as plotly figures."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from math import isfinite
 
 import plotly.graph_objects as go
 
-from mechinterp_attn.view.charts import Chart
-from mechinterp_attn.view.figures.style import KIND_COLOURS, figure, safe_text
+from mechinterp_attn.view.charts import Chart, Matrix
+from mechinterp_attn.view.figures.style import KIND_COLOURS, figure, safe_text, signed_scale
 
 ORDER_COLOURS = {"0 heads": "#4d7c3a", "1 head": "#8fb3de", "2 heads": "#3b6fb6", "3 heads": "#1d3f75"}
 COLOURS = KIND_COLOURS | ORDER_COLOURS
@@ -16,6 +16,25 @@ COLOURS = KIND_COLOURS | ORDER_COLOURS
 def plotly_chart(chart: Chart) -> go.Figure:
     """The picture, with its reference as a dashed level."""
     return _line(chart) if chart.shape == "line" else _bars(chart)
+
+
+def plotly_matrix(matrix: Matrix) -> go.Figure:
+    """A heatmap around zero."""
+    fig = figure(
+        title=safe_text(matrix.caption),
+        x=safe_text(matrix.axes[1]),
+        y=safe_text(matrix.axes[0]),
+        height=max(420, 14 * len(matrix.rows) + 120),
+    )
+    fig.add_heatmap(
+        z=matrix.values,
+        x=list(map(safe_text, matrix.columns)),
+        y=list(map(safe_text, matrix.rows)),
+        **signed_scale(matrix.values),
+        colorbar_title=safe_text(matrix.value),
+        hovertemplate=f"%{{y}} → %{{x}}<br>{safe_text(matrix.value)} %{{z:.4f}}<extra></extra>",
+    )
+    return fig.update_yaxes(autorange="reversed")
 
 
 def _line(chart: Chart) -> go.Figure:

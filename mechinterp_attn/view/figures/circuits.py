@@ -13,6 +13,8 @@ from mechinterp_attn.circuits.spectrum import SingularDirections
 from mechinterp_attn.circuits.vocabulary import TokenPairs
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.pictures import draws
+from mechinterp_attn.view.charts import composition_matrix
+from mechinterp_attn.view.figures.chart import plotly_matrix
 from mechinterp_attn.view.figures.style import (
     KIND_COLOURS,
     NEGATIVE,
@@ -35,35 +37,14 @@ def composition_figure(result: CompositionScores, *, ranking: bool, k: int) -> g
 
 
 def composition_heatmap(result: CompositionScores) -> go.Figure:
-    """Scores minus the random baseline, source by reader; pairs that do not compose stay empty."""
+    """Scores minus the random baseline, earlier by later head; pairs that do not compose stay empty."""
     assert result.scores is not None
     if result.scores.numel() > MAX_CELLS:
         raise MechInterpError(
             f"{result.scores.numel():,} pairs are too many for a heatmap ({MAX_CELLS:,}); choose heads "
             "with src= and dst=, or plot(ranking=True)"
         )
-    scores = result.scores.cpu().numpy()
-    above = np.full(scores.shape, np.nan)
-    rows = {label: i for i, label in enumerate(result.sources)}
-    columns = {label: j for j, label in enumerate(result.readers)}
-    i, j = result.frame["src"].map(rows), result.frame["dst"].map(columns)
-    above[i, j] = result.frame["score"] - result.frame["baseline"]
-    fig = figure(
-        title=f"{result.kind}-composition above random heads",
-        x="reads (later head)",
-        y="writes (earlier head)",
-        height=max(420, 14 * len(result.sources) + 120),
-    )
-    fig.add_heatmap(
-        z=above,
-        x=list(result.readers),
-        y=list(result.sources),
-        customdata=scores,
-        **signed_scale(above),
-        colorbar_title="score − baseline",
-        hovertemplate="%{y} → %{x}<br>score %{customdata:.4f}<br>above baseline %{z:.4f}<extra></extra>",
-    )
-    return fig.update_yaxes(autorange="reversed")
+    return plotly_matrix(composition_matrix(result))
 
 
 def composition_ranking(result: CompositionScores, k: int) -> go.Figure:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from mechinterp_attn.core.results import Check, Receipt
 from mechinterp_attn.core.text import number, shown
-from mechinterp_attn.view.charts import Chart
+from mechinterp_attn.view.charts import Chart, Matrix
 
 Block = dict[str, Any]
 Spans = list[Any]  # strings, and what ``token`` and ``head`` give
@@ -208,25 +208,18 @@ def patterns(
     }
 
 
-def matrix(
-    id: str,
-    caption: str,
-    values: np.ndarray,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    axes: tuple[str, str],
-) -> Block:
-    """A heatmap of values from 0 up; NaN marks pairs that do not exist."""
-    finite = values[np.isfinite(values)]
+def matrix(id: str, drawn: Matrix) -> Block:
+    """A heatmap of values from 0 up, what is below drawn as 0; NaN marks pairs that do not exist."""
+    finite = drawn.values[np.isfinite(drawn.values)]
     top = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
     return {
         "type": "matrix",
         "id": id,
-        "caption": caption,
-        "axes": list(axes),
-        "rows": [shown(r) for r in rows],
-        "columns": [shown(c) for c in columns],
-        "wide": len(columns) > 24,
+        "caption": shown(drawn.caption),
+        "axes": [shown(axis) for axis in drawn.axes],
+        "rows": [shown(r) for r in drawn.rows],
+        "columns": [shown(c) for c in drawn.columns],
+        "wide": len(drawn.columns) > 24,
         "top": number(top),
-        "values": pattern(values / top),
+        "values": pattern(np.maximum(drawn.values, 0) / top),
     }

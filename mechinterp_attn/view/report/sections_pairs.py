@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import compress
-
-import numpy as np
-
 from mechinterp_attn import circuits
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import Call, plan
+from mechinterp_attn.view.charts import composition_matrix
 from mechinterp_attn.view.report.blocks import Block, column, matrix, section, table
 from mechinterp_attn.view.report.study import Study
 
 PAIRS = 200  # strongest pairs listed of each kind
-READS = {"K": "keys", "Q": "queries", "V": "values"}
 FLOPS = 4e11  # of a search over all pairs of heads: seconds to half a minute
 COLUMNS = [
     column("src", "Earlier", "head"),
@@ -30,12 +26,13 @@ def composition(study: Study) -> Block | None:
         [
             "How much of what one head writes a later head reads, from the weights alone, 0 to 1. The "
             "baseline is the mean with the same heads turned at random; z counts standard deviations from "
-            "it. A pair of a real circuit may well lie below it."
+            "it. The pictures show what is above the baseline; pairs at or below it stay pale, and a pair "
+            "of a real circuit may well be one of them."
         ]
     ]
     blocks, receipts = [], {}
     for kind, result in study.compositions.items():
-        blocks += _pictures(kind, READS[kind], result)
+        blocks += _pictures(kind, result)
         receipts[f"{kind}-composition"] = result.receipt
     try:
         of_all = _all_heads(study)
@@ -52,18 +49,9 @@ def composition(study: Study) -> Block | None:
     return section("composition", "Composition", lead, blocks, receipts, finding=finding)
 
 
-def _pictures(kind: str, reads: str, result: circuits.CompositionScores) -> list[Block]:
-    scores = np.asarray(result.scores, dtype=float)
-    writes, reads_any = np.isfinite(scores).any(1), np.isfinite(scores).any(0)
+def _pictures(kind: str, result: circuits.CompositionScores) -> list[Block]:
     return [
-        matrix(
-            f"composition-{kind}",
-            f"{kind}-composition: the later head's {reads} read the earlier head",
-            scores[writes][:, reads_any],
-            list(compress(result.sources, writes)),
-            list(compress(result.readers, reads_any)),
-            ("earlier head", "later head"),
-        ),
+        matrix(f"composition-{kind}", composition_matrix(result)),
         table(
             f"pairs-{kind}",
             f"The strongest {kind}-composing pairs",
