@@ -158,7 +158,7 @@ def replacement_scores(
     """
     frozen.model.heads.required()
     goal = resolve_goal(frozen, target=target, against=against, position=position, task=task)
-    within(_plan(frozen), max_bytes, "a shorter prompt")
+    within(_plan(frozen), max_bytes, "a shorter prompt, dictionaries in place of all neurons")
     chosen = target is not None or task is not None
     parts = list(_parts(frozen))
     fields, of = _logits(frozen, goal, chosen)
