@@ -205,7 +205,7 @@ def _plan(
     prompts = sum(map(len, every))
     largest = max(every, key=lambda task: task.bind(model).clean.tokens.numel())
     return plan_prompts(
-        model, largest.bind(model), f"scores of heads on {prompts:,} prompts", max_bytes,
+        model, largest.bind(model), "scores of heads" if len(every) == 1 else f"scores of heads for {len(every)} tasks, the largest", max_bytes,
         runs=(5 + 4 * passes) * prompts / len(largest), result=2 * CELL * prompts * model.n_heads,
         backward=True, times=2,
     )  # fmt: skip

@@ -34,6 +34,7 @@ class Analysis(StrEnum):
     loadings = "loadings"
     minimality = "minimality"
     overlap = "overlap"
+    clusters = "clusters"
 
 
 def register(app: typer.Typer) -> None:
@@ -51,7 +52,8 @@ def causal(
             "prompts held out; path: patches along single paths; loadings: what makes up a "
             "head's score over its other keys; minimality: what each of a circuit's --size heads or edges "
             "is worth, on prompts held out; overlap: whether the circuit is found again on halves of the "
-            "prompts and in other wordings.",
+            "prompts and in other wordings; clusters: prompts of several tasks, with commas between, in as "
+            "many groups by their circuits.",
             metavar="|".join(Analysis),
             show_default=False,
         ),
@@ -102,6 +104,12 @@ def causal(
     if analysis not in (Analysis.effects, Analysis.path, Analysis.loadings) and heads:
         raise MechInterpError(f"{analysis} looks at all heads; leave out {' '.join(heads)}")
     opened = load(model)
+    if analysis == Analysis.clusters:
+        several = [task_of(opened, one, prompts, seed) for one in task.split(",")]
+        call: Call = own.prompt_circuits, (opened, several, method), {"patch": patch}
+        groups = answer.run(call).clusters(max(2, len(several)), seed=seed)
+        answer.give(groups, groups.frame.head(top or len(groups.frame)))
+        return
     behaviour = task_of(opened, task, prompts, seed)
     chosen: dict[str, Any] = {"patch": patch, "seed": seed}
     result: Result
@@ -111,7 +119,7 @@ def causal(
         chosen |= {"method": method, "units": units, "pools": pools}
         if analysis == Analysis.overlap:
             others = _rephrasings(opened, task, prompts, seed)
-            call: Call = own.overlap, (opened, behaviour, size), chosen | {"rephrasings": others}
+            call = own.overlap, (opened, behaviour, size), chosen | {"rephrasings": others}
             result = answer.run(call)
         elif analysis == Analysis.minimality:
             result = _minimality(opened, behaviour, size, chosen, answer)
