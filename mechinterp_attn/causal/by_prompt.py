@@ -204,8 +204,9 @@ def _plan(
     passes = {"eap-ig": steps, "eap-ig-activations": steps * len(model.sublayers())}.get(str(method), 1)
     prompts = sum(map(len, every))
     largest = max(every, key=lambda task: task.bind(model).clean.tokens.numel())
+    several = f" for {len(every)} tasks, the largest" if len(every) > 1 else ""
     return plan_prompts(
-        model, largest.bind(model), "scores of heads" if len(every) == 1 else f"scores of heads for {len(every)} tasks, the largest", max_bytes,
+        model, largest.bind(model), f"scores of heads{several}", max_bytes,
         runs=(5 + 4 * passes) * prompts / len(largest), result=2 * CELL * prompts * model.n_heads,
         backward=True, times=2,
     )  # fmt: skip
