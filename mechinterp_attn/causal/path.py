@@ -171,7 +171,9 @@ def _measured(
                 start: dict[str, Any] = {"embed": embed}
                 if route.first is not None:
                     bank, index = route.first
-                    start = {"sources": {bank.path: _at(other[bank.path] - held[bank.path], bank, index)}}
+                    own = held[bank.path]
+                    change = other[bank.path].to(own.dtype) - own  # averages are taken in float64
+                    start = {"sources": {bank.path: _at(change, bank, index)}}
                 flow = Flow(model, part, base, held, edges, route.wires, **start)
                 logits = flow.logits
                 if route.last is not None:

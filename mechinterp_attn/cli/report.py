@@ -15,8 +15,10 @@ from mechinterp_attn.cli.common import (
     Quiet,
     Seed,
     Target,
+    TaskOption,
     load,
     prompt_of,
+    task_of,
     token_of,
     typed,
 )
@@ -26,7 +28,7 @@ from mechinterp_attn.cli.common import (
 Preset = Literal["overview", "induction", "prediction", "large"]
 SECTIONS = (
     "story", "circuit", "summary", "provenance", "fidelity", "orders", "importance", "heads", "patterns",
-    "composition", "vocabulary", "paths", "graph", "neurons", "glossary",
+    "composition", "vocabulary", "paths", "graph", "neurons", "glossary", "faithfulness", "prompts",
 )  # fmt: skip
 Mode = Literal["exact", "silu", "mixture"]
 
@@ -82,6 +84,12 @@ def report(
         Mode | None,
         typer.Option("--compare-mlp", help="Set the same model in this mode beside it."),
     ] = None,
+    task: TaskOption = None,
+    beside: Annotated[
+        str | None,
+        typer.Option(help="A second text, of as many tokens: what differs between the two."),
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="How many prompts, of a behaviour by name.", min=2)] = 32,
     seed: Seed = 0,
     data: Annotated[
         bool, typer.Option("--data", help="Also write the report's data as JSON beside it.")
@@ -89,7 +97,8 @@ def report(
     plan: Annotated[bool, typer.Option("--plan", help="Say what it would cost, and stop.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the circuit report of a model on a prompt: one HTML file that opens offline.
+    """Write the circuit report of a model on a prompt, on two, or on a behaviour (--task): one HTML file
+    that opens offline.
 
     By default MODEL.html in this folder; --out - is standard output.
     """
@@ -102,7 +111,10 @@ def report(
     check_writable(file)  # before the work, not after it
     if text is not None and prompt is not None:
         raise MechInterpError("give the text once: after the model, or with --prompt")
-    given = prompt_of(prompt if text is None else text, tokens)
+    text = prompt if text is None else text
+    if task is not None and (text is not None or tokens is not None or beside is not None):
+        raise MechInterpError("--task has its own prompts; leave out the text, --tokens and --beside")
+    given = None if task is not None else prompt_of(text, tokens)
     if stream and data:
         raise MechInterpError("--data writes a file beside the page; give --out a file as well")
     if compare is not None and compare_mlp is not None:
@@ -111,6 +123,9 @@ def report(
     other = load(compare) if compare is not None else None
     if compare_mlp is not None:
         other = mia.load(model, mlp=compare_mlp)
+    subject: Any = task_of(opened, task, prompts, seed) if task is not None else given
+    if beside is not None:
+        subject = [given, beside]
     options: dict[str, Any] = {
         "target": token_of(opened, target),
         "position": position,
@@ -122,9 +137,9 @@ def report(
         "progress": not quiet,
     }
     if plan:
-        typer.echo(str(mia.plan(mia.report, opened, given, **options)))
+        typer.echo(str(mia.plan(mia.report, opened, subject, **options)))
         return
-    page = mia.report(opened, given, **options)
+    page = mia.report(opened, subject, **options)
     page.save(file, data=data)
     if not stream:
         typer.echo(str(file))

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from mechinterp_attn.causal.evaluation import Faithfulness
 from mechinterp_attn.circuits.composition_scores import CompositionScores
 from mechinterp_attn.paths.by_order import Orders
 from mechinterp_attn.paths.importance import TermImportance
@@ -186,3 +187,20 @@ def _by_kind(caption: str, rows: Sequence[tuple[str, float, str]]) -> Chart:
         for kind in dict.fromkeys(kinds)
     ]
     return Chart("bars", caption, labels, tuple(series), "contribution (logits)")
+
+
+def faithfulness_by_size(result: Faithfulness) -> Chart:
+    """What circuits of growing size carry alone, and as many heads or edges drawn at random."""
+    frame = result.frame
+    lines = [Series("the ranking's first", tuple(frame["faithfulness"]), "attention")]
+    if frame["random"].notna().all():
+        lines.append(Series("as many at random", tuple(frame["random"]), "mlp"))
+    return Chart(
+        "line",
+        f"What circuits of growing size carry alone ({result.units})",
+        tuple(f"{size:,}" for size in frame["size"]),
+        tuple(lines),
+        "share of the behaviour",
+        f"{result.units} in the circuit, of {result.total:,}",
+        ("the whole behaviour", 1.0),
+    )

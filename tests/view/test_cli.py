@@ -81,10 +81,10 @@ def test_the_names_are_the_reports_own():
     from typing import get_args
 
     from mechinterp_attn.cli import report
-    from mechinterp_attn.view.report.presets import PRESETS, SECTIONS
+    from mechinterp_attn.view.report.presets import PRESETS, SECTIONS, TASK_SECTIONS
 
     assert get_args(report.Preset) == tuple(PRESETS)
-    assert tuple(SECTIONS) == report.SECTIONS
+    assert tuple(SECTIONS | TASK_SECTIONS) == report.SECTIONS
 
 
 def test_the_version(run):

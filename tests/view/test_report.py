@@ -87,6 +87,18 @@ def test_ov_and_qk_tables_are_those_of_the_best_heads(report, model):
     np.testing.assert_allclose(table["value"], expected["value"], rtol=1e-5)
 
 
+def test_the_data_is_what_the_reference_says(report):
+    text = Path(__file__).parents[2].joinpath("docs", "json.md").read_text(encoding="utf-8")
+    part = text.split("## report --data")[1]
+    keys = dict(re.findall(r"^\| `(\w+)` \| (text|integer|object|list) \|", part, re.M))
+    types = {"text": str, "integer": int, "object": dict, "list": list}
+    assert set(keys) == set(report.data)
+    for key, value in report.data.items():
+        assert isinstance(value, types[keys[key]]), key
+    found = {block["type"] for s in report.data["sections"] for block in s["blocks"]}
+    assert {kind for kind in found if f"`{kind}`" not in part} == set()
+
+
 def test_large_vocabularies_are_read_from_the_prompts_tokens(model, monkeypatch):
     """All pairs of 50,000 tokens take seconds a table; the page says which pairs it went over."""
     monkeypatch.setattr(sections_heads, "FLOPS", 0)
@@ -275,7 +287,7 @@ def test_the_data_beside_the_page_makes_the_same_page(report, tmp_path):
     [
         ("{", "is not JSON"),
         ("[]", "not the data of a report"),
-        ('{"format": "mechinterp_attn.report", "version": 99}', "format 99, but this release reads 3"),
+        ('{"format": "mechinterp_attn.report", "version": 99}', "format 99, but this release reads 4"),
     ],
 )
 def test_other_files_are_no_reports(tmp_path, text, message):

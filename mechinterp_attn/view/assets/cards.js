@@ -65,7 +65,7 @@ async function cardPattern(label, card, data) {
     onpoint: (q, k) => { view.move(q, k); readout.replaceChildren(tokenCode(`${data.prompt[q]} (${q})`), " to ", tokenCode(`${columns[k]} (${k})`), ": ", el("strong", {}, weightText(codes[q * (n + 1) + k]))); },
     onleave: () => {} });
   view.paint(codes, ramp("attention", 0.5));
-  return el("div", {}, el("h3", {}, "Its pattern on this prompt"), view.svg, readout);
+  return el("div", {}, el("h3", {}, `Its pattern on ${report.which_prompt}`), view.svg, readout);
 }
 
 function cardPartners(card) {

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from mechinterp_attn import paths
+from mechinterp_attn.causal.task import Task
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.files import write_text
-from mechinterp_attn.core.plan import MAX_BYTES, Plan, joined, plan, plans
+from mechinterp_attn.core.plan import Plan, plans
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.reading import read_json
 from mechinterp_attn.core.results import Receipt
@@ -23,24 +22,19 @@ from mechinterp_attn.core.text import inert_json, shown
 from mechinterp_attn.version import __version__
 from mechinterp_attn.view.report.blocks import Block, receipt_block, section
 from mechinterp_attn.view.report.cards import cards, named
-from mechinterp_attn.view.report.cost import plan_second, plan_sections
+from mechinterp_attn.view.report.inputs import Prompt, Subject, two_of
+from mechinterp_attn.view.report.kinds import Asked, Made, Maker, of_prompt, of_task
 from mechinterp_attn.view.report.page import page
-from mechinterp_attn.view.report.presets import PRESETS, SECTIONS, preset_for
 from mechinterp_attn.view.report.sections_about import receipts_table
-from mechinterp_attn.view.report.sections_compare import comparison
-from mechinterp_attn.view.report.study import Study, tokens_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from mechinterp_attn.detect import CorpusScores
-    from mechinterp_attn.frozen.prompt import Frozen
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
     from mechinterp_attn.model.index import Heads
 
 
 FORMAT = "mechinterp_attn.report"
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +42,8 @@ class Report:
     """A finished report.
 
     Attributes:
-        data: everything it shows, as JSON can hold it: ``title``, ``model``, ``prompt``,
-            ``cards`` (of heads, by label) and ``sections``.
+        data: everything it shows, as JSON can hold it: ``title``, ``model``, ``subject``,
+            ``prompt``, ``cards`` (of heads, by label), ``sections`` and more (docs/json.md).
     """
 
     data: dict[str, Any]
@@ -103,7 +97,7 @@ class Report:
 
 def _plan(
     model: AttentionOnlyModel,
-    prompt: str | list[int] | Tensor,
+    prompt: Subject,
     target: str | int | None,
     position: int,
     preset: str | None,
@@ -113,20 +107,14 @@ def _plan(
     seed: int,
 ) -> Plan:
     """The prompt is frozen for it, and everything that stands on it is planned."""
-    study, names = _begin(model, prompt, target, position, preset, sections, heads, seed)
-    parts = [plan(paths.freeze, model, study.frozen.tokens)]
-    if compare is not None:
-        names = [*names, "comparison"]
-        parts += [plan(paths.freeze, compare, study.frozen.tokens), plan_second(_beside(study, compare))]
-    made = plan_sections(study, names)
-    return joined(made.what, [*parts, made])
+    return _made(model, prompt, target, position, preset, sections, heads, compare, seed).plan()
 
 
 @plans(_plan)
 @torch.no_grad()
 def report(
     model: AttentionOnlyModel,
-    prompt: str | list[int] | Tensor,
+    prompt: Subject,
     *,
     target: str | int | None = None,
     position: int = -1,
@@ -138,45 +126,35 @@ def report(
     seed: int = 0,
     progress: bool = True,
 ) -> Report:
-    """Analyse a model on a prompt and gather what was found in one page.
+    """Analyse a model on a prompt, on two prompts or on a behaviour, and gather what was found in one page.
 
     Args:
-        prompt: a text, or token ids ``[pos]``.
+        prompt: a text, or token ids ``[pos]``. Two of them, in a list, are compared: the second is the
+            first one's counterfactual. A behaviour (``mia.Task``): what carries it is found on half of its
+            prompts and tested on the others.
         target: the next token to explain (text of one token, or id); by default the model's own.
         position: where the prediction is made; negative counts from the end.
         preset: "overview" (every section), "induction" (what heads do), "prediction" (where one prediction
             comes from) or "large" (what takes a few runs of the model). By default "overview", and "large"
-            for a model of more than half a billion weights, which the page then says.
+            for a model of more than half a billion weights, which the page then says. For one prompt only.
         sections: which sections, in this order, instead of a preset's.
         heads: labels of heads whose patterns and circuits to show, before those that the report picks.
-        compare: a second model (or the same in another mode) to set beside this one on the prompt.
+        compare: a second model (or the same in another mode) to set beside this one: what differs, with
+            heads of one put into the other where both have the same shape.
         corpus: a pass over a corpus, from ``mia.detect.over_corpus``: the cards of heads show the passages
             where each writes most.
-        seed: of the random tokens that heads are scored on.
+        seed: of the random tokens that heads are scored on, and of a behaviour's split into two halves.
         progress: show a progress bar.
 
     Raises:
         MechInterpError: an empty prompt or one longer than the context, a target that is no single
             token, a position outside the prompt, an unknown preset, section or head, a second model
-            with another vocabulary.
+            with another vocabulary; the same prompt twice; a behaviour that does not fit the model, or one
+            with target, position or preset, which it has itself.
     """
-    study, names = _begin(model, prompt, target, position, preset, sections, heads, seed)
-    makers: dict[str, Callable[[], Block | None]] = {name: partial(SECTIONS[name], study) for name in names}
-    if compare is not None:
-        makers["comparison"] = partial(comparison, study, _beside(study, compare))
-    parts = []
-    bar = Progress(makers, desc="report", unit="section", show=progress, stops=True)
-    for name in bar:
-        bar.set_postfix_str(name, refresh=False)  # drawn with the bar: not on a log's own line
-        try:
-            part = makers[name]()
-        except MechInterpError as error:  # one part that cannot be had does not take the rest away
-            part = section(name, name.capitalize(), [[f"Not shown: {shown(str(error))}."]], [], {})
-        if part is not None:
-            parts.append(part)
-    if bar.notes:  # Ctrl-C in the command line: the page has what was ready, and says so
-        text = f"Stopped early. Not made: {', '.join(list(makers)[bar.done :])}."
-        parts.append(section("stopped", "Stopped early", [[text]], [], {}))
+    made = _made(model, prompt, target, position, preset, sections, heads, compare, seed)
+    parts = _gathered(made.makers, progress)
+    study = made.study()
     own_cards, added_up = (
         cards(study, named(parts, model.heads), corpus) if model.n_heads else ({}, Receipt())
     )
@@ -194,7 +172,9 @@ def report(
             "software": f"mechinterp_attn {__version__}",
             "title": f"Circuit report: {shown(origin)}",
             "model": shown(origin),
+            "subject": made.subject,
             "prompt": [shown(t) for t in study.names],
+            "which_prompt": made.which,
             "checks": {"passed": sum(passed), "failed": len(passed) - sum(passed)},
             "claims": _claims(parts),
             "cards": own_cards,
@@ -203,60 +183,44 @@ def report(
     )
 
 
-def _begin(
+def _made(
     model: AttentionOnlyModel,
-    prompt: str | list[int] | Tensor,
+    prompt: Subject,
     target: str | int | None,
     position: int,
     preset: str | None,
     sections: Sequence[str] | None,
     heads: Heads,
+    compare: AttentionOnlyModel | None,
     seed: int,
-) -> tuple[Study, list[str]]:
-    """Everything that was asked for, checked: the study and the names of the sections."""
-    n_weights = sum(weight.numel() for weight in model.parameters())
-    automatic = preset is None and sections is None
-    preset = preset_for(n_weights) if preset is None else preset
-    if preset not in PRESETS:
-        raise MechInterpError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
-    names = list(PRESETS[preset] if sections is None else sections)
-    unknown = [name for name in names if name not in SECTIONS]
-    if unknown or not names:
-        raise MechInterpError(f"no section {unknown}; there are {', '.join(SECTIONS)}")
-    frozen = _freeze(model, tokens_of(model, prompt))
-    chosen = tuple(model.heads.labels(heads)) if heads else ()
-    study = Study(model, frozen, target=target, position=position, seed=seed, chosen=chosen)
-    if automatic and preset != "overview":
-        why = f"since the model has {n_weights:,} weights; preset='overview' makes them all"
-        study.left_out = f"preset {preset!r}, {why}"
-    study.attribution  # noqa: B018  (a bad target or position stops here, not in every section)
-    return study, names
+) -> Made:
+    """Everything that was asked for, checked: the kind of report and its sections."""
+    asked = Asked(target, position, preset, sections, tuple(model.heads.labels(heads)) if heads else ())
+    if isinstance(prompt, Task) or two_of(prompt) is not None:
+        return of_task(model, prompt, asked, compare, seed)
+    return of_prompt(model, cast(Prompt, prompt), asked, compare, seed)
+
+
+def _gathered(makers: Mapping[str, Maker], progress: bool) -> list[Block]:
+    """The sections, each made by itself: one that cannot be had does not take the rest away."""
+    parts = []
+    bar = Progress(makers, desc="report", unit="section", show=progress, stops=True)
+    for name in bar:
+        bar.set_postfix_str(name, refresh=False)  # drawn with the bar: not on a log's own line
+        try:
+            part = makers[name]()
+        except MechInterpError as error:
+            part = section(name, name.capitalize(), [[f"Not shown: {shown(str(error))}."]], [], {})
+        if part is not None:
+            parts.append(part)
+    if bar.notes:  # Ctrl-C in the command line: the page has what was ready, and says so
+        text = f"Stopped early. Not made: {', '.join(list(makers)[bar.done :])}."
+        parts.append(section("stopped", "Stopped early", [[text]], [], {}))
+    return parts
 
 
 def _claims(parts: Sequence[Block]) -> dict[str, int]:
-    """How many claims were tested by cutting, and how many held."""
-    tables = [block for part in parts for block in part["blocks"] if block.get("id") == "claims"]
+    """How many claims were tested by interventions, and how many held."""
+    tables = [b for part in parts for b in part["blocks"] if str(b.get("id", "")).endswith("claims")]
     verdicts = [verdict for block in tables for verdict in block["data"]["verdict"]]
     return {"tested": len(verdicts), "held": sum(verdict.startswith("✓") for verdict in verdicts)}
-
-
-def _freeze(model: AttentionOnlyModel, tokens: Tensor) -> Frozen:
-    """A prompt, frozen with whatever that takes: nothing of a report can be had without."""
-    return paths.freeze(model, tokens, max_bytes=max(MAX_BYTES, plan(paths.freeze, model, tokens).bytes))
-
-
-def _beside(study: Study, model: AttentionOnlyModel) -> Study:
-    """A second model on the same tokens, explaining the same prediction."""
-    for name in ("d_vocab", "d_vocab_out"):
-        own, other = getattr(study.model.spec, name), getattr(model.spec, name)
-        if own != other:
-            raise MechInterpError(
-                f"compare: the second model's {name} is {other:,}, the first one's {own:,}; only models "
-                "with one vocabulary can be set side by side"
-            )
-    frozen = _freeze(model, study.frozen.tokens)
-    attribution = study.attribution
-    target, position = attribution.target, attribution.position
-    own = set(model.heads)
-    chosen = tuple(label for label in study.chosen if label in own)
-    return Study(model, frozen, target=target, position=position, seed=study.seed, chosen=chosen)

@@ -16,6 +16,7 @@ from mechinterp_attn.view.report import (
     study,
 )
 from mechinterp_attn.view.report.study import Study
+from mechinterp_attn.view.report.task_study import TaskStudy
 
 # The analyses of a study that each section shows, beside those that the cards of heads need in any case.
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -63,6 +64,17 @@ def plan_second(other: Study) -> Plan:
     """
     names = ["attribution", "orders", *(["scores"] if other.n_attention else [])]
     return joined("the second model", [_plan_of(other.calls[name]) for name in names])
+
+
+def plan_task(made: TaskStudy) -> Plan:
+    """The cost of the report of a behaviour, but for its example, which is one prompt.
+
+    Args:
+        made: the study, of which nothing is computed for this.
+    """
+    return joined(
+        f"a report of {len(made.task):,} prompts", [_plan_of(call) for call in made.calls().values()]
+    )
 
 
 def _plan_of(call: Call) -> Plan:

@@ -12,9 +12,11 @@ from mechinterp_attn.view.report import (
     sections_pairs,
     sections_paths,
     sections_story,
+    sections_task,
 )
 from mechinterp_attn.view.report.blocks import Block
 from mechinterp_attn.view.report.study import Study
+from mechinterp_attn.view.report.task_study import TaskStudy
 
 SECTIONS: dict[str, Callable[[Study], Block | None]] = {
     "story": sections_story.story,
@@ -32,6 +34,32 @@ SECTIONS: dict[str, Callable[[Study], Block | None]] = {
     "graph": sections_paths.graph,
     "neurons": sections_heads.neurons,
     "glossary": sections_glossary.glossary,
+}
+
+
+def _on_example(maker: Callable[[Study], Block | None]) -> Callable[[TaskStudy], Block | None]:
+    """A section about one prompt, made of the example, which it says."""
+
+    def made(study: TaskStudy) -> Block | None:
+        part = maker(study.example)
+        if part is not None:
+            which = "first prompt" if not study.held_out else "first prompt for testing"
+            part["lead"].insert(0, [f"“This prompt” is the {which}."])
+        return part
+
+    return made
+
+
+TASK_SECTIONS: dict[str, Callable[[TaskStudy], Block | None]] = {
+    "story": sections_task.task_story,
+    "circuit": sections_task.task_circuit,
+    "faithfulness": sections_task.faithfulness,
+    "heads": sections_task.task_heads,
+    "prompts": sections_task.prompts,
+    "patterns": _on_example(sections_heads.attention_patterns),
+    "provenance": _on_example(sections_about.provenance),
+    "fidelity": lambda study: sections_about.fidelity(study.example),
+    "glossary": lambda study: sections_glossary.glossary(study.example),
 }
 
 _HOW = ("provenance", "fidelity", "glossary")

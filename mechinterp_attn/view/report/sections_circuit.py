@@ -124,7 +124,8 @@ def _sentence(found: detect.Induction) -> Spans:
     return spans
 
 
-def _picture(id: str, caption: str, edges: list[tuple[str, str, str]], weights: list[float]) -> Block:
+def picture(id: str, caption: str, edges: list[tuple[str, str, str]], weights: list[float]) -> Block:
+    """A circuit as a diagram: its edges, the thicker the larger their weights."""
     largest = max(map(abs, weights), default=1.0) or 1.0
     return {
         "type": "circuit",
@@ -183,7 +184,7 @@ def _evidence(study: Study, found: detect.Induction) -> list[Block]:
         cut = {str(dst): (f"{src} cut", without[str(dst)]) for dst in group["dst"]}
         groups.append(("attention", f"Without {src}", cut))
     return [
-        _picture("induction-circuit", "The induction circuit", edges, [0.5] * len(edges)),
+        picture("induction-circuit", "The induction circuit", edges, [0.5] * len(edges)),
         table("induction-heads", "Its heads, seen three ways on random tokens", frame, columns),
         table("induction-pairs", "Its pairs", found.edges, pairs),
         patterns("induction-patterns", study.names, groups, caption="With and without the earlier head"),
@@ -198,7 +199,7 @@ def _strongest(found: causal.Discovery) -> list[Block]:
     frame = pd.DataFrame({"edge": names, "loses": loses})
     columns = [column("edge", "Edge", "text"), column("loses", "Worth (nats, estimated)", "signed")]
     return [
-        _picture(
+        picture(
             "prompt-circuit",
             f"The {len(names)} edges that matter most to this prediction, by estimate",
             list(chosen.edges),

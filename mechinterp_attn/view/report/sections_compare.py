@@ -8,8 +8,18 @@ import pandas as pd
 
 from mechinterp_attn.core.text import shown
 from mechinterp_attn.view.charts import loss_by_order
-from mechinterp_attn.view.report.blocks import Block, chart_block, column, patterns, section, table
+from mechinterp_attn.view.report.blocks import (
+    Block,
+    Spans,
+    chart_block,
+    column,
+    patterns,
+    section,
+    table,
+    token,
+)
 from mechinterp_attn.view.report.study import SCORES, Study
+from mechinterp_attn.view.report.telling import percent
 
 
 def comparison(study: Study, other: Study) -> Block:
@@ -29,25 +39,7 @@ def comparison(study: Study, other: Study) -> Block:
     if study.has_loss:
         losses = loss_by_order([one.orders for one in both], names)
         blocks.append(chart_block("comparison-losses", losses))
-    heads = _by_head(*both)
-    if len(heads):
-        blocks.append(
-            table(
-                "comparison-heads",
-                "Heads with the same label: what each writes straight to the explained logit",
-                heads,
-                [
-                    column("head", "Head", "head"),
-                    column("kind", "Kind", "kind"),
-                    column("first", "First (logits)", "signed"),
-                    column("second", "Second (logits)", "signed"),
-                    column("change", "Change", "signed"),
-                ],
-                sort="change",
-                filters=("head", "kind"),
-                rows=15,
-            )
-        )
+    blocks += _heads(*both)
     for kind, title in (("attention", "attention heads"), ("mlp", "MLP-derived heads")):
         groups = [(kind, f"{which}: {name}", s.pictures(kind, 6)) for which, name, s in
                   zip(("First", "Second"), names, both, strict=True)]  # fmt: skip
@@ -68,6 +60,70 @@ def comparison(study: Study, other: Study) -> Block:
         )
     }
     return section("comparison", "Comparison", lead, blocks, receipts, finding=[_in_words(study, other)])
+
+
+def two_prompts(study: Study, other: Study) -> Block:
+    """Two prompts of one model: where they differ, what it says after each, heads and their patterns."""
+    names = ["After the first", "After the second"]
+    one, two = study.names, other.names
+    blocks: list[Block] = []
+    lead: list[Spans] = []
+    if len(one) != len(two):
+        words = (
+            f"The prompts have {len(one):,} and {len(two):,} tokens. Heads are patched from one into the "
+        )
+        lead.append([words + "other only where every position has its partner."])
+    else:
+        places = [i for i, pair in enumerate(zip(one, two, strict=True)) if pair[0] != pair[1]]
+        rows = [(i, one[i], two[i]) for i in places]
+        frame = pd.DataFrame(rows, columns=["position", "first", "second"])
+        columns = [
+            column("position", "Position", "id"),
+            column("first", "First", "token"),
+            column("second", "Second", "token"),
+        ]
+        blocks.append(table("prompts-differ", "Where the prompts differ", frame, columns))
+    blocks.append(
+        table(
+            "comparison-predictions",
+            f"The most likely {study.output}s",
+            *_predictions(study, other, names),
+        )
+    )
+    blocks += _heads(study, other)
+    picked = study.picked("attention", 6)
+    for which, s in (("First", study), ("Second", other)):
+        pictures = {label: (why, s.pattern(label)) for label, why in picked.items()}
+        if pictures:
+            groups = [("attention", f"{which} prompt", pictures)]
+            blocks.append(patterns(f"comparison-{which.lower()}", s.names, groups))
+    answer = study.token(study.attribution.target)
+    p = [float(s.frozen.logits[s.attribution.position].double().softmax(-1)[s.attribution.target])
+         for s in (study, other)]  # fmt: skip
+    finding: Spans = [
+        token(answer),
+        f" has p {percent(p[0])} after the first and {percent(p[1])} after the ",
+    ]
+    finding += ["second"]
+    receipts = {"first, logit": study.attribution.receipt, "second, logit": other.attribution.receipt}
+    return section("comparison", "Side by side", lead, blocks, receipts, finding=finding)
+
+
+def _heads(study: Study, other: Study) -> list[Block]:
+    """What heads write straight to the explained logit in both; none without heads in common."""
+    heads = _by_head(study, other)
+    if not len(heads):
+        return []
+    columns = [
+        column("head", "Head", "head"),
+        column("kind", "Kind", "kind"),
+        column("first", "First (logits)", "signed"),
+        column("second", "Second (logits)", "signed"),
+        column("change", "Change", "signed"),
+    ]
+    caption = "Heads with the same label: what each writes straight to the explained logit"
+    filters = ("head", "kind")
+    return [table("comparison-heads", caption, heads, columns, sort="change", filters=filters, rows=15)]
 
 
 def _names(*studies: Study) -> list[str]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from mechinterp_attn import circuits, detect, paths
 from mechinterp_attn.core.plan import Call
@@ -19,8 +18,6 @@ from mechinterp_attn.view.report.story import SOME, Story, find_story
 from mechinterp_attn.view.report.telling import Claim, claims, through_patterns
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from mechinterp_attn.frozen.prompt import Frozen
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
@@ -337,8 +334,3 @@ class Study:
     @property
     def n_attention(self) -> int:
         return len(self.model.heads.of("attention"))
-
-
-def tokens_of(model: AttentionOnlyModel, prompt: str | list[int] | Tensor) -> Tensor:
-    """Validated ids ``[1, pos]`` of a prompt given as text or ids."""
-    return model.as_tokens(torch.as_tensor(prompt) if isinstance(prompt, list) else prompt)
