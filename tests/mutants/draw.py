@@ -30,7 +30,7 @@ ROOMS = {
     ),
     "frozen": (
         "frozen/*.py",
-        "paths/test_*.py conversion/test_parts.py",
+        "paths/test_*.py conversion/test_parts.py conversion/test_dictionary.py",
     ),
     "model": (
         "model/attention.py model/neurons.py model/block.py model/norm.py model/rotary.py model/heads.py "
