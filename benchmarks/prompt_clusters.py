@@ -22,6 +22,7 @@ import mechinterp_attn as mia
 MODELS = ("attn-2l", "relu-1l", "silu-2l", "gelu-2l", "swiglu-4l")
 TASKS = ("induction", "sva", "pronouns", "brackets")
 PROMPTS = 24
+SIZES = (10, 20)  # of circuits
 
 
 def main() -> None:
@@ -32,15 +33,11 @@ def main() -> None:
         tasks = {task: getattr(mia.tasks, task)(model, n=PROMPTS) for task in TASKS}
         for task, prompts in tasks.items():
             circuits = mia.causal.prompt_circuits(model, prompts)
-            overlaps = [circuits.stability(size) for size in (10, 20) if size < model.n_heads]
-            row = {
-                "model": name,
-                "task": task,
-                "right": f"{(prompts.score(model) > 0).double().mean():.2f}",
-            }
-            row |= {"heads": f"{model.n_heads:,}"}
-            row |= {f"overlap, top {size}": "–" for size in (10, 20)}
-            single.append(row | {f"overlap, top {one.size}": f"{one.overlap:.2f}" for one in overlaps})
+            if model.n_heads > max(SIZES):
+                row = {"model": name, "task": task, "heads": f"{model.n_heads:,}"}
+                row["right"] = f"{(prompts.score(model) > 0).double().mean():.2f}"
+                found = [circuits.stability(size) for size in SIZES]
+                single.append(row | {f"overlap, top {one.size}": f"{one.overlap:.2f}" for one in found})
         row = {"model": name, "heads": f"{model.n_heads:,}"}
         for one, two in itertools.combinations(tasks, 2):
             with warnings.catch_warnings():
