@@ -13,7 +13,7 @@ from mechinterp_attn.causal.circuit import Circuit
 from mechinterp_attn.causal.edges import edge_cost, edge_scores
 from mechinterp_attn.causal.head_effects import effects
 from mechinterp_attn.causal.passes import scores_by_prompt
-from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of
+from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of, value_bias_note
 from mechinterp_attn.causal.pooled_edges import pooled_edge_scores
 from mechinterp_attn.causal.rules import FROZEN, RELP, SECANT, TRUE, Rules
 from mechinterp_attn.causal.runs import (
@@ -208,6 +208,7 @@ def discover(
     state = standing(model, bound, max_bytes)
     notes: dict[str, Any] = {"metric": bound.about, "method": name, "patch": patch, **state.notes}
     notes["dtype"] = str(model.W_E.dtype).removeprefix("torch.")
+    notes |= value_bias_note(patch, value_bias)
     if units == "edges":
         made_of: dict[str, Any] = {"steps": steps if method == "eap-ig" else 1, "fill": fill}
         made_of |= {"heads": chosen, "max_bytes": max_bytes}

@@ -14,7 +14,7 @@ from torch import Tensor
 from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.cuts import Cut, Target, cut_of, cut_of_all, no_rows, remade, targets_of
 from mechinterp_attn.causal.gradients import graph, has_gradient
-from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of, some
+from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of, some, value_bias_note
 from mechinterp_attn.causal.runs import (
     MAX_BYTES,
     Standing,
@@ -178,8 +178,7 @@ def effects(
     }  # fmt: skip
     if brought and patch != "zero":
         notes["chains and edges"] = "what they bring is taken out, not replaced: causal.path_patch does"
-    if patch == "zero":
-        notes["value bias"] = f"{value_bias} with the head"
+    notes |= value_bias_note(patch, value_bias)
     notes |= correlation(frame)
     whole = found.clean if direction == "noising" else found.corrupt
     assert whole is not None

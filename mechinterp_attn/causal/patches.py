@@ -98,6 +98,14 @@ def fill_of(
     return Fill(bound.clean, None, {b.path: _nothing(b.z_constant, value_bias) for b in model.banks})
 
 
+def value_bias_note(patch: str, value_bias: str) -> dict[str, str]:
+    """For a receipt: what zero means for an attention head that has a value bias."""
+    if patch != "zero":
+        return {}
+    said = "cut with the head" if value_bias == "cut" else "kept: the head goes on writing it"
+    return {"value bias": said}
+
+
 def _nothing(constant: Tensor, value_bias: str) -> Tensor:
     return constant if value_bias == "kept" else torch.zeros_like(constant)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.flow import FIRST, Flow, splits
-from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of, some
+from mechinterp_attn.causal.patches import Fill, Patch, ValueBias, fill_of, some, value_bias_note
 from mechinterp_attn.causal.runs import (
     MAX_BYTES,
     Standing,
@@ -140,6 +140,7 @@ def path_patch(
         "metric": bound.about, "effect": f"{words}, mean over prompts", "patch": patch, **found.notes,
         "dtype": str(model.W_E.dtype).removeprefix("torch."),
     }  # fmt: skip
+    notes |= value_bias_note(patch, value_bias)
     expected = found.clean if direction == "noising" else found.corrupt
     assert expected is not None
     scale = max(1.0, float(expected.abs().max()))

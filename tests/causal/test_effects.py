@@ -80,7 +80,16 @@ def test_value_bias_is_a_choice(model, task):
     cut = mia.causal.effects(model, task, ["L0H1"], "zero")
     assert kept.frame["effect"][0] == pytest.approx(float(expected.mean()), abs=1e-5)
     assert abs(kept.frame["effect"][0] - cut.frame["effect"][0]) > 1e-3
-    assert "kept" in str(kept.receipt)
+    for call in (
+        lambda **o: mia.causal.effects(model, task, ["L0H1"], **o),
+        lambda **o: mia.causal.discover(model, task, "gradient", **o),
+        lambda **o: mia.causal.path_patch(model, task, "L0H1 -> logits", **o),
+    ):
+        said = [
+            call(patch="zero", value_bias=choice).receipt.notes["value bias"] for choice in ("cut", "kept")
+        ]
+        assert said == ["cut with the head", "kept: the head goes on writing it"]
+        assert "value bias" not in call(patch="mean").receipt.notes
 
 
 def test_estimates_are_derivatives(model, task):

@@ -101,6 +101,25 @@ def test_the_planted_circuit_by_a_task():
     assert mia.plan(mia.detect.induction, model, task=task).bytes > 0
 
 
+def test_the_circuit_of_a_bundled_model_is_an_object(tmp_path):
+    """Found for a behaviour in gelu-2l, it runs alone on other prompts, draws itself, is checked, saved and
+    compared."""
+    model = mia.load("gelu-2l")
+    task = mia.tasks.induction(model, n=8)
+    circuit = mia.detect.induction(model, task=task, draws=2, neurons=2).circuit()
+    assert ("L0H2", "L1H3", "K") in circuit.edges
+    held_out = mia.tasks.induction(model, n=8, seed=9)
+    curve = circuit.faithfulness(model, held_out, draws=1)
+    assert curve.frame["faithfulness"][0] > curve.frame["random"][0]
+    assert curve.receipt.notes["held out"]
+    assert circuit.draw().data
+    assert mia.detect.check_circuit(model, circuit.spec(), draws=2).ok
+    back = mia.causal.Circuit.load(circuit.save(tmp_path / "circuit.json"), task=task)
+    assert back.diff(circuit) == {"both": circuit.diff(back)["both"], "only_self": [], "only_other": []}
+    found = mia.causal.discover(model, task, units="edges").circuit(10)
+    assert "L0H2 -K-> L1H3" in found.diff(circuit)["both"]
+
+
 def test_refusals(model):
     task = task_of(model, "logit_diff")
     alone = mia.Task(task.clean, answer=1, against=2)
