@@ -89,7 +89,7 @@ def graph_json(
     logit_layer = int(layers.max()) + 2 if len(layers) else 1
     rank = _cumulative(rows.set_index("node")["influence"])
     groups = {name: list(members) for name, members in (supernodes or {}).items()}
-    _check_nodes(set(rows["node"]), pinned, groups)
+    check_pins(set(rows["node"]), pinned, groups)
     ids: dict[str, str] = {}
     nodes = []
     for row in cast(Iterable[Any], rows.itertuples()):
@@ -147,7 +147,8 @@ def _metadata(graph: Drawn, slug: str, scan: str) -> dict[str, Any]:
     }
 
 
-def _check_nodes(known: set[str], pinned: Sequence[str], groups: Mapping[str, Sequence[str]]) -> None:
+def check_pins(known: set[str], pinned: Sequence[str], groups: Mapping[str, Sequence[str]]) -> None:
+    """Raise an error with everything that is wrong with pinned nodes and groups of them."""
     every = [*pinned, *(node for members in groups.values() for node in members)]
     wrong = [f"no node {node!r}" for node in dict.fromkeys(every) if node not in known]
     owner: dict[str, str] = {}

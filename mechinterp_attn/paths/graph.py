@@ -159,9 +159,20 @@ class AttributionGraph(Explanation):
         """
         return save_json(self, Path(path), slug, scan=scan, pinned=pinned, supernodes=supernodes)
 
-    def view(self) -> Page:
-        """The interactive picture: tokens across, layers up; click a node for its inputs and outputs."""
-        return draw(self, form="page")
+    def view(
+        self, *, pinned: Sequence[str] = (), supernodes: Mapping[str, Sequence[str]] | None = None
+    ) -> Page:
+        """The interactive picture: tokens across, layers up; click a node for its inputs and outputs.
+
+        Args:
+            pinned: ids of nodes, as in ``nodes``, that are pinned when it is opened.
+            supernodes: groups of nodes that its figure draws as one: names, each with the ids of its nodes,
+                which are pinned too.
+
+        Raises:
+            MechInterpError: no such nodes, or a node in two groups.
+        """
+        return draw(self, form="page", pinned=pinned, supernodes=supernodes)
 
     def _repr_html_(self) -> str:
         return self.view()._repr_html_()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from mechinterp_attn.core.files import write_text
 from mechinterp_attn.core.pictures import draws
 from mechinterp_attn.core.text import inert_json, number, shown
+from mechinterp_attn.paths.export import check_pins
 from mechinterp_attn.paths.graph import AttributionGraph
 from mechinterp_attn.view.inline import GRAPH_SCRIPTS, asset, policy
 
@@ -69,9 +70,34 @@ class GraphView:
 
 
 @draws(AttributionGraph, form="page")
-def graph_view(graph: AttributionGraph) -> GraphView:
-    """The picture of a graph; ``.data`` is what a page that embeds it needs."""
-    return GraphView(graph_data(graph))
+def graph_view(
+    graph: AttributionGraph,
+    *,
+    pinned: Sequence[str] = (),
+    supernodes: Mapping[str, Sequence[str]] | None = None,
+) -> GraphView:
+    """The picture of a graph; ``.data`` is what a page that embeds it needs.
+
+    Args:
+        pinned, supernodes: as in ``AttributionGraph.view``.
+
+    Raises:
+        MechInterpError: no such nodes, or a node in two groups.
+    """
+    return GraphView(with_pins(graph_data(graph), pinned, supernodes))
+
+
+def with_pins(
+    data: dict[str, Any], pinned: Sequence[str], supernodes: Mapping[str, Sequence[str]] | None
+) -> dict[str, Any]:
+    """The data of ``graph_data``, less its own pins, with these.
+
+    Raises:
+        MechInterpError: no such nodes, or a node in two groups.
+    """
+    groups = {shown(name): list(nodes) for name, nodes in (supernodes or {}).items()}
+    check_pins({node["id"] for node in data["nodes"]}, pinned, groups)
+    return data | {"pinned": list(pinned), "supernodes": groups}
 
 
 def graph_data(graph: AttributionGraph, *, edges: int = EDGES) -> dict[str, Any]:

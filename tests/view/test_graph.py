@@ -159,6 +159,7 @@ def test_pins_groups_names_and_the_address(saved, graph, watched, tmp_path):
         page.get_by_role("button", name="Pins as file").click()
     pins = json.loads(caught.value.path().read_text(encoding="utf-8"))
     (group,) = pins["supernodes"].values()
+    assert graph.view(**pins).data["supernodes"] == pins["supernodes"]
     assert list(pins["supernodes"]) == [EVIL]
     assert len(pins["pinned"]) == len(names) == n
     written = graph.save_json(tmp_path / "viewers.json", **pins)

@@ -79,7 +79,7 @@ function drawPatterns(host, block) {
       const ranked = Array.from(weights.keys()).sort((a, b) => weights[b] - weights[a]).slice(0, 12);
       const at = it.key === null ? ranked[0] : it.key;
       view.move(state.query, it.key);
-      readout.replaceChildren(el("span", { class: "head" }, it.chosen.head), " from ", code(state.query), " to ", code(at),
+      readout.replaceChildren(headName(it.chosen.head), " from ", code(state.query), " to ", code(at),
         ": ", el("strong", {}, weightText(weights[at])), it.key === null ? " (where it looks most)" : "");
       twin.replaceChildren(...ranked.map((k) => el("tr", {}, el("td", { class: "left token-cell" }, code(k)), el("td", {}, weightText(weights[k])))));
     };

@@ -20,6 +20,7 @@ from mechinterp_attn.core.reading import read_json
 from mechinterp_attn.core.results import Receipt
 from mechinterp_attn.core.text import inert_json, shown
 from mechinterp_attn.version import __version__
+from mechinterp_attn.view.graph import with_pins
 from mechinterp_attn.view.report.blocks import Block, receipt_block, section
 from mechinterp_attn.view.report.cards import cards, named
 from mechinterp_attn.view.report.inputs import Prompt, Subject, two_of
@@ -65,6 +66,31 @@ class Report:
         if data:
             write_text(target.with_suffix(".json"), inert_json(self.data))
         return target
+
+    def pin(
+        self, *, pinned: Sequence[str] = (), supernodes: Mapping[str, Sequence[str]] | None = None
+    ) -> Report:
+        """The same report, its attribution graph opening with these nodes pinned, in its data too.
+
+        Args:
+            pinned: ids of nodes of the graph, such as ``L1H3@20``.
+            supernodes: groups of nodes that its figure draws as one: names, each with the ids of its nodes.
+
+        Raises:
+            MechInterpError: the report has no graph, or not these nodes, or a node is in two groups.
+        """
+        sections, graphs = [], 0
+        for part in self.data["sections"]:
+            blocks = []
+            for block in part["blocks"]:
+                if block["type"] == "graph":
+                    graphs += 1
+                    block = block | {"graph": with_pins(block["graph"], pinned, supernodes)}
+                blocks.append(block)
+            sections.append(part | {"blocks": blocks})
+        if not graphs:
+            raise MechInterpError("the report has no attribution graph to pin nodes in")
+        return Report(self.data | {"sections": sections})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
