@@ -142,22 +142,27 @@ function paintGutters(context, model, layout, { view, colours, width, height }, 
   context.strokeStyle = colours.rule;
   context.lineWidth = 1;
   context.strokeRect(area.left - 0.5, -1, width, bottom + 1.5);
-  const [sx] = scales(layout, area, view.zoom);
+  const [sx, sy] = scales(layout, area, view.zoom);
+  /* In the middle of a row or column, or of what is seen of it; null where nothing is. */
+  const within = (at, size, from, to) => {
+    const [start, end] = [Math.max(from, at - size / 2), Math.min(to, at + size / 2)];
+    return end - start < Math.min(size, 16) / 2 ? null : Math.min(end - 5, Math.max(start + 5, at));
+  };
   context.textAlign = "left";
   context.fillStyle = colours.quiet;
   context.font = "10.5px system-ui, sans-serif";
   let above = Infinity;
   for (const row of layout.rows) { // from the bottom up: those that fit
-    const y = toScreen(layout, area, view, 0, row.y)[1];
-    if (y < area.top + 4 || y > bottom - 2 || above - y < 11) continue;
+    const y = within(toScreen(layout, area, view, 0, row.y)[1], row.height * sy, area.top, bottom);
+    if (y === null || above - y < 11) continue;
     context.fillText(row.name, 4, y + 4);
     above = y;
   }
   context.textAlign = "center";
   let before = -Infinity;
   for (const column of layout.columns) {
-    const x = toScreen(layout, area, view, column.x, 0)[0], room = column.width * sx;
-    if (x < area.left || x > right || x - before < 15) continue;
+    const room = column.width * sx, x = within(toScreen(layout, area, view, column.x, 0)[0], room, area.left, right);
+    if (x === null || x - before < 15) continue;
     const text = column.position < 0 ? "bias" : model.tokens[column.position], upright = room < 34;
     context.save();
     context.fillStyle = colours.ink;
