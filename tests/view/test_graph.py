@@ -5,6 +5,7 @@ import json
 import pytest
 
 import mechinterp_attn as mia
+from mechinterp_attn import MechInterpError
 from tests.view.conftest import PROMPT
 
 EVIL = "<img src=x onerror=\"document.title='owned'\">"
@@ -182,3 +183,23 @@ def test_pins_groups_names_and_the_address(saved, graph, watched, tmp_path):
     assert page.get_by_label("name of the group").input_value() == EVIL
     assert viewer(page, "state().groups")[0][1] == group
     watched.assert_quiet()
+
+
+def graph_of(report):
+    return next(b["graph"] for s in report.data["sections"] for b in s["blocks"] if b["type"] == "graph")
+
+
+def test_pins_are_kept_in_the_page_and_its_data(report, tmp_path):
+    nodes = [n["id"] for n in graph_of(report)["nodes"]]
+    pins = {"pinned": nodes[:2], "supernodes": {"</script><b>": nodes[3:5]}}
+    pinned = report.pin(**pins)
+    pinned.save(tmp_path / "report.html", data=True)
+    again = mia.Report.load(tmp_path / "report.json")
+    graph = graph_of(again)
+    assert {key: graph[key] for key in pins} == pins
+    assert "</script><b>" not in pinned.html()
+    assert report.html() != pinned.html()  # the first is as it was
+    with pytest.raises(MechInterpError, match=r"no node 'L9H9@9'"):
+        report.pin(pinned=["L9H9@9"])
+    with pytest.raises(MechInterpError, match="no attribution graph"):
+        mia.Report(report.data | {"sections": []}).pin(pinned=["logit"])

@@ -282,22 +282,6 @@ def test_the_data_beside_the_page_makes_the_same_page(report, tmp_path):
     assert again.html() == page.read_text(encoding="utf-8")
 
 
-def test_pins_are_kept_in_the_page_and_its_data(report, tmp_path):
-    nodes = [n["id"] for n in next(b for b in blocks(report, "graph").values())["graph"]["nodes"]]
-    pins = {"pinned": nodes[:2], "supernodes": {"</script><b>": nodes[3:5]}}
-    pinned = report.pin(**pins)
-    pinned.save(tmp_path / "report.html", data=True)
-    again = mia.Report.load(tmp_path / "report.json")
-    graph = next(b for b in blocks(again, "graph").values())["graph"]
-    assert {key: graph[key] for key in pins} == pins
-    assert "</script><b>" not in pinned.html()
-    assert report.html() != pinned.html()  # the first is as it was
-    with pytest.raises(MechInterpError, match=r"no node 'L9H9@9'"):
-        report.pin(pinned=["L9H9@9"])
-    with pytest.raises(MechInterpError, match="no attribution graph"):
-        mia.Report(report.data | {"sections": []}).pin(pinned=["logit"])
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
