@@ -24,7 +24,14 @@ def cache(model):
 
 
 @pytest.mark.parametrize(
-    "labels", [("L0H1", "L1H2"), ("L0H1", "L0N3"), ("L0N3", "L1H0"), ("L0H0", "L0N1", "L1H3")]
+    "labels",
+    [
+        ("L0H1", "L1H2"),
+        ("L0H1", "L0N3"),
+        ("L0N3", "L1H0"),
+        ("L0H0", "L0N1", "L1H3"),
+        ("L0N1", "L1H0", "L1N4"),  # the narrowest first, two more behind it
+    ],
 )
 def test_a_virtual_head_is_the_product_of_its_heads(model, cache, labels):
     virtual = C.virtual_head(model, *labels)

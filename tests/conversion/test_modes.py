@@ -120,6 +120,10 @@ def test_softmax_modes_are_softmax_heads(act_fn, gated, options):
     torch.testing.assert_close(
         cache["blocks.0.hook_mlp_out"], softmax_heads(model, cache), rtol=0, atol=1e-10
     )
+    bank = model.banks[1]
+    for side in ("Q", "K", "V", "O"):  # many heads at once are the heads one by one
+        single = torch.stack([bank.weights(i)[f"W_{side}"] for i in range(bank.n_heads)]).detach()
+        torch.testing.assert_close(bank.stacked(side), single, rtol=0, atol=1e-12)
     pattern = cache["blocks.0.neurons.hook_weight"]
     assert ((pattern >= 0) & (pattern <= 1)).all()
     frozen = mia.paths.freeze(model, TOKENS[0])
