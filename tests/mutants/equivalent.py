@@ -29,6 +29,10 @@ EQUIVALENT: list[tuple[str, str, str, str, str]] = [
         "circuits/pair_search.py", "free = max_bytes - 3 * block[0] * block[1] * size",
         "3", "4", "memory set aside for a block: the rest is cut into smaller pieces, of the same result",
     ),
+    (
+        "paths/flow.py", "span = int(nodes.position.max()) + 1 if len(nodes) else 1",
+        "1", "2", "any number above the last position gives the same order",
+    ),
     ("causal/edges.py", "flops, widest = 0, 0", "0", "1", "one operation more in an estimate"),
     (
         "frozen/attention.py", "at = y.new_zeros(len(group), self.pattern.shape[-1])",

@@ -103,7 +103,9 @@ def test_the_scores_are_circuit_tracers(case, kind):
     assert found.replacement == pytest.approx(replacement, abs=1e-9)  # float64
     assert found.completeness == pytest.approx(completeness, abs=1e-9)
     assert 0.05 < found.replacement < 0.95  # neither end, where mistakes would not show
-    assert found.frame["influence"][found.frame["kind"] == "error"].sum() > 0
+    held = found.frame.groupby("kind")["influence"].sum()
+    assert held["error"] > 0
+    assert held["token"] / (held["token"] + held["error"]) == pytest.approx(replacement, abs=1e-9)
 
 
 def test_neurons_leave_nothing_out():
