@@ -13,7 +13,7 @@ import torch
 
 import mechinterp_attn as mia
 from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.core.text import inert_json, number, shown
+from mechinterp_attn.core.text import inert_json, number, shown, signed
 from mechinterp_attn.view.report import sections_heads
 from mechinterp_attn.view.report.blocks import ABOVE, BELOW, NOT_A_NUMBER, SCALE, pattern
 from mechinterp_attn.view.report.presets import SECTIONS
@@ -85,6 +85,26 @@ def test_ov_and_qk_tables_are_those_of_the_best_heads(report, model):
     expected = mia.circuits.ov_top(model, label, top_k=20).frame
     assert list(table["token"]) == [shown(t) for t in expected["token"]]
     np.testing.assert_allclose(table["value"], expected["value"], rtol=1e-5)
+
+
+def test_features_and_errors_are_kinds_of_their_own():
+    """Their direct effects are no part of the embedding's, they are cut, and they have cards."""
+    plain = mia.load("gelu-2l")
+    model = mia.attach(plain, mia.Dictionary.load("gelu-2l", layer=1), layer=1)
+    text = "Mr. Dorling was a tall man. I had never seen Mr. Dor"
+    page = mia.report(model, text, sections=["summary", "heads", "circuit"], progress=False)
+    terms = mia.paths.logit_attribution(model, text).frame
+    of_kind = terms.groupby("kind")["value"].sum()
+    finding = "".join(s if isinstance(s, str) else "" for s in page.data["sections"][0]["finding"])
+    assert f"all features {signed(of_kind['feature'])}, " in finding
+    assert f"all errors of dictionaries {signed(of_kind['error'])}, " in finding
+    rest = terms["value"].sum() - of_kind[["attention", "mlp", "feature", "error"]].sum()
+    assert finding.endswith(f"embedding and biases {signed(rest)}")
+    heads = as_frame(blocks(page, "table")["heads"])
+    cut = heads[(heads["kind"] == "feature") & heads["cut"].notna()]
+    assert len(cut) == 24
+    assert "24 of 1,024 features, 1 of 1 errors of dictionaries" in str(page.data["sections"][1]["lead"])
+    assert {card["kind"] for card in page.data["cards"].values()} >= {"attention", "mlp"}
 
 
 def test_the_data_is_what_the_reference_says(report):

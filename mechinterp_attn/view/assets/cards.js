@@ -1,5 +1,5 @@
 /* Head cards: every name of a head on the page is a button that opens the same card. */
-const KIND_NAMES = { attention: "attention head", mlp: "MLP-derived head" };
+const KIND_NAMES = { attention: "attention head", mlp: "MLP-derived head", feature: "feature of a dictionary", error: "error of a dictionary", skip: "skip of a transcoder" };
 const headName = (label) => el("button", { type: "button", class: "head", "data-head": label, "aria-haspopup": "dialog" }, label);
 
 /* Heads without a card of their own, far down a large table, show what their row says. */
@@ -41,7 +41,7 @@ function cardLists(card, data) {
   const at = (k) => tokenCode(`${data.prompt[k]} (${k})`);
   const signed = (x) => formatNumber(asNumber(x), true);
   return el("div", { class: "card-lists" },
-    listed("Looks at, where the answer is predicted", ["Token", card.kind === "mlp" ? "Weight" : "Attention", "Brings (logits)"], card.looks.map(([k, weight, brought]) => [at(k), formatNumber(asNumber(weight)), signed(brought)])),
+    listed("Looks at, where the answer is predicted", ["Token", card.kind !== "attention" ? "Weight" : "Attention", "Brings (logits)"], card.looks.map(([k, weight, brought]) => [at(k), formatNumber(asNumber(weight)), signed(brought)])),
     listed("What it writes there raises", ["Token", "Logit"], card.raises.map(([text, value]) => [tokenCode(text), signed(value)])),
     listed("and lowers", ["Token", "Logit"], card.lowers.map(([text, value]) => [tokenCode(text), signed(value)])));
 }
@@ -49,7 +49,7 @@ function cardLists(card, data) {
 /* An attention head's pattern as a heatmap; a neuron's gate on the tokens themselves. */
 async function cardPattern(label, card, data) {
   const codes = await inflate(card.weights), n = data.prompt.length;
-  if (card.kind === "mlp") {
+  if (card.kind !== "attention") {
     const colours = ramp("mlp", 0.5);
     return el("div", {}, el("h3", {}, "How far it is on at each token"), el("ol", { class: "strip", tabindex: "0", "aria-label": "Tokens, shaded by the weight the neuron puts on each" },
       ...data.prompt.map((token, k) => {

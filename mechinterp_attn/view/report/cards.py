@@ -18,7 +18,7 @@ from mechinterp_attn.frozen.bank import FrozenBank
 from mechinterp_attn.frozen.goals import resolve_goal
 from mechinterp_attn.frozen.prompt import sum_tolerance
 from mechinterp_attn.view.report.blocks import Block, pattern
-from mechinterp_attn.view.report.study import CLEAR, PATTERN_CELLS, SCORES, Study
+from mechinterp_attn.view.report.study import CLEAR, KIND_NAMES, PATTERN_CELLS, SCORES, Study
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,6 @@ PARTNERS = 3  # composing heads of each kind and side
 PASSAGES = 5
 LEAST = 5e-3  # weight of a token that is listed as looked at
 ROWS = 64  # heads whose output is read over the whole vocabulary at once
-KINDS = ("attention", "mlp")
 GRAPH_HEADS = 60  # of an attribution graph, the most influential ones
 
 
@@ -65,7 +64,7 @@ def _in_block(block: Block) -> list[str]:
     if block["type"] == "circuit":
         return [name for row in block["rows"] for name in row]
     if block["type"] == "graph":
-        heads = [n for n in block["graph"]["nodes"] if n["kind"] in KINDS and n["members"] == 1]
+        heads = [n for n in block["graph"]["nodes"] if n["kind"] in KIND_NAMES and n["members"] == 1]
         heads.sort(key=lambda node: -node["influence"])
         return [node["label"] for node in heads[:GRAPH_HEADS]]
     if block["type"] == "table":

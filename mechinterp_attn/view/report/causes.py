@@ -107,7 +107,8 @@ class Causes:
         model = self.frozen.model
         cost = 2 * sum(p.numel() for p in model.parameters()) * len(self.frozen.tokens)
         affordable = max(LEAST, int(FLOPS / cost))
-        most = {"attention": affordable, "mlp": min(NEURONS, affordable)}
+        kinds = dict.fromkeys(["attention", "mlp", *(bank.kind for bank in model.banks)])
+        most = {kind: affordable if kind == "attention" else min(NEURONS, affordable) for kind in kinds}
         return {kind: min(k, len(model.heads.of(kind))) for kind, k in most.items()}
 
     def plan(self, cuts: int) -> Plan:

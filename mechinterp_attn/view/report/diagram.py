@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from markupsafe import Markup
@@ -12,6 +13,15 @@ from mechinterp_attn.view.report.svg import tag
 SPAN, ROW, TOP = 116.0, 86.0, 24.0  # the room of a head, of a layer, above them
 HALF, HIGH = 44.0, 26.0  # half the width of a box, its height
 MODES = {"Q": "queries", "K": "keys", "V": "values", "": "the logits"}
+_LABEL = re.compile(r"L(\d+)([A-Z])")
+KINDS = {"H": "attention", "N": "mlp", "F": "feature", "E": "error"}
+
+
+def _parts(name: str) -> tuple[int, str]:
+    """The layer of a head or of a whole bank (``L3N*``), and the letter of its kind."""
+    match = _LABEL.match(name)
+    assert match is not None
+    return int(match[1]), match[2]
 
 
 def diagram(block: dict[str, Any]) -> Markup:
@@ -27,7 +37,7 @@ def diagram(block: dict[str, Any]) -> Markup:
     height = TOP + ROW * (len(rows) - 1) + HIGH + 40
     parts = [_edge(edge, place) for edge in block["edges"]]
     for name, (x, y) in place.items():
-        kind = "end" if name in (EMBED, LOGITS) else "mlp" if "N" in name else "attention"
+        kind = "end" if name in (EMBED, LOGITS) else KINDS.get(_parts(name)[1], "mlp")
         text = {EMBED: "tokens", LOGITS: "logits"}.get(name, name)
         link = {} if kind == "end" else {"data_head": name}
         parts.append(
@@ -78,7 +88,7 @@ def rows_of(edges: list[tuple[str, str, str]]) -> list[list[str]]:
         if name in (EMBED, LOGITS):
             key = (-1.0 if name == EMBED else float("inf"), 0)
         else:
-            layer = name[1:].partition("H")[0].partition("N")[0]
-            key = (float(layer), int("N" in name))
+            layer, letter = _parts(name)
+            key = (float(layer), int(letter != "H"))
         found.setdefault(key, []).append(name)
     return [sorted(found[key]) for key in sorted(found)]

@@ -11,7 +11,7 @@ import pandas as pd
 from mechinterp_attn.core.results import Check, Receipt
 from mechinterp_attn.core.text import shown, signed
 from mechinterp_attn.view.report.blocks import Block, Spans, column, fact, facts, head, section, table
-from mechinterp_attn.view.report.study import CLEAR, SCORES, Study
+from mechinterp_attn.view.report.study import CLEAR, KIND_NAMES, SCORES, Study
 
 
 def summary(study: Study) -> Block:
@@ -19,9 +19,11 @@ def summary(study: Study) -> Block:
     attribution, frame = study.attribution, study.orders.frame
     target = study.token(attribution.target)
     probability = study.causes.probability
-    n_mlp = study.model.n_heads - study.n_attention
+    n_mlp = len(study.model.heads.of("mlp"))
+    counts = {kind: len(study.model.heads.of(kind)) for kind in KIND_NAMES}
+    added = "".join(f", {n:,} {KIND_NAMES[k]}" for k, n in list(counts.items())[2:] if n)
     lead: list[list[Any]] = [
-        [_what_is_read(study.n_attention, n_mlp) + " ", *_largest(study)],
+        [_what_is_read(study.n_attention, n_mlp, added) + " ", *_largest(study)],
         _heads_in_words(study),
     ]
     if study.has_loss:
@@ -54,7 +56,7 @@ def summary(study: Study) -> Block:
             fact(
                 "Heads",
                 f"{study.model.n_heads:,}",
-                f"{study.n_attention:,} attention, {n_mlp:,} MLP-derived",
+                f"{study.n_attention:,} attention, {n_mlp:,} MLP-derived{added}",
             ),
             fact("Conversion error", _fidelity_headline(study), "of the largest logit", receipt=card),
         ),
@@ -74,11 +76,10 @@ def _plural(n: int, noun: str) -> str:
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
 
 
-def _what_is_read(n_attention: int, n_mlp: int) -> str:
-    if n_attention and n_mlp:
-        return (
-            f"Its {n_attention:,} attention heads and {n_mlp:,} MLP-derived heads are read on one footing."
-        )
+def _what_is_read(n_attention: int, n_mlp: int, added: str) -> str:
+    if n_attention and (n_mlp or added):
+        heads = f"{n_attention:,} attention heads, {n_mlp:,} MLP-derived heads{added}"
+        return f"Its heads are read on one footing: {heads}."
     if n_attention:
         return f"It has {_plural(n_attention, 'attention head')} and no MLPs."
     return (
@@ -88,7 +89,7 @@ def _what_is_read(n_attention: int, n_mlp: int) -> str:
 
 def _largest(study: Study) -> list[Any]:
     frame = study.attribution.frame
-    own = frame[frame["kind"].isin(("attention", "mlp"))]
+    own = frame[frame["kind"].isin(KIND_NAMES)]
     total = study.attribution.total
     if own.empty:
         return [f"The logit of {total:.2f} comes from the token's embedding and the biases alone."]
@@ -104,11 +105,11 @@ def _largest(study: Study) -> list[Any]:
 
 
 def _sums(study: Study) -> Spans:
-    """What both kinds of head write to the logit in sum, and the rest."""
+    """What every kind of head writes to the logit in sum, and the rest."""
     frame = study.attribution.frame
     sums = {
-        name: frame.loc[frame["kind"] == kind, "value"].sum()
-        for kind, name in (("attention", "all attention heads"), ("mlp", "all MLP-derived heads"))
+        f"all {name}": frame.loc[frame["kind"] == kind, "value"].sum()
+        for kind, name in KIND_NAMES.items()
         if (frame["kind"] == kind).any()
     }
     sums["embedding and biases"] = study.attribution.total - sum(sums.values())
@@ -121,7 +122,7 @@ def _pairs(frame: pd.DataFrame) -> list[tuple[str, float]]:
 
 def _largest_head(study: Study) -> tuple[str, str]:
     frame = study.attribution.frame
-    own = frame[frame["kind"].isin(("attention", "mlp"))]
+    own = frame[frame["kind"].isin(KIND_NAMES)]
     if own.empty:
         return "none", "there are no heads"
     row = own.nlargest(1, "value").iloc[0]

@@ -18,7 +18,7 @@ from mechinterp_attn.view.report.blocks import (
     table,
     token,
 )
-from mechinterp_attn.view.report.study import SCORES, Study
+from mechinterp_attn.view.report.study import KIND_NAMES, SCORES, Study
 from mechinterp_attn.view.report.telling import percent
 
 
@@ -187,7 +187,7 @@ def _predictions(study: Study, other: Study, names: list[str]) -> tuple[pd.DataF
 
 def _by_head(study: Study, other: Study) -> pd.DataFrame:
     frames = [s.attribution.frame for s in (study, other)]
-    frames = [f[f["kind"].isin(("attention", "mlp"))][["head", "kind", "value"]] for f in frames]
+    frames = [f[f["kind"].isin(KIND_NAMES)][["head", "kind", "value"]] for f in frames]
     both = frames[0].merge(frames[1][["head", "value"]], on="head", suffixes=("_first", "_second"))
     both = both.rename(columns={"value_first": "first", "value_second": "second"})
     return both.assign(change=both["second"] - both["first"])

@@ -23,7 +23,7 @@ from mechinterp_attn.view.report.blocks import (
     table,
     token,
 )
-from mechinterp_attn.view.report.study import SCORES, Study
+from mechinterp_attn.view.report.study import KIND_NAMES, SCORES, Study
 
 FLOPS = 1e11  # of one head's table over all pairs of tokens: a second
 NEURONS = 200  # listed by effect
@@ -90,13 +90,12 @@ def _measured(study: Study) -> str:
     """Which heads were cut, in words."""
     found = study.causes.frame
     counts = found[found["cut"].notna()]["kind"].value_counts()
-    kinds = {"attention": "attention heads", "mlp": "MLP-derived heads"}
     parts = [
         f"{counts.get(kind, 0):,} of {(found['kind'] == kind).sum():,} {name}"
-        for kind, name in kinds.items()
+        for kind, name in KIND_NAMES.items()
         if (found["kind"] == kind).any()
     ]
-    return f"Cut one by one were {' and '.join(parts)}, those with the largest estimated effect."
+    return f"Cut one by one were {', '.join(parts)}, those with the largest estimated effect."
 
 
 KINDS = (("attention", "Attention heads"), ("mlp", "MLP-derived heads"))

@@ -33,6 +33,15 @@ OPENED = 2 * 10**6  # heads that they may pass together: deep models with many n
 CLEAR = 0.3  # a score from here on makes a head one of that kind
 CIRCUITS_OF = ("induction", "previous_token")  # scores whose best head's OV and QK circuits are shown
 
+# Kinds of head, as a sentence calls them; those of dictionaries (``mia.attach``) are kinds of their own.
+KIND_NAMES = {
+    "attention": "attention heads",
+    "mlp": "MLP-derived heads",
+    "feature": "features",
+    "error": "errors of dictionaries",
+    "skip": "skips of transcoders",
+}
+
 # What a head's name in the score table means in words.
 SCORES = {
     "induction": "induction",
@@ -161,12 +170,12 @@ class Study:
 
     @cached_property
     def claims(self) -> list[Claim]:
-        """What was tested by cutting: the story, and the largest direct effects of both kinds of head."""
+        """What was tested by cutting: the story, and the largest direct effects of every kind of head."""
         if not self.model.n_heads:
             return []
         measured = self.causes.frame.dropna(subset=["cut"])
         largest: dict[str, float] = {}
-        for kind in ("attention", "mlp"):
+        for kind in KIND_NAMES:
             own = {label: self.direct[label] for label in measured.index[measured["kind"] == kind]}
             top = sorted(own, key=lambda label: -abs(own[label]))[:DIRECT]
             least = SOME * sum(value for value in own.values() if value > 0)
