@@ -23,6 +23,7 @@ from mechinterp_attn.causal.metrics import (
 from mechinterp_attn.core.errors import MechInterpError, listing
 from mechinterp_attn.frozen.behaviour import OnPrompt
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.given import single_id
 
 SHOWN = 3  # how many of the prompts with the same mistake a message names
 
@@ -216,7 +217,7 @@ def _rows(model: AttentionOnlyModel, prompts: Sequence[Any], what: str, wrong: l
     rows, bad = [], []
     for i, prompt in enumerate(prompts):
         try:
-            rows.append(model.as_tokens(prompt if isinstance(prompt, str) else torch.tensor(prompt))[0])
+            rows.append(model.as_tokens(prompt)[0])
         except MechInterpError as error:
             bad.append(f"{what} {i}: {error}")
             rows.append(torch.zeros(0, dtype=torch.long))
@@ -260,7 +261,7 @@ def _answers(
                         known[key] = output_of(model, token, prompt, labels)
                     found = known[key]
                 else:
-                    found = int(token)
+                    found = single_id(token)
                 if not 0 <= found < model.spec.d_vocab_out:
                     raise MechInterpError(
                         f"{token!r} is outside the outputs 0..{model.spec.d_vocab_out - 1} of this model"

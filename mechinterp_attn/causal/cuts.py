@@ -16,6 +16,7 @@ from mechinterp_attn.causal.batches import Batch, look
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.frozen.freezing import freeze
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.given import named
 from mechinterp_attn.model.heads import Head, HeadBank
 from mechinterp_attn.model.index import Heads, One
 from mechinterp_attn.model.select import resolve_head, virtual_head
@@ -61,6 +62,8 @@ def targets_of(model: AttentionOnlyModel, heads: Heads | Iterable[Target]) -> li
         MechInterpError: no such heads.
     """
     found: list[Target] = []
+    if not isinstance(heads, str | Head | Iterable):
+        raise MechInterpError(f"heads={named(heads)}; expected labels of heads, or edges")
     for item in [heads] if isinstance(heads, str | Head) else heads:
         if isinstance(item, str) and EDGE.fullmatch(item):
             found.append(item)

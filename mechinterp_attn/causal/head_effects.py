@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -74,7 +74,7 @@ def _plan(
         cuts = min(every, EXACT if exact is None else exact)
     else:
         given: Any = heads if heads is not None else exact
-        items = [given] if isinstance(given, str | Head) else list(given)
+        items = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
         cuts = places * sum(
             len(targets_of(model, [item])) if isinstance(item, str | Head) else 1 for item in items
         )
@@ -145,7 +145,7 @@ def effects(
     found = standing(model, bound, max_bytes)
     each = positions == "each"
     if heads is not None:  # groups stay together; kinds and patterns are spelt out
-        given = [heads] if isinstance(heads, str | Head) else heads
+        given = list(heads) if isinstance(heads, Iterable) and not isinstance(heads, str) else [heads]
         named = [targets_of(model, [item]) if isinstance(item, str | Head) else [item] for item in given]
         heads = [one for some_heads in named for one in some_heads]
     estimates = estimates_of(model, bound, fill, max_bytes, direction)

@@ -23,6 +23,7 @@ from mechinterp_attn.core.plan import CELL, MAX_BYTES, Plan, plans
 from mechinterp_attn.core.reading import parse_json, read_text
 from mechinterp_attn.frozen.behaviour import OnPrompt
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.given import named, single_id
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]] | Tensor
 Answers = (
@@ -96,10 +97,11 @@ class Task:
             if given is not None and len(given) != n:
                 wrong.append(f"{n} prompts but {len(given)} in {field}; expected one for each prompt")
         position = self.position
-        if isinstance(position, Tensor):
-            position = position.tolist()
-        if not isinstance(position, int):
-            position = [int(p) for p in position]
+        position = position.tolist() if hasattr(position, "tolist") else position
+        if not isinstance(position, Sequence) or isinstance(position, str | bytes):
+            position = single_id(position, "position")
+        else:
+            position = [single_id(p, "position") for p in position]
             if len(position) != n:
                 wrong.append(
                     f"{n} prompts but {len(position)} positions; expected one, or one for each prompt"
@@ -301,8 +303,12 @@ def _prompts(given: Any, mask: Any, what: str, wrong: list[str]) -> list[Any]:
             wrong.append(f"{what} is a tensor {tuple(given.shape)} of {given.dtype}; expected ids [n, pos]")
             return []
         given = (given[None] if given.ndim == 1 else given).tolist()
+    given = given.tolist() if hasattr(given, "tolist") else given  # an array, a column of a table
+    if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
+        wrong.append(f"{what} is {named(given)}; expected texts, or token ids [n, pos]")
+        return []
     rows = list(given)
-    if rows and isinstance(rows[0], int):  # one prompt
+    if rows and _is_id(rows[0]):  # one prompt
         rows = [rows]
     rows = [row.tolist() if isinstance(row, Tensor) else row for row in rows]
     if not rows:
@@ -313,7 +319,11 @@ def _prompts(given: Any, mask: Any, what: str, wrong: list[str]) -> list[Any]:
         return []
     if mask is None:
         return [row if isinstance(row, str) else list(row) for row in rows]
-    keep = torch.as_tensor(mask).bool()
+    try:
+        keep = torch.as_tensor(mask).bool()
+    except (TypeError, ValueError, RuntimeError):
+        wrong.append(f"attention_mask is {named(mask)}; expected 0 or 1 for every token of ids [n, pos]")
+        return []
     if (
         isinstance(rows[0], str)
         or keep.ndim != 2
@@ -330,16 +340,19 @@ def _prompts(given: Any, mask: Any, what: str, wrong: list[str]) -> list[Any]:
 
 
 def _is_ids(row: Any) -> bool:
-    return isinstance(row, list | tuple) and len(row) > 0 and all(isinstance(i, int) for i in row)
+    return isinstance(row, list | tuple) and len(row) > 0 and all(map(_is_id, row))
+
+
+def _is_id(one: Any) -> bool:
+    return isinstance(one, int) and not isinstance(one, bool)
 
 
 def _per_prompt(given: Any, n: int) -> list[Any] | None:
     """One answer per prompt, each a text, an id or a list of them."""
     if given is None:
         return None
-    if isinstance(given, Tensor):
-        given = given.tolist()
-    if isinstance(given, str | int):
+    given = given.tolist() if hasattr(given, "tolist") else given
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
         return [given] * n
     return [list(one) if isinstance(one, tuple) else one for one in given]
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechinterp_attn.circuits.circuit import Tokens, token_ids, token_texts
+from mechinterp_attn.circuits.circuit import Tokens, ids_of_text, token_ids, token_texts
 from mechinterp_attn.circuits.ends import LOGITS, as_read, average_unembedding
 from mechinterp_attn.circuits.groups import refuse_non_finite
 from mechinterp_attn.circuits.listed import how_many, listed, listed_note, original, size_of
@@ -21,7 +21,6 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-from mechinterp_attn.model.given import integers
 
 AT_ONCE = 64  # rows of the table whose ranks are held at a time
 MIN_COUNT = 5  # how often a token must stand in a text for its row to be compared
@@ -184,12 +183,7 @@ def _followers(
         return seen, ((source, counts[source, seen]) for source in frequent)
     if text is None:
         return None
-    tokens = model.to_tokens(text, prepend_bos=False)[0] if isinstance(text, str) else integers(text)
-    tokens = tokens.flatten().cpu()
-    if len(tokens) < 2 or int(tokens.max()) >= size or int(tokens.min()) < 0:
-        raise MechInterpError(
-            f"a text of {len(tokens)} tokens; expected at least 2, with ids out of 0..{size - 1}"
-        )
+    tokens = ids_of_text(model, text, size)
     first, follower = tokens[:-1], tokens[1:]
     seen, place = follower.unique(return_inverse=True)
     sources, times = first.unique(return_counts=True)

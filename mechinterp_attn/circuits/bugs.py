@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp_attn.circuits.circuit import Tokens, token_ids, token_texts
+from mechinterp_attn.circuits.circuit import Tokens, ids_of_text, token_ids, token_texts
 from mechinterp_attn.circuits.ends import BIASES, average_unembedding, embedding, norms_note
 from mechinterp_attn.circuits.groups import finite_head
 from mechinterp_attn.circuits.listed import fewest, listed_note, original, size_of
@@ -24,7 +24,6 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import MAX_BYTES, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
-from mechinterp_attn.model.given import integers
 from mechinterp_attn.model.heads import Head
 
 WIDTH = 24  # destinations and outputs of a source among which factoring bugs are sought
@@ -100,7 +99,7 @@ def factoring_bugs(
         one, halves_of(model, one), searched, min(WIDTH, fewest(model, special_tokens)), tokens
     )
     best = lists.qk[:, 0].clamp_min(0) * lists.ov[:, 0].clamp_min(0)
-    counts = None if text is None else _trigram_counts(model, text)
+    counts = None if text is None else ids_of_text(model, text, model.spec.d_vocab)
     parts = [
         _crossings(model, lists, int(i), counts) for i in best.topk(min(50, len(best))).indices.tolist()
     ]
@@ -133,11 +132,6 @@ def _bugs_error(model: AttentionOnlyModel, head: Head, frame: pd.DataFrame) -> f
             qk, ov = again(model, head, row["source_id"], row[destination], row[token])
             off = max(off, abs(max(qk, 0.0) * max(ov, 0.0) - row[column]))
     return off
-
-
-def _trigram_counts(model: AttentionOnlyModel, text: str | Tensor) -> Tensor:
-    tokens = model.to_tokens(text, prepend_bos=False)[0] if isinstance(text, str) else integers(text)
-    return tokens.flatten()
 
 
 def _support(

@@ -9,14 +9,14 @@ positions and the layers between are left out (``ends.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp_attn.circuits.ends import BIASES, CHUNK, LOGITS, as_read, average_unembedding, norms_note
@@ -24,6 +24,7 @@ from mechinterp_attn.circuits.streaming import top_of_rows
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.given import integers, single_id
 from mechinterp_attn.model.heads import Head
 from mechinterp_attn.model.select import resolve_head
 
@@ -310,12 +311,30 @@ def token_ids(model: AttentionOnlyModel, tokens: Tokens, size: int) -> Tensor:
     Raises:
         MechInterpError: none given, a text of several tokens, or ids outside the vocabulary.
     """
-    given = [tokens] if isinstance(tokens, str | int) else list(tokens)
-    ids = [model.to_single_token(t) if isinstance(t, str) else int(t) for t in given]
+    given = list(tokens) if isinstance(tokens, Iterable) and not isinstance(tokens, str) else [tokens]
+    ids = [model.to_single_token(t) if isinstance(t, str) else single_id(t) for t in given]
     bad = [i for i in ids if not 0 <= i < size]
     if bad or not ids:
         raise MechInterpError(f"tokens {bad or given}: expected at least one, out of 0..{size - 1}")
     return torch.tensor(ids, device=model.W_E.device)
+
+
+def ids_of_text(model: AttentionOnlyModel, text: str | Tensor, size: int) -> Int[Tensor, " pos"]:
+    """The ids of a text of any length, given as a text or as ids, on the CPU.
+
+    Args:
+        size: of the vocabulary.
+
+    Raises:
+        MechInterpError: neither, several texts, fewer than two tokens, or ids outside the vocabulary.
+    """
+    ids = model.to_tokens(text, prepend_bos=False)[0] if isinstance(text, str) else integers(text)
+    ids = (ids[0] if ids.ndim == 2 and len(ids) == 1 else ids).cpu()
+    if ids.ndim != 1 or len(ids) < 2 or int(ids.min()) < 0 or int(ids.max()) >= size:
+        raise MechInterpError(
+            f"a text of tokens {tuple(ids.shape)}; expected at least 2 [pos], with ids out of 0..{size - 1}"
+        )
+    return ids
 
 
 def token_texts(model: AttentionOnlyModel, ids: Sequence[int], *, output: bool = False) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.given import integers
 
 CHUNK = 4096  # tokens whose embedding is widened to float64 at a time
 BIASES = "query biases take part; key biases, which shift a query's scores alike, and value biases do not"
@@ -80,7 +81,7 @@ def alignment(model: AttentionOnlyModel, align: Sequence[int] | Tensor | None) -
     spec, device = model.spec, model.W_E.device
     if align is None:
         return torch.arange(min(spec.d_vocab, spec.d_vocab_out), device=device)
-    ids = torch.as_tensor(align)
+    ids = integers(align)
     most = f"1 to {spec.d_vocab_out} ids of input tokens 0..{spec.d_vocab - 1}, one for each output"
     if ids.ndim != 1 or not 1 <= len(ids) <= spec.d_vocab_out or ids.dtype.is_floating_point:
         raise MechInterpError(f"align has shape {tuple(ids.shape)} and dtype {ids.dtype}; expected {most}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from typing_extensions import TypedDict
@@ -14,7 +14,7 @@ from mechinterp_attn.model.saved import SETTINGS, VERSION, sha256, sha256_of_con
 from mechinterp_attn.model.spec import Spec
 from mechinterp_attn.sources.checkpoint import Shapes, expected_shapes, wrong_tensors
 from mechinterp_attn.sources.folder import read_config, read_tensors
-from mechinterp_attn.sources.tokenizer import read_tokenizer
+from mechinterp_attn.sources.tokenizer import read_files, read_tokenizer
 
 if TYPE_CHECKING:
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -39,9 +39,12 @@ def load_saved(folder: Path, dtype: torch.dtype | None = None) -> AttentionOnlyM
     wrong = wrong_tensors(weights, spec, _shapes)
     if wrong:
         raise CheckpointError(str(folder), wrong)
-    tokenizer = None
-    if "tokenizer.json" in config["sha256"]:  # otherwise one that lies there is another model's
+    # Only files that were saved with this model: one that lies there besides is another model's.
+    tokenizer, files = None, set(config["sha256"]) - {"model.safetensors", "config.json"}
+    if files == {"tokenizer.json"}:
         tokenizer = read_tokenizer(folder / "tokenizer.json", settings=config["special_tokens"])
+    elif files:
+        tokenizer = read_files(folder, files, config["special_tokens"])
     return AttentionOnlyModel(
         spec,
         {name: t.to(dtype) if dtype else t for name, t in weights.items()},
@@ -85,7 +88,7 @@ class _Config(TypedDict):
     provenance: dict[str, Any]
     default_prepend_bos: bool
     special_tokens: dict[str, Any]
-    sha256: dict[Literal["model.safetensors", "tokenizer.json", "config.json"], str]
+    sha256: dict[str, str]
 
 
 def _check_sums(folder: Path, config: dict[str, Any]) -> None:
@@ -105,6 +108,11 @@ def _check_sums(folder: Path, config: dict[str, Any]) -> None:
             f"config.json has special_tokens.{name}, which is no special token and no setting"
             for name in config["special_tokens"]
             if not name.endswith(("_token", "_special_tokens")) and name not in SETTINGS
+        ]
+        wrong += [
+            f"config.json has a checksum of {name!r}, which is no file of this folder"
+            for name in config["sha256"]
+            if Path(name).name != name
         ]
     if wrong:
         raise CheckpointError(str(folder), wrong)

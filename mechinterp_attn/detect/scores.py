@@ -29,6 +29,7 @@ from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.detect.measures import SEEN, Sums, hooks_of, sums_of, sums_of_chain
 from mechinterp_attn.detect.probes import pairs_by_role, random_probe
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.given import named
 from mechinterp_attn.model.index import Heads
 from mechinterp_attn.model.on_a_run import Cache
 from mechinterp_attn.model.virtual import VirtualHead
@@ -287,12 +288,15 @@ def match(
     for one in batch.split(1):
         n = one.tokens.shape[1]
         if isinstance(pairs, str):
-            named = pairs_by_role(one)
-            if pairs not in named:
-                raise MechInterpError(f"pairs={pairs!r}; expected one of {', '.join(named)} or a tensor")
-            wanted = named[pairs][0].double()
+            roles = pairs_by_role(one)
+            if pairs not in roles:
+                raise MechInterpError(f"pairs={pairs!r}; expected one of {', '.join(roles)} or a tensor")
+            wanted = roles[pairs][0].double()
         else:
-            wanted = torch.as_tensor(pairs).double().to(one.tokens.device)
+            try:
+                wanted = torch.as_tensor(pairs, dtype=torch.float64, device=one.tokens.device)
+            except (TypeError, ValueError, RuntimeError) as why:
+                raise MechInterpError(f"pairs is {named(pairs)}; expected a name or a tensor") from why
         if wanted.shape != (n, n):
             raise MechInterpError(f"pairs of shape {tuple(wanted.shape)}; expected {(n, n)}: query by key")
         left_out = torch.zeros(n, n, dtype=torch.bool, device=wanted.device)

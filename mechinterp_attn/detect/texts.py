@@ -17,6 +17,7 @@ from torch import Tensor
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.fingerprint import fingerprint
 from mechinterp_attn.model.attention_only import AttentionOnlyModel
+from mechinterp_attn.model.given import integers, named
 
 Texts = str | os.PathLike[str] | Iterable[Any]
 Document = str | Int[Tensor, " pos"]
@@ -96,6 +97,8 @@ def documents(texts: Texts, *, field: str = "text") -> Iterator[Document]:
             f"texts is a mapping with {names}; give one of them, such as texts[{names.split(',')[0]}]"
         )
     if not isinstance(texts, (str, os.PathLike)):
+        if not isinstance(texts, Iterable):
+            raise MechInterpError(f"texts is {named(texts)}; expected a file, or an iterable of documents")
         for i, one in enumerate(texts):
             yield _document(one, field, f"document {i}")
         return
@@ -146,9 +149,12 @@ def _document(one: Any, field: str, where: str) -> Document:
         one = one[field]
     if isinstance(one, str):
         return one
-    ids = isinstance(one, Sequence) and all(isinstance(i, int) for i in one)
-    if ids or isinstance(one, (Tensor, np.ndarray)):
-        return torch.as_tensor(one, dtype=torch.long).cpu()
+    listed = isinstance(one, Sequence) and not isinstance(one, bytes | bytearray)
+    if isinstance(one, (Tensor, np.ndarray)) or (listed and all(isinstance(i, int) for i in one)):
+        try:
+            return integers(one).cpu()
+        except MechInterpError as error:
+            raise MechInterpError(f"{where}: {error}") from error
     raise MechInterpError(
         f"{where} is a {type(one).__name__}; expected a text, token ids, or a mapping with one of them "
         f"under {field!r} (name another field with field=)"

@@ -14,6 +14,7 @@ from torch import Tensor
 from mechinterp_attn.core.errors import MechInterpError, listing
 from mechinterp_attn.frozen.behaviour import Behaviour, OnPrompt, asked
 from mechinterp_attn.frozen.prompt import Frozen
+from mechinterp_attn.model.given import single_id
 
 if TYPE_CHECKING:
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -213,9 +214,9 @@ def resolve_position(frozen: Frozen, position: int) -> int:
     """A position counted from the start.
 
     Raises:
-        MechInterpError: it is outside the prompt.
+        MechInterpError: it is no integer, or outside the prompt.
     """
-    n = len(frozen.tokens)
+    n, position = len(frozen.tokens), single_id(position, "position")
     if not -n <= position < n:
         raise MechInterpError(
             f"position {position} is outside the prompt of {n} tokens; expected {-n} to {n - 1}"
@@ -227,14 +228,15 @@ def resolve_token(model: AttentionOnlyModel, token: Token) -> int:
     """The id of an output token given as text or id.
 
     Raises:
-        MechInterpError: the text is several tokens, or the id is outside the output vocabulary.
+        MechInterpError: the text is several tokens, or the id is no integer or outside the output
+            vocabulary.
     """
     if isinstance(token, str) and model.spec.d_vocab_out != model.spec.d_vocab:
         raise MechInterpError(
             f"{token!r} is a text, but this model's {model.spec.d_vocab_out} outputs are not tokens; give "
             "the number of an output"
         )
-    found = model.to_single_token(token) if isinstance(token, str) else int(token)
+    found = model.to_single_token(token) if isinstance(token, str) else single_id(token)
     if not 0 <= found < model.spec.d_vocab_out:
         raise MechInterpError(
             f"token id {found} is outside the output vocabulary 0..{model.spec.d_vocab_out - 1}"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.progress import Progress
+from mechinterp_attn.model.given import is_text
 from mechinterp_attn.model.step import KeyValueCache
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ class Generates:
     ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"] | None]:
         """Tokens, and which of them are real; several texts are padded on the left."""
         door = cast(Any, self)
-        if isinstance(input, str) or not (isinstance(input, list) and isinstance(input[0], str)):
+        if isinstance(input, str) or not is_text(input):
             tokens = door.as_tokens(input, prepend_bos=prepend_bos)
             return tokens, None if mask is None else torch.as_tensor(mask, device=tokens.device).bool()
         batch = door.to_batch(input, prepend_bos=prepend_bos, padding_side="left")
@@ -227,7 +228,7 @@ class Generates:
         self, tokens: Int[Tensor, "batch pos"], input: Any, return_type: Given, pads: Sequence[int]
     ) -> Any:
         """Tokens, or the text of every row without its padding."""
-        said = isinstance(input, str) or (isinstance(input, list) and isinstance(input[0], str))
+        said = is_text(input)
         if return_type == "tokens" or (return_type == "input" and not said):
             return tokens
         rows = zip(tokens, pads, strict=True)

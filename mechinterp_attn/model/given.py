@@ -54,7 +54,25 @@ def integers(input: Any) -> Tensor:
     return ids.long()
 
 
+def single_id(input: Any, what: str = "a token id") -> int:
+    """One token id, or another whole number, as an integer.
+
+    Args:
+        what: it is, for errors.
+
+    Raises:
+        MechInterpError: it is no integer, or several.
+    """
+    try:
+        ids = integers(input)
+    except MechInterpError:
+        ids = torch.zeros(0)
+    if ids.numel() != 1:
+        raise MechInterpError(f"{what} is {named(input)}; expected one integer")
+    return int(ids)
+
+
 def named(input: Any) -> str:
     """A value and its type, in few words, for errors."""
-    shown = repr(input)
+    shown = " ".join(repr(input).split())
     return f"{type(input).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"

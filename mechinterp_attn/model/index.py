@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.model.given import named
 from mechinterp_attn.model.heads import Head, HeadBank
 from mechinterp_attn.model.virtual import JOIN, VirtualHead, compose
 
@@ -104,8 +105,9 @@ class HeadIndex(Sequence[str]):
         text = label.strip().upper() if isinstance(label, str) else ""
         match = _LABEL.fullmatch(text)
         if match is None:
+            what = repr(label) if isinstance(label, str) else named(label)
             raise MechInterpError(
-                f"{label!r} is not a head label; write L<layer>H<head> for an attention head or L<layer>"
+                f"{what} is not a head label; write L<layer>H<head> for an attention head or L<layer>"
                 f"N<neuron> for an MLP-derived head; this model has {self._ranges()}{self._near(text)}"
             )
         layer, letter, number = int(match[1]), match[2], int(match[3])
@@ -178,6 +180,10 @@ class HeadIndex(Sequence[str]):
         """Labels, with the heads themselves where they were given as such."""
         found: dict[str, Head | None] = {}
         wrong = []
+        if not isinstance(heads, str | Head | Iterable):
+            raise MechInterpError(
+                f"heads={named(heads)}; expected a label, a list of labels, 'attention', 'mlp' or 'all'"
+            )
         for item in [heads] if isinstance(heads, str | Head) else heads:
             try:
                 if isinstance(item, str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.files import write_folder
 from mechinterp_attn.model.spec import Spec
 
@@ -30,7 +32,7 @@ def save(
     provenance: Mapping[str, Any],
     default_prepend_bos: bool,
 ) -> None:
-    """Write ``config.json``, ``model.safetensors`` and ``tokenizer.json`` into a folder.
+    """Write ``config.json``, ``model.safetensors`` and the tokenizer's files into a folder.
 
     A model that is there already is replaced as a whole; other files in the folder are kept.
 
@@ -43,13 +45,15 @@ def save(
         default_prepend_bos: whether texts get a BOS in front.
 
     Raises:
-        MechInterpError: the folder cannot be made or written. What was there is unchanged then.
+        MechInterpError: the folder cannot be made or written, or the tokenizer is of a kind that cannot
+            be saved. What was there is unchanged then.
     """
     tensors = {name: t.detach().contiguous().cpu() for name, t in weights.items()}
     files: dict[str, Callable[[Path], Any]] = {"model.safetensors": lambda path: save_file(tensors, path)}
-    if tokenizer is not None:
-        backend = tokenizer.backend_tokenizer.to_str()
-        files["tokenizer.json"] = lambda path: path.write_text(backend, encoding="utf-8")
+    files |= {
+        name: lambda path, content=content: path.write_bytes(content)
+        for name, content in _tokenizer_files(tokenizer).items()
+    }
     config = {
         "format": FORMAT,
         "version": VERSION,
@@ -68,8 +72,28 @@ def save(
     write_folder(folder, files | {"config.json": write_config})
 
 
+def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """A tokenizer as files: ``tokenizer.json``, or those of its own where it is written in Python.
+
+    Raises:
+        MechInterpError: it is not Hugging Face's.
+    """
+    if tokenizer is None:
+        return {}
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        return {"tokenizer.json": backend.to_str().encode("utf-8")}
+    if not hasattr(tokenizer, "save_pretrained"):
+        raise MechInterpError(
+            f"a tokenizer of type {type(tokenizer).__name__} cannot be saved; expected Hugging Face's (set "
+            "model.tokenizer to one, or to None and give token ids)"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
+
+
 def settings_of(tokenizer: Any) -> dict[str, Any]:
-    """What a tokenizer has besides its ``tokenizer.json``, as JSON can hold it, for ``read_tokenizer``."""
+    """What a tokenizer has besides its files, as JSON can hold it, for ``read_tokenizer``."""
     if tokenizer is None:
         return {}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
+from mechinterp_attn.model.given import named
 from mechinterp_attn.model.rotary import Rotation
 
 
@@ -108,7 +109,10 @@ def real_tokens(
     known = None if past is None else past.real
     if mask is None and known is None:
         return None
-    new = torch.ones(batch, n_new) if mask is None else torch.as_tensor(mask)
+    try:
+        new = torch.ones(batch, n_new) if mask is None else torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MechInterpError(f"attention_mask is {named(mask)}; expected a table of 0 and 1") from error
     new = new.to(tokens.device).bool()
     if new.shape not in ((batch, n_new), (batch, n_past + n_new)):
         raise MechInterpError(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
-from mechinterp_attn.model.given import integers, is_list, named, sound
+from mechinterp_attn.model.given import integers, is_list, single_id, sound
 from mechinterp_attn.model.tokenizing import Tokenizing
 
 
@@ -97,7 +96,7 @@ class TokenDoor(Tokenizing):
 
     def typed(self, tokens: Int[Tensor, " pos"]) -> str:
         """The text as somebody would type it: without what ``to_tokens`` adds on its own."""
-        flat = torch.as_tensor(tokens).reshape(-1).tolist()
+        flat = integers(tokens).reshape(-1).tolist()
         if self.tokenizer is None:
             return "".join(self.to_str_tokens(flat))
         front, behind = self.added_tokens
@@ -138,10 +137,7 @@ class TokenDoor(Tokenizing):
         Raises:
             MechInterpError: it is no integer.
         """
-        ids = integers(int_token)
-        if ids.numel() != 1:
-            raise MechInterpError(f"{named(int_token)} is {ids.numel()} ids; expected one")
-        return cast(str, self.to_str_tokens(ids.reshape(1))[0])
+        return cast(str, self.to_str_tokens([single_id(int_token)])[0])
 
     def get_token_position(
         self,
@@ -167,7 +163,7 @@ class TokenDoor(Tokenizing):
         if tokens.ndim == 2 and len(tokens) > 1:
             raise MechInterpError(f"tokens of shape {tuple(tokens.shape)}; expected one row")
         text = isinstance(single_token, str)
-        wanted = self.to_single_token(cast(str, single_token)) if text else int(integers(single_token))
+        wanted = self.to_single_token(cast(str, single_token)) if text else single_id(single_token)
         found = (tokens.reshape(-1) == wanted).nonzero()[:, 0].tolist()
         if not found:
             raise MechInterpError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how sentencepiece names the tokens of single bytes
 _ID = re.compile(r"⟨id (\d+)⟩")
 _SPACE = "▁"  # how sentencepiece writes a space
+_END = "</w>"  # how GPT-1's byte pairs write the end of a word
 
 
 class Vocabulary:
@@ -26,7 +27,7 @@ class Vocabulary:
     - spaces stay: ``" is"`` and ``"is"`` are two tokens of Llama;
     - bytes that are no whole character read ``⟨F0⟩``, as do byte tokens that would read like another
       token;
-    - WordPiece's continuations keep their mark: ``##ing``;
+    - WordPiece's continuations keep their mark: ``##ing``; the end of a word in GPT-1's pieces is a space;
     - ids that no text stands for read ``⟨id 50300⟩``.
 
     Args:
@@ -111,7 +112,8 @@ class Vocabulary:
     @cached_property
     def _bytes(self) -> list[bytes]:
         """What every id adds to a text, in UTF-8; nothing where there is none."""
-        byte_level = "ByteLevel" in self._rules
+        alphabet = self._alphabet
+        byte_level = alphabet is not None
         spaced = not byte_level and (_SPACE in self._rules or any(map(_starts_word, self._pieces)))
         out = []
         for i, piece in enumerate(self._pieces):
@@ -120,13 +122,26 @@ class Vocabulary:
                 out.append(b"")
             elif added is not None and (byte_level or getattr(added, "special", False)):
                 out.append(_utf8(piece))
-            elif byte_level:
-                out.append(_from_alphabet(piece))
+            elif alphabet is not None:
+                out.append(_from_alphabet(piece, alphabet))
             elif (byte := _BYTE.fullmatch(piece)) is not None:
                 out.append(bytes.fromhex(byte[1]))
             else:
-                out.append(_utf8(piece.replace(_SPACE, " ") if spaced else piece))
+                piece = piece.replace(_SPACE, " ") if spaced else piece
+                out.append(_utf8(f"{piece.removesuffix(_END)} " if piece.endswith(_END) else piece))
         return out
+
+    @cached_property
+    def _alphabet(self) -> Mapping[str, int] | None:
+        """Which letter of the pieces stands for which byte; None where they are texts."""
+        if self._rules:
+            return _LETTERS if "ByteLevel" in self._rules else None
+        tried = "".join(self.tokenizer.tokenize("\U0001f600"))  # of four bytes, that print or do not
+        for letters in (_LETTERS, _LATIN):
+            names = {byte: letter for letter, byte in letters.items()}
+            if "".join(names[byte] for byte in "\U0001f600".encode()) in tried:
+                return letters
+        return None
 
     @cached_property
     def _rules(self) -> str:
@@ -175,11 +190,12 @@ def _alphabet() -> dict[str, int]:
 
 
 _LETTERS = _alphabet()
+_LATIN = {chr(byte): byte for byte in range(256)}  # ByT5's: each byte the character of its number
 
 
-def _from_alphabet(piece: str) -> bytes:
+def _from_alphabet(piece: str, letters: Mapping[str, int]) -> bytes:
     try:
-        return bytes(_LETTERS[letter] for letter in piece)
+        return bytes(letters[letter] for letter in piece)
     except KeyError:  # a piece that was put in as a text
         return _utf8(piece)
 

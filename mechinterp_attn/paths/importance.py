@@ -29,6 +29,7 @@ from mechinterp_attn.frozen.freezing import freeze
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.frozen.sublayer import ROWS
 from mechinterp_attn.model.cost import plan_runs
+from mechinterp_attn.model.given import is_list
 from mechinterp_attn.model.index import Heads
 from mechinterp_attn.paths.by_order import counted, order_names
 
@@ -341,7 +342,7 @@ def _float64(*numbers: float) -> Float[Tensor, " n"]:
 
 
 def _prompts(model: AttentionOnlyModel, tokens: Any) -> list[Tensor]:
-    texts = [tokens] if isinstance(tokens, str | Tensor) else list(tokens or ())  # not padded
+    texts = list(tokens) if is_list(tokens) else [tokens]  # each alone: not padded
     prompts = [row for text in texts for row in model.as_tokens(text)]
     short = [i for i, prompt in enumerate(prompts) if len(prompt) < 2]
     if short or not prompts:

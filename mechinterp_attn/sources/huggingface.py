@@ -141,12 +141,15 @@ def _tokenizer(file: Path, place: str, at: dict[str, Any]) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if file.is_dir() and not any((file / name).is_file() for name in _TOKENIZERS):
-        return None  # transformers gives such a folder an empty one
+    has_files = not file.is_dir() or any((file / name).is_file() for name in _TOKENIZERS)
+    if not has_files and not (file / "tokenizer_config.json").is_file():
+        return None
     try:
-        return AutoTokenizer.from_pretrained(place, **at)
+        tokenizer = AutoTokenizer.from_pretrained(place, **at)
+        # Without its files transformers gives an empty one, but bytes and characters need none.
+        return tokenizer if has_files or not tokenizer.vocab_files_names else None
     except Exception as error:
-        if not file.is_dir():
+        if not file.is_dir() or not has_files:
             return None
         raise CheckpointError(
             str(file), [f"its tokenizer is damaged or unknown ({' '.join(str(error).split())})"]

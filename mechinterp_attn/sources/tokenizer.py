@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +45,29 @@ def read_tokenizer(file: Path, bos_token: str | None = None, settings: Mapping[s
         raise CheckpointError(
             str(file.parent), [f"{file.name} is damaged or no tokenizer ({' '.join(str(error).split())})"]
         ) from error
+
+
+def read_files(folder: Path, names: Iterable[str], settings: Mapping[str, Any]) -> Any:
+    """A tokenizer written in Python, from the files of its own that it was saved in.
+
+    Args:
+        folder: where they are.
+        names: which of the folder's files are the tokenizer's; no other is looked at.
+        settings: what ``settings_of`` gave.
+
+    Raises:
+        CheckpointError: they are damaged, or no tokenizer of transformers reads them.
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as alone:
+        for name in names:
+            shutil.copy(folder / name, alone)
+        try:
+            return AutoTokenizer.from_pretrained(alone, trust_remote_code=False, **settings)
+        except Exception as error:  # as above
+            why = " ".join(str(error).split())
+            raise CheckpointError(str(folder), [f"its tokenizer is damaged or unknown ({why})"]) from error
 
 
 def as_before_booting(tokenizer: Any) -> Any:

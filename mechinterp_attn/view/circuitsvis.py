@@ -122,7 +122,7 @@ def show(
         MechInterpError: no such head, an unusable prompt, or more than 64 tokens to show.
     """
     found = model.heads.select(heads)
-    ids = model.as_tokens(torch.tensor(prompt) if isinstance(prompt, list) else prompt)
+    ids = model.as_tokens(prompt)
     if len(ids) > 1:
         raise MechInterpError(f"show takes one prompt, got a batch of {len(ids)}")
     places = range(ids.shape[1])[positions]

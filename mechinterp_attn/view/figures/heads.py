@@ -20,7 +20,7 @@ from mechinterp_attn.view.figures.style import SEQUENTIAL, figure, safe_text
 def head_pattern(head: Head, prompt: str | list[int] | Tensor) -> go.Figure:
     """Where a head of any kind looks on a prompt; the last column is the bias token, where it is used."""
     assert head.model is not None
-    ids = head.model.as_tokens(torch.tensor(prompt) if isinstance(prompt, list) else prompt)
+    ids = head.model.as_tokens(prompt)
     if len(ids) > 1:
         raise MechInterpError(f"a figure shows one prompt, got a batch of {len(ids)}")
     hooks = {part.bank.hook("pattern") for part in head.chain}
