@@ -365,7 +365,7 @@ def test_token_helpers_refuse_by_name(gelu):
         gelu.get_token_position(" man", "a man", mode="middle")
     with pytest.raises(MechInterpError, match=r"shape \(2, 2\); expected one row"):
         gelu.get_token_position(1, torch.ones(2, 2, dtype=torch.long))
-    with pytest.raises(MechInterpError, match="is 2 ids; expected one"):
+    with pytest.raises(MechInterpError, match=r"a token id is list \[1, 2\]; expected one integer"):
         gelu.to_single_str_token([1, 2])
 
 
