@@ -136,6 +136,8 @@ class Vocabulary:
         """Which letter of the pieces stands for which byte; None where they are texts."""
         if self._rules:
             return _LETTERS if "ByteLevel" in self._rules else None
+        if not hasattr(self.tokenizer, "tokenize"):
+            return None
         tried = "".join(self.tokenizer.tokenize("\U0001f600"))  # of four bytes, that print or do not
         for letters in (_LETTERS, _LATIN):
             names = {byte: letter for letter, byte in letters.items()}
