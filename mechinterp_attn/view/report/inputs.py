@@ -20,7 +20,7 @@ Subject = Prompt | Sequence[str] | Sequence[list[int]] | Task
 
 def tokens_of(model: AttentionOnlyModel, prompt: Prompt) -> Tensor:
     """Validated ids ``[1, pos]`` of a prompt given as text or ids."""
-    return model.as_tokens(torch.as_tensor(prompt) if isinstance(prompt, list) else prompt)
+    return model.as_tokens(prompt)
 
 
 def two_of(subject: Any) -> tuple[Prompt, Prompt] | None:
