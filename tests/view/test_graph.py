@@ -1,6 +1,7 @@
 """The viewer of attribution graphs in headless Chromium, with tokens and names that try to be markup."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -183,6 +184,23 @@ def test_pins_groups_names_and_the_address(saved, graph, watched, tmp_path):
     assert page.get_by_label("name of the group").input_value() == EVIL
     assert viewer(page, "state().groups")[0][1] == group
     watched.assert_quiet()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_serious_violation(graph, chromium, tmp_path, scheme):
+    """The viewer alone, with pins and a group, a score's card and contrast AA included."""
+    score = graph.nodes[graph.nodes["kind"] == "score"].iloc[0]["node"]
+    head = score.split("<-")[0]
+    file = graph.view(pinned=["logit"], supernodes={"two": [head, "token@1"]}).save(tmp_path / "graph.html")
+    context = chromium.new_context(color_scheme=scheme, bypass_csp=True)
+    page = context.new_page()
+    page.goto(f"{file.as_uri()}#graph?node={head}")
+    page.wait_for_selector("html[data-ready]", state="attached")
+    page.add_script_tag(path=Path(__file__).parent / "vendor" / "axe.min.js")
+    found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
+    context.close()
+    worst = [v for v in found if v["impact"] in ("serious", "critical")]
+    assert [f"{v['id']}: {[n['target'] for n in v['nodes']][:4]}" for v in worst] == []
 
 
 def graph_of(report):
