@@ -38,17 +38,23 @@ class Tested:
 
 
 def share(x: float) -> str:
-    """A share as people read it: ``85 %``, ``0.4 %``."""
-    return f"{100 * x:.{0 if abs(x) >= 0.095 else 1}f} %"
+    """A share as people read it: ``85 %``, ``0.4 %``, ``0 %``."""
+    text = f"{100 * x:.{0 if abs(x) >= 0.095 else 1}f}"
+    return f"{'0' if float(text) == 0 else _minus(text)} %"
+
+
+def _minus(text: str) -> str:
+    """A number in a sentence has a minus, not a hyphen."""
+    return text.replace("-", "−")
 
 
 def tell_task(study: TaskStudy) -> list[Sentence]:
     """What carries the behaviour, in four to six sentences."""
     state, n = study.effects.standing, len(study.halves[1])
     where = f"On {n} prompts that nothing was found on" if study.held_out else f"On {_prompts(n)}"
-    spans: Spans = [f"{where}, the {study.unit} is {float(state.clean.mean()):.3g} on average"]
+    spans: Spans = [f"{where}, the {study.unit} is {_minus(f'{float(state.clean.mean()):.3g}')} on average"]
     if state.corrupt is not None:
-        spans += [f"; on their counterfactuals {float(state.corrupt.mean()):.3g}"]
+        spans += [f"; on their counterfactuals {_minus(f'{float(state.corrupt.mean()):.3g}')}"]
     if state.accuracy is not None and state.chance is not None and n > 1:
         spans += [f". The answer wins on {share(state.accuracy)} of them (chance {share(state.chance)})"]
     found = [Sentence([*spans, "."], READ, "prompts")]
