@@ -34,16 +34,14 @@ STEPS = 5
 PROMPTS = 16
 
 
-def theirs(source: Path, prompts: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save_file({key: x.contiguous() for key, x in prompts.items()}, folder / "prompts.safetensors")
-        script = Path(__file__).with_name("peer_eap_theirs.py")
-        env = dict(os.environ) | {"PYTHONPATH": os.environ.get("EAP_IG", "")}
-        python = os.environ["EAP_IG_PYTHON"]
-        subprocess.run([python, str(script), name, str(source), str(STEPS)], check=True, env=env)
-        readers = json.loads((folder / "readers.json").read_text())
-        return load_file(folder / "scores.safetensors"), readers
+def prompts(model: mia.AttentionOnlyModel) -> tuple[mia.Task, dict[str, Tensor]]:
+    task = mia.tasks.induction(model, n=PROMPTS)
+    bound = task.bind(model)
+    assert bound.answer is not None
+    assert bound.against is not None
+    assert bound.aligned
+    found = {"clean": bound.clean.tokens, "corrupt": bound.counterfactual("this").tokens}
+    return task, found | {"answer": bound.answer[:, 0], "against": bound.against[:, 0]}
 
 
 def our_edge(source: int, reader: str, heads: int) -> tuple[str, str, str]:
@@ -58,19 +56,11 @@ def our_edge(source: int, reader: str, heads: int) -> tuple[str, str, str]:
     return written, name, mode[:1].upper()
 
 
-def compared(model: mia.AttentionOnlyModel, name: str) -> list[dict[str, str]]:
-    task = mia.tasks.induction(model, n=PROMPTS)
-    bound = task.bind(model)
-    assert bound.answer is not None
-    assert bound.against is not None
-    assert bound.aligned
-    prompts = {
-        "clean": bound.clean.tokens,
-        "corrupt": bound.counterfactual("this").tokens,
-        "answer": bound.answer[:, 0],
-        "against": bound.against[:, 0],
-    }
-    peer, readers = theirs(WEIGHTS / name, prompts)
+def compared(
+    model: mia.AttentionOnlyModel, task: mia.Task, name: str, folder: Path
+) -> list[dict[str, str]]:
+    peer = load_file(folder / "scores.safetensors")
+    readers = json.loads((folder / "readers.json").read_text())
     keys = peer["real"].nonzero()
     edges = [our_edge(i, readers[j], model.spec.n_heads) for i, j in keys.tolist()]
     methods = {
@@ -97,9 +87,20 @@ def compared(model: mia.AttentionOnlyModel, name: str) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    rows = []
-    for name in MODELS:
-        rows += compared(mia.load(name, dtype=torch.float64), name)
+    rows: list[dict[str, str]] = []
+    with tempfile.TemporaryDirectory() as name:
+        models = {own: mia.load(own, dtype=torch.float64) for own in MODELS}
+        tasks, command = {}, [str(Path(__file__).with_name("peer_eap_theirs.py")), str(STEPS)]
+        for own, model in models.items():
+            folder = Path(name) / own
+            folder.mkdir()
+            tasks[own], given = prompts(model)
+            save_file({key: x.contiguous() for key, x in given.items()}, folder / "prompts.safetensors")
+            command += [str(WEIGHTS / own), str(folder)]
+        env = dict(os.environ) | {"PYTHONPATH": os.environ.get("EAP_IG", "")}
+        subprocess.run([os.environ["EAP_IG_PYTHON"], *command], check=True, env=env)
+        for own, model in models.items():
+            rows += compared(model, tasks[own], own, Path(name) / own)
     publish("peer_eap", rows, clock="none")
 
 

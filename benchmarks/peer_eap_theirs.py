@@ -1,7 +1,7 @@
 """The peers' half of `peer_eap.py`: edge scores by the EAP-IG package itself (Hanna et al. 2024).
 
 It runs in an environment of its own, with `transformer_lens` 2 and the `eap` package, and without
-mechinterp_attn, which needs a later TransformerLens. It reads prompts in a folder and leaves scores there.
+mechinterp_attn, which needs a later TransformerLens. It reads prompts in folders and leaves scores there.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ def load(folder: Path) -> HookedTransformer:
     return model
 
 
-def main() -> None:
-    work, source, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+def score(work: Path, source: Path, steps: int) -> None:
     model = load(source)
     model.set_use_attn_result(True)
     model.set_use_split_qkv_input(True)
@@ -66,6 +65,13 @@ def main() -> None:
     scores["real"] = graph.real_edge_mask
     save_file({name: x.contiguous() for name, x in scores.items()}, work / "scores.safetensors")
     (work / "readers.json").write_text(json.dumps(graph.get_dst_nodes()))
+
+
+def main() -> None:
+    """Arguments: a number of steps, then models' folders, each with the folder of its prompts behind it."""
+    steps, *folders = sys.argv[1:]
+    for source, work in zip(folders[::2], folders[1::2], strict=True):
+        score(Path(work), Path(source), int(steps))
 
 
 if __name__ == "__main__":
