@@ -103,7 +103,11 @@ def reconstruction(
     notes = {"tokens": f"{n:,}", "dtype": str(model.W_E.dtype).removeprefix("torch.")}
     if unclear:
         notes["left out of the check, at a threshold"] = f"{unclear:,} tokens"
-    return Reconstruction(frame=frame, receipt=Receipt((check,), notes), n_tokens=n)
+    return Reconstruction(
+        frame=frame,
+        receipt=Receipt((check,) if all(tally.clear for tally in tallies.values()) else (), notes),
+        n_tokens=n,
+    )
 
 
 class _Tally:
@@ -117,7 +121,7 @@ class _Tally:
         self.n, self.left, self.square, self.active_in_all = 0, 0.0, 0.0, 0
         self.sum = torch.zeros(d, dtype=torch.float64)
         self.ever = torch.zeros(n, dtype=torch.bool)
-        self.error, self.unclear = 0.0, 0
+        self.error, self.unclear, self.clear = 0.0, 0, 0
 
     def add(self, model: AttentionOnlyModel, part: Batch) -> None:
         names = [self.read_at, self.wrote_at]
@@ -129,6 +133,7 @@ class _Tally:
         rest = split[self.rest][..., 0, :].double()
         here = part.real & clear
         self.unclear += int((part.real & ~clear).sum())
+        self.clear += int(here.sum())
         off = (out + rest - wrote)[here].abs()
         scale = wrote[part.real].abs().max().clamp_min(1e-30)
         self.error = max(self.error, float(off.max() / scale) if len(off) else 0.0)
@@ -190,7 +195,8 @@ def _by_tensors(
     if skip is not None:
         out = out + x @ skip.W_skip.double()
     steps = bool((bank.threshold != 0).any()) or bank.k > 0  # ReLU has no step to be unsure about
-    sure = margin > TOLERANCE[bank.W_in.dtype] * z.abs().amax(-1) if steps else margin >= 0
+    rounding = min(TOLERANCE[bank.W_in.dtype], 32 * torch.finfo(bank.W_in.dtype).eps)
+    sure = margin > rounding * z.abs().amax(-1) if steps else margin >= 0
     return out, active, sure
 
 

@@ -120,3 +120,12 @@ def test_what_cannot_be_measured_is_named(plain):
         mia.detect.reconstruction(model, random_tokens(plain)[:, :1])
     with pytest.raises(mia.MechInterpError, match="max_bytes"):
         mia.detect.reconstruction(model, random_tokens(plain), max_bytes=1000)
+
+
+def test_what_rounding_decides_is_not_called_checked(plain):
+    """Two features that are the same, one of which may be active: which, no second computation can say."""
+    one = transcoder(16, 2, kind="relu")
+    twins = mia.Dictionary(one.W_enc[:, [0, 0]], one.b_enc[[0, 0]], one.W_dec, one.b_dec, k=1)
+    found = mia.detect.reconstruction(mia.attach(plain, twins, layer=0), random_tokens(plain))
+    assert found.receipt.ok is None
+    assert found.receipt.notes["left out of the check, at a threshold"] == "24 tokens"
