@@ -101,7 +101,7 @@ def test_an_option_is_the_same_everywhere():
             assert seen.setdefault(parameter.opts[0], about) == about, (name, parameter.opts[0])
         options = {opt for parameter in command.params for opt in parameter.opts}
         assert {"--quiet", "-q"} <= options, name
-        if name not in ("convert", "report"):
+        if name not in ("convert", "report", "explore"):
             assert {"--json", "--csv"} <= options, name
         if name in ("detect", "paths", "circuits", "causal", "diff"):
             assert {"--figure", "--top", "-k"} <= options, name
@@ -110,6 +110,7 @@ def test_an_option_is_the_same_everywhere():
         "convert",
         "verify",
         "attach",
+        "explore",
         "report",
         "detect",
         "paths",
