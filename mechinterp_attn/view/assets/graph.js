@@ -117,6 +117,6 @@ function drawAttributionGraph(host, data, place = "graph") {
   host.viewer = { // for scripts that look on or drive it: where a node stands on the stage, what is seen, what is pinned
     place: (id) => toScreen(layout, area(), view, layout.x[model.byId.get(id).i], layout.y[model.byId.get(id).i]),
     window: () => view, state: () => state, nodes: model.nodes, zoomBy, panBy: (dx, dy) => look(panned(layout, area(), view, dx, dy)),
-    painted: () => stage.dataset.painted === String(version), // with the edges as they are now
+    painted: () => !waiting && stage.dataset.painted === String(version), // with the edges as they are now
   };
 }

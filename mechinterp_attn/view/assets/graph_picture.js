@@ -9,7 +9,7 @@ const FRAME_GOAL = 19; // milliseconds between frames while painting: more is pa
    every stroke or so, the most important ones first, and yields true where the picture can already be shown.
    `holder` is the element that the pictures lie in. */
 function scenePicture(holder, layout, paintScene) {
-  let shown = null, job = null, spare = null, chunk = 100, lastFrame = 0, lastZoom = 0, zoomedAt = 0;
+  let shown = null, job = null, spare = null, chunk = 150, lastFrame = 0, lastZoom = 0, zoomedAt = 0;
   const ratio = () => Math.min(2, globalThis.devicePixelRatio || 1);
   const blank = () => {
     const sheet = el("div", { class: "graph-sheet", hidden: true }, el("canvas"), el("canvas"));
@@ -36,7 +36,7 @@ function scenePicture(holder, layout, paintScene) {
   }
 
   function work(now) {
-    if (now - lastFrame < 200) chunk = Math.max(20, Math.min(500, chunk * (now - lastFrame > FRAME_GOAL ? 0.6 : 1.15)));
+    if (now - lastFrame < 200) chunk = Math.max(100, Math.min(1500, chunk * (now - lastFrame > FRAME_GOAL ? 0.6 : 1.15)));
     for (let i = 0; i < chunk; i++) {
       const { done, value } = job.steps.next();
       if (value) job.usable = true;
