@@ -169,6 +169,7 @@ def test_offsets_are_means_over_the_queries_that_reach_so_far_back():
     tokens = mia.detect.score_heads(model, draws=3).probe.tokens
     _, cache = model.run_with_cache(tokens)
     frame = result.frame.set_index("head")
+    assert [name for name in frame if name.startswith("offset_")] == [f"offset_{i}" for i in range(6)]
     for offset in range(1, 6):
         expected = cache["blocks.0.attn.hook_pattern"][:, 3].diagonal(-offset, -2, -1).mean()
         assert frame.loc["L0H3", f"offset_{offset}"] == pytest.approx(float(expected), abs=1e-12)

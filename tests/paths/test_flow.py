@@ -92,3 +92,14 @@ def test_a_full_queue_keeps_the_strongest(monkeypatch):
     monkeypatch.setattr(best_first, "QUEUE", n // 2 + 1)
     search._shorten()
     assert len(waiting()) == n  # it may grow to twice its size
+
+
+def test_what_a_head_writes_along_a_direction():
+    """Head by head, from what it holds and its own weights."""
+    model = mia.convert(tiny_bridge(n_layers=1), check=False)
+    frozen = mia.paths.freeze(model, torch.tensor([1, 5, 2]))
+    bank, head = frozen.banks[0], model["L0H1"]
+    y = torch.randn(3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    held = (bank.read(frozen.residuals[0]) + bank.z_bias)[:, 1]
+    expected = ((held @ head.W_O) * y).sum(-1)
+    torch.testing.assert_close(bank.along(frozen.residuals[0], y)[:, 1], expected, rtol=0, atol=1e-12)
