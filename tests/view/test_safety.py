@@ -100,7 +100,10 @@ def hostile_report(report):
             },
         },
         matrix(
-            "matrix", Matrix(HOSTILE[2], HOSTILE, HOSTILE, np.eye(n), (HOSTILE[0], HOSTILE[3]), HOSTILE[1])
+            "matrix",
+            Matrix(
+                HOSTILE[2], tuple(HOSTILE), tuple(HOSTILE), np.eye(n), (HOSTILE[0], HOSTILE[3]), HOSTILE[1]
+            ),
         ),
     ]
     graph = next(b for s in report.data["sections"] for b in s["blocks"] if b["type"] == "graph")
