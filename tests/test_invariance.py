@@ -100,6 +100,8 @@ RUNS: dict[str, Callable[[Version], pd.DataFrame]] = {
     "corpus": lambda v: D.over_corpus(v.model, TOKENS.tolist(), heads=[v("L0H1"), v("L1N2")]).frame,
     "effects": lambda v: mia.causal.effects(v.model, _task(v.model)).frame,
     "discover": lambda v: mia.causal.discover(v.model, _task(v.model)).frame,
+    "prompt circuits": lambda v: mia.causal.prompt_circuits(v.model, _task(v.model)).frame,
+    "replacement": lambda v: P.replacement_scores(_frozen(v), target=3, against=7, patch=None).frame,
     "intervene": lambda v: mia.causal.intervene(
         v.model, TOKENS[0], mia.causal.Edit([v("L0H1"), v("L1N2")], scale=2)
     ).frame,
@@ -288,11 +290,11 @@ def test_ratios_have_no_units():
     unchanged("RMS", 0, [other_units_of_logits], RATIOS)
 
 
-# What only looks up or draws, what is about a set or a path of heads that is given to it, and what compares
-# two models (tests/causal/test_diff.py writes one of them in another basis).
+# What only looks up or draws, what is about a set or path of heads or a dictionary that is given to it, and
+# what compares two models (tests/causal/test_diff.py writes one of them in another basis).
 NO_SCORES = {
     "assert_circuit", "check_circuit", "diff", "faithfulness", "freeze", "minimality", "overlap",
-    "path_patch", "random_repeats", "resolve_head", "tasks", "virtual_head",
+    "path_patch", "random_repeats", "reconstruction", "resolve_head", "tasks", "virtual_head",
 }  # fmt: skip
 
 
