@@ -37,7 +37,8 @@ def diagram(block: dict[str, Any]) -> Markup:
     height = TOP + ROW * (len(rows) - 1) + HIGH + 40
     parts = [_edge(edge, place) for edge in block["edges"]]
     for name, (x, y) in place.items():
-        kind = "end" if name in (EMBED, LOGITS) else KINDS.get(_parts(name)[1], "mlp")
+        match = _LABEL.match(name)  # none at the ends, nor in a name from a file that somebody made up
+        kind = "end" if name in (EMBED, LOGITS) else KINDS.get(match[2] if match else "", "mlp")
         text = {EMBED: "tokens", LOGITS: "logits"}.get(name, name)
         link = {} if kind == "end" else {"data_head": name}
         parts.append(
