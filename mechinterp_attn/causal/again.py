@@ -16,7 +16,7 @@ from mechinterp_attn.causal.evaluation import faithfulness
 from mechinterp_attn.causal.patches import Patch
 from mechinterp_attn.causal.rules import Rules
 from mechinterp_attn.causal.runs import MAX_BYTES, plan_prompts
-from mechinterp_attn.causal.task import Task
+from mechinterp_attn.causal.task import Task, bound_to
 from mechinterp_attn.causal.wires import edge_name
 from mechinterp_attn.core.errors import MechInterpError, listing
 from mechinterp_attn.core.plan import CELL, TABLE, Plan, joined, plan, plans, within
@@ -70,6 +70,7 @@ def _plan(
     each = 4 if edges else 1
     parts = []
     for one in (task, *rephrasings, *([task] * resamples)):  # two halves are as much as the whole
+        bound = bound_to(model, one)
         ranking = plan(discover, model, one, method, units, pools=pools, max_bytes=max_bytes)
         parts += [ranking] * (1 if one is task else 2)
         runs: dict[str, Any] = {
@@ -78,7 +79,7 @@ def _plan(
             "times": each,
         }
         what, result = f"circuits of {units}", CELL * TABLE * size
-        parts.append(plan_prompts(model, one.bind(model), what, max_bytes, result=result, **runs))
+        parts.append(plan_prompts(model, bound, what, max_bytes, result=result, **runs))
     return joined(f"circuits of {size:,} {units}, found again", parts)
 
 
@@ -121,6 +122,7 @@ def overlap(
         MechInterpError: fewer than 2 prompts, nothing to compare, a size that no ranking reaches; what
             ``discover`` and ``faithfulness`` find.
     """
+    bound_to(model, task)
     wrong = _wrong(task, size, rephrasings, resamples, draws)
     if wrong:
         raise MechInterpError(listing("circuits cannot be compared", wrong))

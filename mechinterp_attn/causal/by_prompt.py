@@ -17,7 +17,7 @@ from mechinterp_attn.causal.passes import scores_by_prompt
 from mechinterp_attn.causal.patches import Patch, fill_of
 from mechinterp_attn.causal.rules import Rules
 from mechinterp_attn.causal.runs import MAX_BYTES, head_rows, plan_prompts, ready, standing
-from mechinterp_attn.causal.task import Task
+from mechinterp_attn.causal.task import Task, bound_to
 from mechinterp_attn.core.errors import MechInterpError, listing
 from mechinterp_attn.core.plan import CELL, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
@@ -187,7 +187,7 @@ class PromptCircuits(Result):
 
 
 def _tasks(tasks: Task | Sequence[Task]) -> list[Task]:
-    every = [tasks] if isinstance(tasks, Task) else list(tasks)
+    every = list(tasks) if isinstance(tasks, list | tuple) else [tasks]
     if not every:
         raise MechInterpError("there are no tasks; give a mia.Task, or several")
     return every
@@ -201,12 +201,12 @@ def _plan(
     max_bytes: int,
 ) -> Plan:
     every = _tasks(tasks)
+    largest = max((bound_to(model, task) for task in every), key=lambda bound: bound.clean.tokens.numel())
     passes = {"eap-ig": steps, "eap-ig-activations": steps * len(model.sublayers())}.get(str(method), 1)
     prompts = sum(map(len, every))
-    largest = max(every, key=lambda task: task.bind(model).clean.tokens.numel())
     several = f" for {len(every)} tasks, the largest" if len(every) > 1 else ""
     return plan_prompts(
-        model, largest.bind(model), f"scores of heads{several}", max_bytes,
+        model, largest, f"scores of heads{several}", max_bytes,
         runs=(5 + 4 * passes) * prompts / len(largest), result=2 * CELL * prompts * model.n_heads,
         backward=True, times=2,
     )  # fmt: skip
@@ -249,7 +249,7 @@ def prompt_circuits(
     checks: list[Check] = []
     notes: dict[str, Any] = {"method": name, "patch": patch, "prompts": sum(map(len, every))}
     for number, task in enumerate(every):
-        bound = ready(model, task.bind(model), max_bytes)
+        bound = ready(model, bound_to(model, task), max_bytes)
         bound.differentiable(f"method={name!r}")
         fill = fill_of(model, bound, patch, max_bytes=max_bytes)
         inputs = torch.zeros(len(bound), dtype=torch.float64)

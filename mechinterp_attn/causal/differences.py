@@ -20,7 +20,7 @@ from mechinterp_attn.causal.head_effects import correlation
 from mechinterp_attn.causal.runs import MAX_BYTES, plan_prompts, ready, rows_at_once, run
 from mechinterp_attn.causal.same import need_same
 from mechinterp_attn.causal.streams import compare_streams
-from mechinterp_attn.causal.task import Prompts, Task
+from mechinterp_attn.causal.task import Prompts, Task, bound_to
 from mechinterp_attn.circuits.changes import other_changes, rounded, weight_changes
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import CELL, TABLE, Plan, joined, plan, plans, within
@@ -96,7 +96,7 @@ def _plan(
     of each.
     """
     behaviour = _task(task)
-    bound = behaviour.bind(base)
+    bound = bound_to(base, behaviour)
     copied = sum(p.numel() * p.element_size() for bank in base.banks for p in bank.parameters())
     runs = 2 * (exact + len(_sizes(base.n_heads, exact))) + 12 + draws
     made = plan_prompts(
@@ -154,7 +154,7 @@ def diff(
     behaviour = _task(task)
     made = _plan(base, tuned, behaviour, exact, edges, draws, max_bytes)
     whole, max_bytes = max_bytes, within(made, max_bytes, "fewer prompts").left(max_bytes)
-    bound = ready(base, behaviour.bind(base), max_bytes)
+    bound = ready(base, bound_to(base, behaviour), max_bytes)
     rows = max(1, rows_at_once(base, bound, max_bytes, backward=True) // 3)
     steps = 2 + draws + 2 * (min(exact, base.n_heads) + len(_sizes(base.n_heads, exact)))
     with Progress(desc="comparing models", total=steps) as progress:

@@ -24,7 +24,7 @@ from mechinterp_attn.causal.runs import (
     ready,
     standing,
 )
-from mechinterp_attn.causal.task import Task
+from mechinterp_attn.causal.task import Task, bound_to
 from mechinterp_attn.causal.wires import Edges
 from mechinterp_attn.causal.written import pool_bytes
 from mechinterp_attn.core.errors import MechInterpError
@@ -105,7 +105,7 @@ def _plan(
     max_bytes: int,
 ) -> Plan:
     """A backward pass, one for every step; scores of edges are products over all tokens."""
-    bound = task.bind(model)
+    bound = bound_to(model, task)
     each = bound.clean.tokens.shape[1] if positions == "each" else 1
     if method == "exact":
         options: dict[str, Any] = {"positions": positions, "exact": model.n_heads * each}
@@ -186,7 +186,7 @@ def discover(
     name = method if isinstance(method, str) else str(method)
     made = _plan(model, task, method, units, positions, steps, top_k, pools, max_bytes)
     whole, max_bytes = max_bytes, within(made, max_bytes, "fewer prompts").left(max_bytes)
-    bound = ready(model, task.bind(model), max_bytes)
+    bound = ready(model, bound_to(model, task), max_bytes)
     chosen = None if heads is None else model.heads.labels(heads)
     if chosen is not None and (virtual := sorted(set(chosen) - set(model.heads))):
         raise MechInterpError(f"{', '.join(virtual[:3])}: virtual heads are not ranked; see causal.effects")

@@ -14,7 +14,7 @@ from torch import Tensor
 from mechinterp_attn.causal.alone import Alone, Parts, alone_of
 from mechinterp_attn.causal.bound import Bound
 from mechinterp_attn.causal.runs import MAX_BYTES, Standing, plan_prompts, ready, standing
-from mechinterp_attn.causal.task import Task
+from mechinterp_attn.causal.task import Task, bound_to
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import CELL, Plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
@@ -71,8 +71,8 @@ def plan_of_circuits(
     result = CELL * (2 * runs * n + DRAWS * (n + runs))
     each = 4 if edges else 1
     return plan_prompts(
-        model, task.bind(model), f"{runs:,} circuits of {alone.units}", max_bytes, runs=5 + each * runs,
-        result=result, kept=ids, together=1 if edges else runs, times=each,
+        model, bound_to(model, task), f"{runs:,} circuits of {alone.units}", max_bytes,
+        runs=5 + each * runs, result=result, kept=ids, together=1 if edges else runs, times=each,
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def _plan(
     draws: int,
     max_bytes: int,
 ) -> Plan:
-    alone = alone_of(model, task.bind(model), ranking, max_bytes)
+    alone = alone_of(model, bound_to(model, task), ranking, max_bytes)
     counts = _counts(sizes, len(alone.order), alone.total, alone.units)
     curves = 1 + (1 + (len(alone.order) == alone.total) + draws if draws else 0)
     return plan_of_circuits(model, task, alone, curves * len(counts), max_bytes)
@@ -129,7 +129,7 @@ def faithfulness(
         raise MechInterpError(f"draws={draws}; expected 0 or more")
     made = _plan(model, task, ranking, sizes, draws, max_bytes)
     max_bytes = within(made, max_bytes, "fewer prompts").left(max_bytes)
-    bound = ready(model, task.bind(model), max_bytes)
+    bound = ready(model, bound_to(model, task), max_bytes)
     bound.counterfactual("faithfulness")
     alone = alone_of(model, bound, ranking, max_bytes)
     counts = _counts(sizes, len(alone.order), alone.total, alone.units)

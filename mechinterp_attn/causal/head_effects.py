@@ -26,7 +26,7 @@ from mechinterp_attn.causal.runs import (
     standing,
     wide,
 )
-from mechinterp_attn.causal.task import Task
+from mechinterp_attn.causal.task import Task, bound_to
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import CELL, TABLE, Plan, plans, within
 from mechinterp_attn.core.progress import Progress
@@ -66,7 +66,7 @@ def _plan(
     max_bytes: int,
 ) -> Plan:
     """How the task stands, the estimates' backward pass, and a run for every cut."""
-    bound = task.bind(model)
+    bound = bound_to(model, task)
     tokens = bound.clean.tokens
     places = tokens.shape[1] if positions == "each" else 1
     every = model.n_heads * places
@@ -136,7 +136,7 @@ def effects(
         raise MechInterpError(f"positions={positions!r}; expected 'all' or 'each'")
     made = _plan(model, task, heads, positions, exact, max_bytes)
     max_bytes = within(made, max_bytes, "fewer prompts or heads").left(max_bytes)
-    bound = ready(model, task.bind(model), max_bytes)
+    bound = ready(model, bound_to(model, task), max_bytes)
     if positions == "each" and not bound.aligned:
         raise MechInterpError("positions='each' compares positions, so all prompts must be equally long")
     fill = fill_of(

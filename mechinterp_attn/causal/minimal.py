@@ -13,7 +13,7 @@ from torch import Tensor
 from mechinterp_attn.causal.alone import Alone, Parts, alone_of
 from mechinterp_attn.causal.evaluation import ends_of, faithful, plan_of_circuits, whole_check
 from mechinterp_attn.causal.runs import MAX_BYTES, ready
-from mechinterp_attn.causal.task import Task
+from mechinterp_attn.causal.task import Task, bound_to
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import Plan, plans, within
 from mechinterp_attn.core.results import Receipt, Result
@@ -40,7 +40,7 @@ class Minimality(Result):
 
 
 def _plan(model: AttentionOnlyModel, task: Task, circuit: Any, draws: int, max_bytes: int) -> Plan:
-    alone = alone_of(model, task.bind(model), circuit, max_bytes)
+    alone = alone_of(model, bound_to(model, task), circuit, max_bytes)
     return plan_of_circuits(model, task, alone, 1 + len(alone.order) + draws, max_bytes)
 
 
@@ -75,7 +75,7 @@ def minimality(
         raise MechInterpError(f"draws={draws}; expected 0 or more")
     made = _plan(model, task, circuit, draws, max_bytes)
     max_bytes = within(made, max_bytes, "fewer prompts").left(max_bytes)
-    bound = ready(model, task.bind(model), max_bytes)
+    bound = ready(model, bound_to(model, task), max_bytes)
     bound.counterfactual("minimality")
     alone = alone_of(model, bound, circuit, max_bytes)
     found, ends = ends_of(model, bound, max_bytes)

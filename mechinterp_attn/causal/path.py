@@ -25,7 +25,7 @@ from mechinterp_attn.causal.runs import (
     standing,
     watched,
 )
-from mechinterp_attn.causal.task import Task
+from mechinterp_attn.causal.task import Task, bound_to
 from mechinterp_attn.causal.wires import EMBED, LOGITS, Edge, Edges, Wires, edge_name, steps_of
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import CELL, TABLE, Plan, plans, within
@@ -70,11 +70,12 @@ class Route:
 
 def _plan(model: AttentionOnlyModel, task: Task, path: str | Sequence[str], max_bytes: int) -> Plan:
     """A run for every path, with a stream for each change."""
+    bound = bound_to(model, task)
     routes = len(_routes(model, [path] if isinstance(path, str) else list(path)))
-    result = CELL * ((routes + 1) * len(task) * 2 + TABLE * routes)
+    result = CELL * ((routes + 1) * len(bound) * 2 + TABLE * routes)
     return plan_prompts(
         model,
-        task.bind(model),
+        bound,
         f"{routes:,} paths",
         max_bytes,
         runs=6 + 4 * (routes + 1),
@@ -121,7 +122,7 @@ def path_patch(
     splits(model)
     made = _plan(model, task, path, max_bytes)
     max_bytes = within(made, max_bytes, "fewer prompts or paths").left(max_bytes)
-    bound = ready(model, task.bind(model), max_bytes)
+    bound = ready(model, bound_to(model, task), max_bytes)
     routes = _routes(model, [path] if isinstance(path, str) else list(path))
     fill = fill_of(
         model, bound, patch, direction=direction, value_bias=value_bias, seed=seed, max_bytes=max_bytes

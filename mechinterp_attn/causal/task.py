@@ -294,6 +294,20 @@ class Task:
         return f"Task({self.name or 'unnamed'}: {len(self)} prompts{pairs}, metric {self.about})"
 
 
+def bound_to(model: AttentionOnlyModel, task: Task) -> Bound:
+    """A task in a model's tokens, and a word for whoever gave something else.
+
+    Raises:
+        MechInterpError: it is no task, or everything in which it does not fit the model.
+    """
+    if not isinstance(task, Task):
+        raise MechInterpError(
+            f"{named(task)} is no task; give mia.Task(prompts, answer=...) or one of mia.tasks, such as "
+            "mia.tasks.induction(model)"
+        )
+    return task.bind(model)
+
+
 def _prompts(given: Any, mask: Any, what: str, wrong: list[str]) -> list[Any]:
     """Texts, or lists of ids without padding."""
     if isinstance(given, str):

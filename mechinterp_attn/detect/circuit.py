@@ -16,7 +16,7 @@ from mechinterp_attn.causal.cuts import EDGE, cut_of
 from mechinterp_attn.causal.head_effects import effects
 from mechinterp_attn.causal.metrics import LARGER_IS_WORSE
 from mechinterp_attn.causal.patches import Patch
-from mechinterp_attn.causal.task import Task
+from mechinterp_attn.causal.task import Task, bound_to
 from mechinterp_attn.core.errors import MechInterpError, listing
 from mechinterp_attn.core.plan import MAX_BYTES, Plan, joined, plan, plans, within
 from mechinterp_attn.core.results import Check, Receipt, Result
@@ -279,7 +279,7 @@ def _shown(
     if task is None:
         batch, predicted = _behaviour(model, stated, seed=seed, draws=draws)
         return batch, torch.nn.functional.pad(predicted, (0, 1))
-    bound = task.bind(model)
+    bound = bound_to(model, task)
     if not bound.at_position:
         return bound.clean, bound.clean.real
     where = torch.zeros_like(bound.clean.real)

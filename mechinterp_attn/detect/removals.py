@@ -12,7 +12,7 @@ from torch import Tensor
 from mechinterp_attn.causal.head_effects import Effects, effects
 from mechinterp_attn.causal.metrics import LARGER_IS_WORSE
 from mechinterp_attn.causal.runs import ready
-from mechinterp_attn.causal.task import Task
+from mechinterp_attn.causal.task import Task, bound_to
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.detect.ablation import Ablations, ablate
 from mechinterp_attn.detect.losses import token_losses
@@ -70,7 +70,7 @@ def removals_from_task(
     Raises:
         MechInterpError: no counterfactuals, a single prompt, or whatever does not fit the model.
     """
-    bound = ready(model, task.bind(model), max_bytes)
+    bound = ready(model, bound_to(model, task), max_bytes)
     bound.counterfactual("what the behaviour is worth")
     if len(task) < 2:
         raise MechInterpError("a task of 1 prompt has no standard error; give at least 2 prompts")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.frozen.prompt import Frozen
+from mechinterp_attn.model.given import named
 
 if TYPE_CHECKING:
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
@@ -81,6 +82,21 @@ def next_tokens(frozen: Frozen) -> OnPrompt:
     return OnPrompt(frozen.tokens, None, frozen.loss, "loss", len(frozen.tokens) - 1)
 
 
+def on_prompts(model: AttentionOnlyModel, task: Behaviour) -> list[OnPrompt]:
+    """A behaviour's metric on each of its prompts.
+
+    Args:
+        model: the converted model.
+        task: the behaviour.
+
+    Raises:
+        MechInterpError: it is no behaviour, or does not fit the model.
+    """
+    if not isinstance(task, Behaviour):
+        raise MechInterpError(f"task={named(task)} is no task; give mia.Task(prompts, answer=...)")
+    return task.on(model)
+
+
 def asked(frozen: Frozen, task: Behaviour) -> OnPrompt:
     """A behaviour's metric on a frozen prompt, which is one of the behaviour's own.
 
@@ -89,9 +105,9 @@ def asked(frozen: Frozen, task: Behaviour) -> OnPrompt:
         task: the behaviour.
 
     Raises:
-        MechInterpError: the behaviour has no such prompt.
+        MechInterpError: it is no behaviour, or has no such prompt.
     """
-    prompts = task.on(frozen.model)
+    prompts = on_prompts(frozen.model, task)
     for one in prompts:
         if torch.equal(one.tokens, frozen.tokens):
             return one

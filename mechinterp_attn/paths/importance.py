@@ -24,7 +24,7 @@ from mechinterp_attn.core.plan import CELL, MAX_BYTES, TABLE, Plan, plan, plans,
 from mechinterp_attn.core.progress import Progress
 from mechinterp_attn.core.results import Check, Receipt, Result
 from mechinterp_attn.frozen.bank import FrozenBank
-from mechinterp_attn.frozen.behaviour import Behaviour, OnPrompt, next_tokens
+from mechinterp_attn.frozen.behaviour import Behaviour, OnPrompt, next_tokens, on_prompts
 from mechinterp_attn.frozen.freezing import freeze
 from mechinterp_attn.frozen.prompt import Frozen, sum_tolerance
 from mechinterp_attn.frozen.sublayer import ROWS
@@ -76,7 +76,7 @@ def _plan(
     """The longest prompt, frozen; the streams of all orders that every bank reads and writes, a few
     copies of the logits, and what the heads of one bank hold.
     """
-    prompts = _prompts(model, tokens) if task is None else [on.tokens for on in task.on(model)]
+    prompts = _prompts(model, tokens) if task is None else [on.tokens for on in on_prompts(model, task)]
     longest = max(prompts, key=len)
     pos, total, depth = len(longest), sum(map(len, prompts)), len(model.sublayers())
     n_orders = min(max_order + 2, depth + 1)
@@ -140,7 +140,7 @@ def term_importance(
         raise MechInterpError(f"max_order={max_order}; expected 0 or more")
     if isinstance(heads, int) and heads < 0:
         raise MechInterpError(f"heads={heads}; expected 0 or more, or a list of labels")
-    asked = [] if task is None else task.on(model)
+    asked = [] if task is None else on_prompts(model, task)
     prompts = [on.tokens for on in asked] or _prompts(model, tokens)
     longest = len(model.sublayers())
     top = min(max_order, longest)

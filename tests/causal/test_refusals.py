@@ -34,6 +34,14 @@ def task(**changes):
     return mia.Task(**{"clean": TEXTS, "corrupt": OTHERS, "answer": " me", "against": " the"} | changes)
 
 
+@pytest.mark.parametrize("given", ["The man said", None, 7])
+def test_what_is_no_task(as_users_run_it, model, analysis, given):
+    if given is None and analysis is ANALYSES["induction"]:
+        pytest.skip("induction without a task")
+    with pytest.raises(mia.MechInterpError, match=r"is no task; give mia.Task\(prompts, answer="):
+        analysis(model, given)
+
+
 def test_misaligned_prompts(model, analysis):
     """With the token at which they part."""
     longer = [OTHERS[0], "A girl said to", "My man"]

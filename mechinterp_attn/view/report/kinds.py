@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mechinterp_attn import paths
-from mechinterp_attn.causal.task import Task
+from mechinterp_attn.causal.task import Task, bound_to
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import MAX_BYTES, Plan, joined, plan
 from mechinterp_attn.core.text import shown
@@ -118,7 +118,7 @@ def of_task(
             made = of_prompt(model, both[0], asked, compare, seed)
             return replace(made, makers=_behind_story(made.makers, more), subject=about, which=which)
         task = pair_of(model, first, second, asked.position, asked.target)
-    task.bind(model)  # what does not fit is said before any work
+    bound_to(model, task)  # what does not fit is said before any work
     study = TaskStudy(model, task, seed, asked.heads)
     makers = _behind_story({name: partial(TASK_SECTIONS[name], study) for name in names}, more)
     if compare is not None:

@@ -20,7 +20,7 @@ from mechinterp_attn.view.report.study import Study
 
 if TYPE_CHECKING:
     from mechinterp_attn.causal.bound import Bound
-    from mechinterp_attn.causal.task import Task
+    from mechinterp_attn.causal.task import Task, bound_to
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 ENOUGH = 0.8  # share of a behaviour that a circuit must carry to be called enough
@@ -251,7 +251,7 @@ class TaskStudy:
 
     @torch.no_grad()
     def _rows(self, half: str, task: Task, state: Any) -> pd.DataFrame:
-        model, bound = self.model, task.bind(self.model)
+        model, bound = self.model, bound_to(self.model, task)
         rows: list[dict[str, Any]] = []
         for _, part in bound.split(rows_at_once(model, bound, MAX_BYTES)):
             logits = run(model, part, part.clean)
