@@ -187,7 +187,7 @@ class PromptCircuits(Result):
 
 
 def _tasks(tasks: Task | Sequence[Task]) -> list[Task]:
-    every = list(tasks) if isinstance(tasks, list | tuple) else [tasks]
+    every: list[Any] = list(tasks) if isinstance(tasks, list | tuple) else [tasks]
     if not every:
         raise MechInterpError("there are no tasks; give a mia.Task, or several")
     return every
