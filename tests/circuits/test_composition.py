@@ -336,6 +336,7 @@ def test_weights_that_are_not_finite_are_named():
 def test_pictures(model):
     dense_result = C.composition(model, "K", "attention", "attention")
     heatmap = dense_result.plot()
-    assert len(heatmap.data[0].y) == 8
+    assert [*heatmap.data[0].y] == [f"L0H{i}" for i in range(4)]  # heads without a partner are left out
+    assert [*heatmap.data[0].x] == [f"L1H{i}" for i in range(4)]
     assert len(dense_result.plot(ranking=True, k=5).data[0].x) == 5
     assert len(C.composition(model, "V", top_k=4).plot().data[0].x) == 4

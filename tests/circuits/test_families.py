@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import mechinterp_attn as mia
+from mechinterp_attn.model.select import resolve_head
 from tests.circuits import dense
 from tests.circuits.test_composition import random_model
 from tests.conversion.families import FAMILIES, bridge_of
@@ -29,7 +30,7 @@ def heads(model):
 
 def test_vocabulary_circuits(model, heads):
     for label in heads:
-        head = C.resolve_head(model, label)
+        head = resolve_head(model, label)
         for which, top, circuit in (("OV", C.ov_top, C.ov_circuit), ("QK", C.qk_top, C.qk_circuit)):
             table = dense.over_vocabulary(model, head, which)
             if which == "OV" or head.kind != "mlp":  # a neuron's own QK: one key per query
@@ -72,7 +73,7 @@ def test_copying_directions_and_virtual_heads(model, heads):
         )
     for label in heads:
         found = C.singular_directions(model, label, components=1, top_k=2)
-        ov = dense.ov(C.resolve_head(model, label))
+        ov = dense.ov(resolve_head(model, label))
         assert float(found.singular_values[0]) == pytest.approx(float(torch.linalg.matrix_norm(ov, 2)))
     for row in C.virtual_heads(model, top_k=3).frame.itertuples():
         product = dense.ov(model[row.src]) @ dense.ov(model[row.dst])

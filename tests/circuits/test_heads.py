@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mechinterp_attn as mia
+from mechinterp_attn.model.select import resolve_head
 from tests.circuits import dense
 from tests.circuits.test_composition import random_model
 from tests.conftest import random_tokens, tiny_bridge
@@ -59,10 +60,10 @@ def test_a_virtual_head_is_the_product_of_its_heads(model, cache, labels):
 def test_virtual_heads_nest_and_are_found_by_label(model):
     pair = C.virtual_head(model, "L0H1", "L0N3")
     three = C.virtual_head(model, pair, "L1H2")
-    same = C.resolve_head(model, "L0H1>L0N3>L1H2")
+    same = resolve_head(model, "L0H1>L0N3>L1H2")
     assert three.label == same.label == "L0H1 > L0N3 > L1H2"
     assert torch.equal(three.W_V, same.W_V)
-    assert C.resolve_head(model, three) is three
+    assert resolve_head(model, three) is three
 
 
 def test_a_planted_virtual_head_is_ranked_first():
@@ -71,7 +72,7 @@ def test_a_planted_virtual_head_is_ranked_first():
         model.banks[2].W_V[3] = 3 * model.banks[0].W_O[2].T
     frame = C.virtual_heads(model, top_k=5).frame
     assert frame["head"].iloc[0] == "L0H2 > L1H3"
-    first = C.resolve_head(model, frame["head"].iloc[0])
+    first = resolve_head(model, frame["head"].iloc[0])
     assert frame["norm"].iloc[0] == pytest.approx(float(first.OV.dense().norm()))
     assert (frame["norm"].diff().dropna() <= 0).all()
     assert frame["copying_score"].iloc[0] == pytest.approx(

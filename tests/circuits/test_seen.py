@@ -10,6 +10,7 @@ import torch
 
 import mechinterp_attn as mia
 from mechinterp_attn.circuits import bugs
+from mechinterp_attn.model.select import resolve_head
 from tests.circuits import dense
 from tests.circuits.test_composition import random_model
 
@@ -69,7 +70,7 @@ def test_neurons_and_heads_are_read_with_one_meaning():
     model = biased(d_mlp=6)
     x = model.W_E.detach()
     for label in ("L0H1", "L1N4", "L0H1 > L1H2"):
-        head = C.resolve_head(model, label)
+        head = resolve_head(model, label)
         torch.testing.assert_close(head.query_read(x), x @ head.W_Q + head.b_Q)
 
 
@@ -83,7 +84,7 @@ def test_a_neuron_at_the_end_of_a_chain_fires_on_what_was_moved_to_it(label):
     for head in before:
         moved = moved @ head.W_V @ head.W_O
     expected = ((x[:, None] + moved) @ last.W_Q + last.b_Q)[..., 0]
-    head = C.resolve_head(model, label)
+    head = resolve_head(model, label)
     assert head.mixes_positions
     table = C.qk_circuit(model, label).block(list(range(20)), list(range(20))).values
     torch.testing.assert_close(table, expected, rtol=0, atol=1e-9)

@@ -7,6 +7,7 @@ from hypothesis import given, settings, strategies as st
 import mechinterp_attn as mia
 from mechinterp_attn.circuits import streaming
 from mechinterp_attn.circuits.streaming import block_shape, top_entries, top_of_rows
+from mechinterp_attn.model.select import resolve_head
 from tests.circuits import dense
 from tests.conftest import tiny_bridge
 
@@ -45,7 +46,7 @@ def test_top_entries_are_those_of_the_dense_circuit(model, head, which, over, la
     if which == "QK" and "N" in head.split()[-1] and ">" not in head:
         return  # one key per query: test_a_neurons_queries_are_ranked_once_each
     found = top(model, head, top_k=4, over=over, largest=largest)
-    table = dense.over_vocabulary(model, C.resolve_head(model, head), which)
+    table = dense.over_vocabulary(model, resolve_head(model, head), which)
     frame = found.frame
     listed = table[frame["source_id"].tolist(), frame["token_id"].tolist()]
     torch.testing.assert_close(torch.tensor(frame["value"].to_numpy()), listed, rtol=0, atol=FLOAT64)

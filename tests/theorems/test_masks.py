@@ -12,13 +12,12 @@ from mechinterp_attn.theorems import (
     SoftmaxHeads,
     Sublayer,
     bias_head,
-    check_omega,
     least_omega,
-    log_leak,
     mask_error_bound,
     masks,
     neuron_heads,
 )
+from mechinterp_attn.theorems.omega import check_omega, log_leak
 
 fast = settings(deadline=None, max_examples=25)
 

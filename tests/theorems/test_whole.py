@@ -12,9 +12,9 @@ from mechinterp_attn.theorems import (
     LiteralModel,
     attention_only,
     calibrate_omega,
-    inductive_steps,
     mask_sweep,
 )
+from mechinterp_attn.theorems.whole import inductive_steps
 from tests.conftest import random_tokens, tiny_bridge
 from tests.conversion.families import FAMILIES, bridge_of
 
