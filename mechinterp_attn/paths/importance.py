@@ -67,7 +67,7 @@ class TermImportance(Result):
 
 def _plan(
     model: AttentionOnlyModel,
-    tokens: str | Sequence[str | Tensor] | Tensor | None,
+    tokens: str | Sequence[Any] | Tensor | None,
     task: Behaviour | None,
     max_order: int,
     heads: int | Heads,
@@ -103,7 +103,7 @@ def _plan(
 @torch.no_grad()
 def term_importance(
     model: AttentionOnlyModel,
-    tokens: str | Sequence[str] | Tensor | None = None,
+    tokens: str | Sequence[Any] | Tensor | None = None,
     *,
     task: Behaviour | None = None,
     max_order: int = 4,
@@ -116,7 +116,7 @@ def term_importance(
 
     Args:
         model: the converted model.
-        tokens: a prompt or several: text, texts, or token ids ``[pos]`` or ``[batch, pos]``. Losses
+        tokens: a prompt or several: text, texts, ids ``[pos]`` or ``[batch, pos]``, or rows of ids. Losses
             are averaged over all predictions.
         task: a behaviour (``mia.Task``), in place of tokens: its metric is measured on its prompts instead
             of the loss, each with the same weight.
