@@ -280,28 +280,27 @@ def cutting(
             ``[batch, pos, head, ...]`` of one share; None: zero.
     """
     return [
-        (bank.hook("z"), _cutting(bank.path, cuts, replacement))
+        (bank.hook("z"), _cutting(bank, cuts, replacement))
         for bank in model.banks
         if any(cut.at(bank.path) for cut in cuts)
     ]
 
 
-def _cutting(path: str, cuts: Sequence[Cut], replacement: ByPath | None) -> Callable[..., Tensor]:
+def _cutting(bank: HeadBank, cuts: Sequence[Cut], replacement: ByPath | None) -> Callable[..., Tensor]:
     def hook(z: Tensor, hook: Any) -> Tensor:
-        z = z.clone().unflatten(0, (len(cuts), -1))
-        for run, cut in enumerate(cuts):
-            heads = cut.whole.get(path)
+        z = z.clone()
+        runs = bank.by_head(z).unflatten(0, (len(cuts), -1))  # a view of z
+        other = torch.zeros_like(z[0, 0]) if replacement is None else replacement[bank.path]
+        given = bank.by_head(other[None])[0].to(z.dtype).expand_as(runs[0])
+        for run, cut in zip(runs, cuts, strict=True):
+            heads = cut.whole.get(bank.path)
             if heads:
-                other = torch.zeros_like(z[0, 0, 0]) if replacement is None else replacement[path]
-                other = other[..., heads, :] if z.ndim == 5 else other[..., heads]
                 at = slice(None) if cut.positions is None else cut.positions
-                if other.ndim == z.ndim - 1:
-                    other = other[:, at]
-                z[run][:, at, heads] = other.to(z.dtype)
+                run[:, at, heads] = given[:, at, heads]
             for (own, index), part in cut.parts.items():
-                if own == path:
-                    z[run, :, :, index] -= part.reshape(z[run, :, :, index].shape)
-        return z.flatten(0, 1)
+                if own == bank.path:
+                    run[:, :, index] -= part
+        return z
 
     return hook
 
