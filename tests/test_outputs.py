@@ -257,7 +257,7 @@ def test_a_corpus_of_tokens_without_a_next_token_loss():
     same = mia.detect.score_heads(model, tokens=torch.tensor(documents[:1])).frame["previous_token"]
     one = mia.detect.over_corpus(model, documents[:1]).frame["previous_token"]
     assert one.to_numpy() == pytest.approx(same.to_numpy(), rel=1e-5)  # float32
-    with pytest.raises(MechInterpError, match="estimate=True, which count next-token losses"):
+    with pytest.raises(MechInterpError, match="estimate=True: next-token losses"):
         mia.detect.over_corpus(model, documents, heads=["L0H0"], estimate=True)
 
 

@@ -10,6 +10,7 @@ import jaxtyping
 import pytest
 from typer.testing import CliRunner
 
+import mechinterp_attn as mia
 from mechinterp_attn.cli import app
 from mechinterp_attn.sources.zoo import bundled_names
 
@@ -83,6 +84,13 @@ def test_commands_run(words: list[str], tmp_path: Path, monkeypatch: pytest.Monk
     """Commands on bundled models run; of the others, the subcommand and its options must exist."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_bytes((ROOT / "README.md").read_bytes())
+    if "behaviour.jsonl" in words:
+        mia.tasks.induction(mia.load("gelu-2l"), n=8).save(tmp_path / "behaviour.jsonl")
+    if "my_finetuned_folder" in words:
+        mia.load("attn-2l").save(tmp_path / "my_finetuned_folder")
+    if words[0] == "explore":  # it would serve until Ctrl-C; tests/view/test_explorer.py has it running
+        monkeypatch.setattr("uvicorn.Server.run", lambda *args, **options: None)
+        monkeypatch.setattr("webbrowser.open", lambda address: True)
     runner = CliRunner()
     if set(words) & {"--help", "models", *bundled_names()}:
         result = runner.invoke(app, words)

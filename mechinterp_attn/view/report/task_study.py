@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechinterp_attn import causal, paths
 from mechinterp_attn.causal.runs import MAX_BYTES, rows_at_once, run
+from mechinterp_attn.causal.task import bound_to
 from mechinterp_attn.causal.wires import POOL
 from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.plan import Call, plan
@@ -20,7 +21,7 @@ from mechinterp_attn.view.report.study import Study
 
 if TYPE_CHECKING:
     from mechinterp_attn.causal.bound import Bound
-    from mechinterp_attn.causal.task import Task, bound_to
+    from mechinterp_attn.causal.task import Task
     from mechinterp_attn.model.attention_only import AttentionOnlyModel
 
 ENOUGH = 0.8  # share of a behaviour that a circuit must carry to be called enough

@@ -16,14 +16,13 @@ from mechinterp_attn.core.errors import MechInterpError
 from mechinterp_attn.core.text import shown
 from mechinterp_attn.explore import app, serve, session
 from tests.conftest import tiny_bridge
-from tests.view.conftest import chromium, model, tokenizer  # noqa: F401
 
 KEY = "key"
 PROMPT = "It was the best of times, it was the"
 
 
 @pytest.fixture(scope="module")
-def client(model):  # noqa: F811
+def client(model):
     from starlette.testclient import TestClient
 
     return TestClient(app(model, KEY, name="tiny <b>"), base_url="http://127.0.0.1")
@@ -33,7 +32,7 @@ def asked(client, what, **question):
     return client.post(f"/{KEY}/{what}", json={"prompt": PROMPT, **question})
 
 
-def test_a_prediction_is_the_models(client, model):  # noqa: F811
+def test_a_prediction_is_the_models(client, model):
     got = asked(client, "predict", position=-2).json()
     logits = model(PROMPT)[0, -2].double()
     top = logits.topk(6)
@@ -49,7 +48,7 @@ def test_a_prediction_is_the_models(client, model):  # noqa: F811
     assert [head["head"] for head in got["heads"]] == heads["head"].head(24).tolist()
 
 
-def test_an_edit_is_what_intervene_says(client, model):  # noqa: F811
+def test_an_edit_is_what_intervene_says(client, model):
     other = PROMPT.replace("best", "worst")
     other = PROMPT if len(model.to_tokens(other)[0]) != len(model.to_tokens(PROMPT)[0]) else other
     edits = [
@@ -133,7 +132,7 @@ def test_a_bug_is_told_to_the_terminal_not_to_the_page(client, monkeypatch, caps
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_refusals_before_it_listens(model):  # noqa: F811
+def test_refusals_before_it_listens(model):
     with pytest.raises(MechInterpError, match="has no tokenizer"):
         serve(mia.convert(tiny_bridge()), ready=pytest.fail)
     with socket.socket() as taken:
@@ -143,7 +142,7 @@ def test_refusals_before_it_listens(model):  # noqa: F811
             serve(model, port=taken.getsockname()[1], ready=pytest.fail)
 
 
-def test_without_the_extra_it_says_which(model, monkeypatch):  # noqa: F811
+def test_without_the_extra_it_says_which(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "mechinterp_attn.explore.web", None)
     monkeypatch.delattr(mechinterp_attn.explore, "web")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
@@ -177,7 +176,7 @@ def test_served_on_loopback_under_a_fresh_key(address):
         assert page.status == 200
 
 
-def test_cutting_a_head_from_its_card_changes_the_prediction(address, chromium):  # noqa: F811
+def test_cutting_a_head_from_its_card_changes_the_prediction(address, chromium):
     """As a person does it: read, open a card in the story, cut the head, scale it, undo."""
     from playwright.sync_api import expect
 
@@ -211,7 +210,7 @@ def test_cutting_a_head_from_its_card_changes_the_prediction(address, chromium):
     page.close()
 
 
-def test_a_prompt_of_markup_is_text(address, chromium):  # noqa: F811
+def test_a_prompt_of_markup_is_text(address, chromium):
     hostile = "<img src=x onerror=alert(1)></textarea><script>alert(2)</script>"
     from playwright.sync_api import expect
 
@@ -236,14 +235,14 @@ def test_a_prompt_of_markup_is_text(address, chromium):  # noqa: F811
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_serious_violation(address, chromium, scheme):  # noqa: F811
+def test_axe_finds_no_serious_violation(address, chromium, scheme):
     context = chromium.new_context(color_scheme=scheme, bypass_csp=True)  # axe is put in by the test
     page = context.new_page()
     page.goto(address)
     page.locator("#prediction tbody tr").nth(0).wait_for()
     page.locator("#heads button").first.click()
     page.locator("#receipt", has_text="ok:").wait_for()
-    page.add_script_tag(path=Path(__file__).parents[1] / "view" / "vendor" / "axe.min.js")
+    page.add_script_tag(path=Path(__file__).parent / "vendor" / "axe.min.js")
     found = page.evaluate("axe.run('.desk', { resultTypes: ['violations'] })")["violations"]
     context.close()
     serious = [f"{v['id']}: {v['help']}" for v in found if v["impact"] in ("serious", "critical")]
