@@ -88,8 +88,9 @@ def composition_matrix(result: CompositionScores) -> Matrix:
     attention heads cannot be compared. Heads without a partner are left out.
     """
     frame = result.frame
-    sources = [label for label in result.sources if label in set(frame["src"])]
-    readers = [label for label in result.readers if label in set(frame["dst"])]
+    writing, reading = set(frame["src"]), set(frame["dst"])
+    sources = [label for label in result.sources if label in writing]
+    readers = [label for label in result.readers if label in reading]
     values = np.full((len(sources), len(readers)), NAN)
     i = frame["src"].map({label: i for i, label in enumerate(sources)})
     j = frame["dst"].map({label: j for j, label in enumerate(readers)})
