@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mechinterp_attn import causal, paths
+from mechinterp_attn.causal.metrics import LARGER_IS_WORSE
 from mechinterp_attn.causal.runs import MAX_BYTES, rows_at_once, run
 from mechinterp_attn.causal.task import bound_to
 from mechinterp_attn.causal.wires import POOL
@@ -32,7 +33,6 @@ EDGES = 16  # drawn
 PATHS = 6  # edges that are tested by a run of their own
 CURVES = 4e12  # flops of circuits at every size; above, one random ranking instead of three
 DRAWS = 3
-LOWER_IS_BETTER = ("loss", "kl")
 UNITS = {
     "logit_diff": "logit difference",
     "logit": "logit of the answer",
@@ -170,7 +170,7 @@ class TaskStudy:
         """Which way the metric goes when the behaviour is lost."""
         if self.patch == "corrupt":
             return 1.0 if self.whole >= 0 else -1.0
-        return -1.0 if self.task.metric in LOWER_IS_BETTER else 1.0
+        return -1.0 if self.task.metric in LARGER_IS_WORSE else 1.0
 
     @property
     def sizes(self) -> list[int] | None:
